@@ -1,0 +1,27 @@
+"""GRU in both reset forms: after the recurrent product (PyTorch, cuDNN) and before it (Cho et al. 2014, arXiv 1406.1078)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rnn2bin.cells.weights import CellWeights, Gate
+
+
+def step_reset_after(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate: Gate) -> tuple[tuple[Tensor, ...], Tensor]:
+    """x (B,I), state h (B,H) -> new h, and the pre-activations (B,2,H) of r, z. z = 1 keeps h."""
+    (h,) = state
+    pre = w.gate_pre(x, h)  # (B,2,H)
+    r, z = gate(pre).unbind(1)
+    recurrent = h @ w.candidate_hh.t() + w.candidate_bias_hh
+    n = torch.tanh(x @ w.candidate_ih.t() + w.candidate_bias + r * recurrent)
+    return (z * h + (1 - z) * n,), pre
+
+
+def step_reset_before(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate: Gate) -> tuple[tuple[Tensor, ...], Tensor]:
+    """As `step_reset_after`, with r applied to h before the candidate's recurrent product."""
+    (h,) = state
+    pre = w.gate_pre(x, h)
+    r, z = gate(pre).unbind(1)
+    n = torch.tanh(x @ w.candidate_ih.t() + (r * h) @ w.candidate_hh.t() + w.candidate_bias)
+    return (z * h + (1 - z) * n,), pre

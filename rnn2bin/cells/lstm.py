@@ -1,0 +1,21 @@
+"""LSTM (Hochreiter & Schmidhuber 1997, Gers et al. 2000), with PyTorch's optional projection (Sak et al. 2014)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rnn2bin.cells.weights import CellWeights, Gate
+
+
+def step(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate: Gate) -> tuple[tuple[Tensor, ...], Tensor]:
+    """x (B,I), state h (B,R) and c (B,H) -> new (h, c), and the pre-activations (B,3,H) of i, f, o."""
+    h, c = state
+    pre = w.gate_pre(x, h)  # (B,3,H)
+    i, f, o = gate(pre).unbind(1)
+    g = torch.tanh(x @ w.candidate_ih.t() + h @ w.candidate_hh.t() + w.candidate_bias)
+    c = f * c + i * g
+    h = o * torch.tanh(c)
+    if w.projection is not None:
+        h = h @ w.projection.t()
+    return (h, c), pre

@@ -1,0 +1,273 @@
+"""A whole network from its spec: embedding, recurrent layers, readout, linear layers; encoder–decoder included.
+
+How a cell walks over time is an argument (`walk`): the oracle's loop here, or the training kernels of `distill/window.py`. Everything
+around it (directions, lengths, states, heads) is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rnn2bin.cells import gru, lstm
+from rnn2bin.cells.weights import Cell
+from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
+from rnn2bin.spec import DIRECTIONS, LayerSpec, RnnSpec, SectionSpec
+
+STEPS = {"lstm": lstm.step, "gru": gru.step_reset_after, "gru_reset_before": gru.step_reset_before}
+
+CellState = tuple[Tensor, ...]  # (h,) or (h, c), each (B, ·)
+State = list[list[CellState]]  # [layer][direction]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One cell over a window: states (T,B,·) in the cell's order, h first; gate pre-activations (T,B,G,H)."""
+
+    states: tuple[Tensor, ...]
+    pre: Tensor
+
+
+@dataclass(frozen=True)
+class Output:
+    """`y`: the section's output, (T,B,O) or (B,O) by its readout, before the last activation where `logits` was asked;
+    `hidden`: every layer's h (T,B,D·R), zero at pads; `pre`: every cell's gate pre-activations (T,B,G,H), in the section's order."""
+
+    y: Tensor
+    state: State
+    hidden: list[Tensor]
+    pre: list[Tensor]
+
+
+Walk = Callable[[Cell, Tensor, CellState, Discretize], Trace]
+
+
+def walk(cell: Cell, x: Tensor, state: CellState, mode: Discretize) -> Trace:
+    """The oracle: the cell's equations, step by step. x (T,B,I)."""
+    step, weights, gate = STEPS[cell.layer.cell], cell.weights(), cell.gate(mode)
+    states, pres = [], []
+    for x_t in x:
+        state, pre = step(x_t, state, weights, gate)
+        states.append(state)
+        pres.append(pre)
+    return Trace(tuple(torch.stack(s) for s in zip(*states, strict=True)), torch.stack(pres))
+
+
+def zero_state(layer: LayerSpec, batch: int, like: Tensor) -> CellState:
+    sizes = {"h": layer.recurrent_size, "c": layer.hidden_size}
+    return tuple(like.new_zeros(batch, sizes[name]) for name in layer.kind.states)
+
+
+def valid_steps(lengths: Tensor, steps: int) -> Tensor:
+    """lengths (B,) -> mask (T,B,1), true on real steps."""
+    return (torch.arange(steps, device=lengths.device)[:, None] < lengths[None]).unsqueeze(-1)
+
+
+def reverse(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x (T,B,·) reversed in time, each sequence within its own length, so that pads stay behind."""
+    if lengths is None:
+        return x.flip(0)
+    at = torch.arange(x.shape[0], device=x.device)[:, None]
+    index = torch.where(at < lengths[None], lengths[None] - 1 - at, at)
+    return x.gather(0, index.unsqueeze(-1).expand_as(x))
+
+
+def state_after(trace: Trace, start: CellState, lengths: Tensor | None) -> CellState:
+    """Each state after the last real step, `start` where there is none. Sequences start at 0, so no pad has come before it."""
+    if lengths is None:
+        return tuple(s[-1] for s in trace.states)
+    last, any_step = (lengths - 1).clamp_min(0)[None, :, None], (lengths > 0)[:, None]
+    ends = (s.gather(0, last.expand(1, -1, s.shape[2]))[0] for s in trace.states)
+    return tuple(torch.where(any_step, end, before) for end, before in zip(ends, start, strict=True))
+
+
+class Section(nn.Module):
+    """embedding? -> layers -> readout -> head?."""
+
+    def __init__(self, spec: SectionSpec, binary: Sequence[tuple[bool, ...]] | None, levels: str) -> None:
+        super().__init__()
+        self.spec = spec
+        if spec.embedding and not spec.embedding.one_hot:
+            self.embedding = nn.Module()
+            self.embedding.weight = nn.Parameter(torch.zeros(spec.embedding.num_embeddings, spec.embedding.embedding_dim))
+        plan = iter(binary or [()] * sum(layer.directions for layer in spec.layers))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({d: Cell(layer, next(plan), levels=levels) for d in DIRECTIONS[: layer.directions]}) for layer in spec.layers
+        )
+        self.head = nn.ModuleList(nn.Linear(linear.in_features, linear.out_features, bias=linear.bias) for linear in spec.head)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Tokens (T,B) -> (T,B,E); float input (T,B,I) as it is."""
+        if self.spec.embedding is None:
+            return x
+        if self.spec.embedding.one_hot:
+            return functional.one_hot(x, self.spec.embedding.num_embeddings).to(self.layers[0]["fwd"].weights().gates_ih.dtype)
+        return functional.embedding(x, self.embedding.weight)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        mode: Discretize = BINARY,
+        walk: Walk = walk,
+        logits: bool = False,
+    ) -> Output:
+        """x (T,B) tokens or (T,B,I) float; lengths (B,). No pad reaches a state or an output."""
+        x = self.embed(x)
+        mask = None if lengths is None else valid_steps(lengths, x.shape[0])
+        if mask is not None:
+            x = torch.where(mask, x, x.new_zeros(()))
+        new_state, hidden, pres = [], [], []
+        for index, layer in enumerate(self.spec.layers):
+            outs, states = [], []
+            for at, direction in enumerate(DIRECTIONS[: layer.directions]):
+                backward = direction == "bwd"
+                start = state[index][at] if state is not None else zero_state(layer, x.shape[1], x)
+                trace = walk(self.layers[index][direction], reverse(x, lengths) if backward else x, start, mode)
+                outs.append(reverse(trace.states[0], lengths) if backward else trace.states[0])
+                states.append(state_after(trace, start, lengths))
+                pres.append(trace.pre)
+            x = torch.cat(outs, -1) if len(outs) > 1 else outs[0]
+            if mask is not None:
+                x = torch.where(mask, x, x.new_zeros(()))
+            hidden.append(x)
+            new_state.append(states)
+        y = self.apply_head(self.read(x, new_state[-1], lengths), logits=logits)
+        return Output(y, new_state, hidden, pres)
+
+    def read(self, x: Tensor, last: list[CellState], lengths: Tensor | None) -> Tensor:
+        """What the head sees of the last layer's output x (T,B,D·R): all steps, or (B,D·R)."""
+        match self.spec.readout:
+            case "all":
+                return x
+            case "last":
+                return x[-1] if lengths is None else x.gather(0, (lengths - 1).clamp_min(0)[None, :, None].expand(1, -1, x.shape[2]))[0]
+            case "final":
+                return torch.cat([s[0] for s in last], -1)
+            case "mean":
+                return x.mean(0) if lengths is None else x.sum(0) / lengths.clamp_min(1)[:, None].to(x.dtype)
+            case _:
+                mask = None if lengths is None else valid_steps(lengths, x.shape[0])
+                return (x if mask is None else x.masked_fill(~mask, float("-inf"))).amax(0)
+
+    def apply_head(self, y: Tensor, *, logits: bool) -> Tensor:
+        for index, (linear, spec) in enumerate(zip(self.head, self.spec.head, strict=True)):
+            y = linear(y)
+            last = index + 1 == len(self.head)
+            if not (logits and last and spec.activation in ("sigmoid", "softmax", "log_softmax")):
+                y = activate(y, spec.activation)
+        return y
+
+
+def activate(y: Tensor, name: str) -> Tensor:
+    match name:
+        case "relu":
+            return torch.relu(y)
+        case "tanh":
+            return torch.tanh(y)
+        case "sigmoid":
+            return torch.sigmoid(y)
+        case "softmax":
+            return torch.softmax(y, -1)
+        case "log_softmax":
+            return torch.log_softmax(y, -1)
+        case "l2":
+            return functional.normalize(y, dim=-1)
+        case "relu_l2":
+            return functional.normalize(torch.relu(y), dim=-1)
+        case _:
+            return y
+
+
+class Network(nn.Module):
+    """A float teacher (`binary` None) or a student with binary gates; weights under the canonical names of `RnnSpec.tensors`.
+
+    `binary` says for each cell, in the order of `RnnSpec.cell_names`, which gates are decisions.
+    """
+
+    def __init__(self, spec: RnnSpec, binary: dict[str, tuple[bool, ...]] | None = None, *, levels: str = "strict") -> None:
+        super().__init__()
+        self.spec = spec
+        self.levels = levels
+        for name, section in spec.sections.items():
+            cells = [prefix for prefix, _ in spec.cell_names() if prefix.startswith(f"{name}.")]
+            self.add_module(name, Section(section, [binary[c] for c in cells] if binary else None, levels))
+
+    @property
+    def entry(self) -> Section:
+        return self.get_submodule("encoder" if self.spec.decode else "main")  # type: ignore[return-value]
+
+    def cells(self) -> dict[str, Cell]:
+        """Canonical prefix -> cell."""
+        return {name: self.get_submodule(name) for name, _ in self.spec.cell_names()}  # type: ignore[misc]
+
+    @property
+    def is_binary(self) -> bool:
+        return any(any(cell.binary) for cell in self.cells().values())
+
+    @property
+    def natural_mode(self) -> Discretize:
+        """How this network runs outside training: bits, or σ for a teacher."""
+        return BINARY if self.is_binary else FLOAT
+
+    def project_levels(self) -> None:
+        for cell in self.cells().values():
+            cell.project_levels()
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        decoder_input: Tensor | None = None,
+        decoder_lengths: Tensor | None = None,
+        mode: Discretize | None = None,
+        walk: Walk = walk,
+        logits: bool = False,
+    ) -> Output:
+        """x (T,B) tokens or (T,B,I). An encoder–decoder also takes `decoder_input` (U,B): teacher forcing; `hidden` and `pre` are then the
+        encoder's followed by the decoder's."""
+        mode = mode or self.natural_mode
+        first = self.entry(x, state, lengths=lengths, mode=mode, walk=walk, logits=logits)
+        if self.spec.decode is None:
+            return first
+        if decoder_input is None:
+            raise ValueError("an encoder–decoder needs decoder_input; use generate() to run it free")
+        decoder = self.get_submodule("decoder")
+        second = decoder(decoder_input, first.state, lengths=decoder_lengths, mode=mode, walk=walk, logits=logits)
+        return Output(second.y, second.state, first.hidden + second.hidden, first.pre + second.pre)
+
+    @torch.no_grad()
+    def generate(self, x: Tensor, *, lengths: Tensor | None = None, mode: Discretize | None = None, walk: Walk = walk) -> Tensor:
+        """Greedy free-running decoding: x (T,B) -> tokens (U,B), the end token and what follows it set to `decode.end`."""
+        decode, mode = self.spec.decode, mode or self.natural_mode
+        if decode is None:
+            raise ValueError("generate() is for encoder–decoders")
+        decoder = self.get_submodule("decoder")
+        state = self.entry(x, lengths=lengths, mode=mode, walk=walk).state
+        token = x.new_full((1, x.shape[1]), decode.start)
+        done = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
+        tokens = []
+        for _ in range(decode.max_length):
+            out = decoder(token, state, mode=mode, walk=walk, logits=True)
+            state, token = out.state, out.y.argmax(-1)
+            token = token.masked_fill(done, decode.end)
+            done |= token[0] == decode.end
+            tokens.append(token[0])
+            if bool(done.all()):
+                break
+        return torch.stack(tokens)
+
+
+def teacher_network(spec: RnnSpec, weights: dict[str, Tensor]) -> Network:
+    """The float network in eval mode, without gradients."""
+    network = Network(spec)
+    network.load_state_dict(weights)
+    return network.eval().requires_grad_(False)

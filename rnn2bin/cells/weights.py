@@ -1,0 +1,122 @@
+"""One direction's tensors by name, and what a gate is: a function from pre-activations to multipliers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rnn2bin.gates.estimators import Discretize, Sample, logistic_noise, sample
+from rnn2bin.spec import LayerSpec
+
+Gate = Callable[[Tensor], Tensor]  # pre-activations (B,G,H) -> multipliers (B,G,H)
+
+
+@dataclass(frozen=True)
+class CellWeights:
+    """Plain tensors of one cell; shapes in `LayerSpec.tensors`."""
+
+    gates_ih: Tensor
+    gates_hh: Tensor
+    gates_bias: Tensor
+    candidate_ih: Tensor
+    candidate_hh: Tensor
+    candidate_bias: Tensor
+    candidate_bias_hh: Tensor | None = None
+    projection: Tensor | None = None
+
+    def gate_pre(self, x: Tensor, h: Tensor) -> Tensor:
+        """x (B,I), h (B,R) -> pre-activations (B,G,H)."""
+        pre = x @ self.gates_ih.t() + h @ self.gates_hh.t() + self.gates_bias
+        return pre.unflatten(1, (-1, self.candidate_hh.shape[0]))
+
+
+class Cell(nn.Module):
+    """One direction of one layer: its weights under canonical names, which gates are binary, and the levels they select.
+
+    A float cell (the teacher) has no binary gate; its levels are the strict ones and stay unused.
+    """
+
+    def __init__(self, layer: LayerSpec, binary: tuple[bool, ...] | None = None, *, levels: str = "strict") -> None:
+        super().__init__()
+        self.layer = layer
+        gates = layer.kind.gates
+        self.binary = binary or (False,) * len(gates)
+        for name, shape in layer.tensors().items():
+            part, leaf = name.split(".")
+            if part not in self._modules:
+                self.add_module(part, nn.Module())
+            self.get_submodule(part).register_parameter(leaf, nn.Parameter(torch.zeros(shape)))
+        if any(self.binary):
+            self._add_levels(learned=levels == "learned")
+
+    def _add_levels(self, *, learned: bool) -> None:
+        gates, hidden = self.layer.kind.gates, self.layer.hidden_size
+        self.levels = nn.Module()
+        self.learned = learned
+        for side, start in (("lo", 0.0), ("hi", 1.0)):
+            self.levels.register_parameter(side, nn.Parameter(torch.full((len(gates), hidden), start), requires_grad=learned))
+            free = [learned and binary and side in g.learns for g, binary in zip(gates, self.binary, strict=True)]
+            self.register_buffer(f"_{side}_free", torch.tensor(free).unsqueeze(1), persistent=False)
+        ceiling = torch.tensor([g.maximum or float("inf") for g in gates]).unsqueeze(1)
+        self.register_buffer("_ceiling", ceiling, persistent=False)
+
+    def weights(self) -> CellWeights:
+        gates, candidate = self.get_submodule("gates"), self.get_submodule("candidate")
+        return CellWeights(
+            gates.weight_ih,
+            gates.weight_hh,
+            gates.bias,
+            candidate.weight_ih,
+            candidate.weight_hh,
+            candidate.bias,
+            getattr(candidate, "bias_hh", None),
+            self.get_submodule("projection").weight if self.layer.proj_size else None,
+        )
+
+    def level_values(self) -> tuple[Tensor, Tensor]:
+        """(lo, hi), each (G,H); what is not learned is exactly 0 and exactly 1."""
+        if not any(self.binary):
+            shape = (len(self.binary), self.layer.hidden_size)
+            like = self.get_submodule("gates").bias
+            return like.new_zeros(shape), like.new_ones(shape)
+        lo = torch.where(self._lo_free, self.levels.lo, torch.zeros_like(self.levels.lo))
+        hi = torch.where(self._hi_free, self.levels.hi, torch.ones_like(self.levels.hi))
+        return lo, hi
+
+    @torch.no_grad()
+    def project_levels(self) -> None:
+        """Bring learned levels back into their bounds; called after each optimizer step."""
+        if any(self.binary) and self.learned:
+            for levels in (self.levels.lo, self.levels.hi):
+                levels.copy_(torch.minimum(levels.clamp_min(0), self._ceiling))
+
+    def modes(self, mode: Discretize) -> tuple[Discretize, ...]:
+        """One mode for each gate: gates left soft are σ(pre) whatever the call asks."""
+        soft = Discretize("float")
+        return tuple(mode if binary else soft for binary in self.binary)
+
+    def gate(self, mode: Discretize) -> Gate:
+        """The function the oracle's equations call: pre-activations (B,G,H) -> multipliers (B,G,H)."""
+        lo, hi = self.level_values()
+        modes = self.modes(mode)
+
+        def apply(pre: Tensor) -> Tensor:
+            noise = logistic_noise(pre.shape, mode, pre) if mode.draws and any(self.binary) else None
+            if torch.is_grad_enabled():
+                bits = [Sample.apply(pre[:, k], None if noise is None else noise[:, k], m) for k, m in enumerate(modes)]
+            else:
+                bits = [sample(m, pre[:, k], None if noise is None else noise[:, k]) for k, m in enumerate(modes)]
+            return select(torch.stack(bits, 1), lo, hi)
+
+        return apply
+
+
+def select(bits: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """Bits or soft samples (...,G,H) -> levels: exactly lo where 0, exactly hi where 1, linear between.
+
+    `lo + (hi - lo) * 1` may miss hi by a rounding, and a kept GRU unit would creep; lerp is exact at both ends.
+    """
+    return torch.lerp(lo, hi, bits)

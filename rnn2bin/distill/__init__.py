@@ -1,0 +1,1 @@
+"""Distillation: data windows, losses, the trainer. The only optimizer of the project."""

@@ -1,0 +1,1 @@
+"""How a gate is made discrete (estimators) and how fast (schedules): pure functions, no state."""

@@ -1,0 +1,143 @@
+"""Estimators: a gate's pre-activation -> a sample in [0, 1], and the surrogate derivative that training sends back.
+
+Every estimator is the pair (`sample`, `derivative`), both elementwise and pure, so that the step-by-step oracle and the windowed
+training kernels share one definition. Temperature, slope and noise are arguments.
+
+Sources: Gumbel-sigmoid / binary concrete: Maddison et al. 2017 (arXiv 1611.00712), Jang et al. 2017 (1611.01144);
+straight-through: Bengio et al. 2013 (1308.3432); hard sigmoid with an annealed slope: Chung et al. 2017, HM-RNN (1609.01704);
+noise on a share of the gates: Li et al. 2018, G2-LSTM (1806.02988).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Name = Literal["float", "binary", "gumbel", "gumbel-hard", "sigmoid", "hard-sigmoid", "straight-through", "stochastic"]
+Backward = Literal["sigmoid", "hard-sigmoid", "identity"]
+
+NOISY: frozenset[str] = frozenset({"gumbel", "gumbel-hard", "stochastic"})
+BITS: frozenset[str] = frozenset({"binary", "gumbel-hard", "straight-through", "stochastic"})
+_UNIFORM_EDGE = 1e-6  # keeps log u and log(1 - u) finite in fp32
+
+
+@dataclass(frozen=True)
+class Discretize:
+    """What happens to a binary gate in this call: the estimator and its values now. Gates left soft stay σ(pre).
+
+    `float`: σ(pre), the teacher's gate. `binary`: 1[pre > 0], what ships.
+    `temperature` τ > 0 and `slope` s > 0; `noise` is the share of gates that receive noise.
+    """
+
+    estimator: Name = "binary"
+    temperature: float = 1.0
+    slope: float = 1.0
+    backward: Backward = "hard-sigmoid"
+    noise: float = 1.0
+    generator: torch.Generator | None = None
+
+    @property
+    def draws(self) -> bool:
+        return self.estimator in NOISY and self.noise > 0
+
+    def soft(self) -> Discretize:
+        """The same gate without noise and without bits: σ(s·pre/τ), or the hard sigmoid where that is the estimator."""
+        name: Name = "hard-sigmoid" if self.estimator == "hard-sigmoid" else "sigmoid"
+        return replace(self, estimator=name)
+
+
+FLOAT = Discretize("float")
+BINARY = Discretize("binary")
+
+
+def logistic_noise(shape: Sequence[int], mode: Discretize, like: Tensor) -> Tensor:
+    """Logistic noise log u − log(1−u) of `shape`; zero on a share 1 − `mode.noise` of the entries."""
+    u = torch.rand(tuple(shape), generator=mode.generator, device=like.device, dtype=like.dtype)
+    noise = torch.logit(u.clamp_(_UNIFORM_EDGE, 1 - _UNIFORM_EDGE))
+    if mode.noise < 1:
+        keep = torch.rand(tuple(shape), generator=mode.generator, device=like.device, dtype=like.dtype) < mode.noise
+        noise = noise * keep
+    return noise
+
+
+def hard_sigmoid(x: Tensor, slope: float) -> Tensor:
+    """clip((slope·x + 1)/2, 0, 1)."""
+    return (slope * x).add_(1).mul_(0.5).clamp_(0, 1)
+
+
+def sample(mode: Discretize, pre: Tensor, noise: Tensor | None = None) -> Tensor:
+    """The gate's sample in [0, 1], of the shape of `pre`; `noise` is logistic, for the estimators that draw."""
+    shifted = mode.slope * pre
+    match mode.estimator:
+        case "float":
+            return torch.sigmoid(pre)
+        case "binary" | "straight-through":
+            return (pre > 0).to(pre.dtype)
+        case "sigmoid":
+            return torch.sigmoid(shifted / mode.temperature)
+        case "hard-sigmoid":
+            return hard_sigmoid(pre, mode.slope / mode.temperature)
+        case "gumbel":
+            return torch.sigmoid((shifted if noise is None else shifted + noise) / mode.temperature)
+        case "gumbel-hard":
+            return ((shifted if noise is None else shifted + noise) > 0).to(pre.dtype)
+        case "stochastic":
+            return _bernoulli(mode, pre, noise)
+
+
+def _bernoulli(mode: Discretize, pre: Tensor, noise: Tensor | None) -> Tensor:
+    """1 with probability hs(s·pre), or σ(s·pre): the same uniform draw, recovered from the logistic noise."""
+    if noise is None:
+        return (pre > 0).to(pre.dtype)
+    probability = torch.sigmoid(mode.slope * pre) if mode.backward == "sigmoid" else hard_sigmoid(pre, mode.slope)
+    return (probability > torch.sigmoid(-noise)).to(pre.dtype)
+
+
+def derivative(mode: Discretize, pre: Tensor, value: Tensor, noise: Tensor | None = None) -> Tensor:
+    """d sample / d pre as training sees it; `value` is what `sample` returned for the same arguments."""
+    match mode.estimator:
+        case "float":
+            return value * (1 - value)
+        case "sigmoid" | "gumbel":
+            return (value * (1 - value)).mul_(mode.slope / mode.temperature)
+        case "gumbel-hard":
+            soft = sample(replace(mode, estimator="gumbel"), pre, noise)
+            return (soft * (1 - soft)).mul_(mode.slope / mode.temperature)
+        case "hard-sigmoid":
+            return _window(pre, mode.slope / mode.temperature)
+        case "binary" | "straight-through" | "stochastic":
+            return _surrogate(mode, pre)
+
+
+def _surrogate(mode: Discretize, pre: Tensor) -> Tensor:
+    if mode.backward == "identity":
+        return torch.ones_like(pre)
+    if mode.backward == "sigmoid":
+        soft = torch.sigmoid(mode.slope * pre)
+        return (soft * (1 - soft)).mul_(mode.slope)
+    return _window(pre, mode.slope)
+
+
+def _window(pre: Tensor, slope: float) -> Tensor:
+    """The hard sigmoid's gradient: slope/2 where |pre| < 1/slope, else 0."""
+    return (pre.abs() < 1 / slope).to(pre.dtype).mul_(slope / 2)
+
+
+class Sample(torch.autograd.Function):
+    """`sample` with `derivative` as its gradient, for the step-by-step oracle."""
+
+    @staticmethod
+    def forward(ctx, pre: Tensor, noise: Tensor | None, mode: Discretize) -> Tensor:  # type: ignore[override]
+        value = sample(mode, pre, noise)
+        ctx.save_for_backward(pre, value, *([] if noise is None else [noise]))
+        ctx.mode = mode
+        return value
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        pre, value, *noise = ctx.saved_tensors
+        return grad * derivative(ctx.mode, pre, value, noise[0] if noise else None), None, None

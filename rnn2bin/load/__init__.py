@@ -1,0 +1,196 @@
+"""Source file -> Loaded (spec and canonical float32 weights). One reader per format; the only place that permutes gates.
+
+No code of a source file is ever run. torch is imported when a file is read, not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rnn2bin import spec as spec_module
+from rnn2bin.errors import ResourceError, UnsupportedError, UsageError
+from rnn2bin.load import huggingface, npz, pytorch, recognise, safetensors_file
+from rnn2bin.load.assemble import Assembly, build, leftovers
+from rnn2bin.load.common import READ_NOW, fingerprint, regular_file
+from rnn2bin.load.render import parts, source_yaml, text
+from rnn2bin.recipe import Source
+from rnn2bin.spec import RnnSpec
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Inspection", "Loaded", "inspect", "load"]
+
+READERS = {"pytorch": pytorch.read, "safetensors": safetensors_file.read, "npz": npz.read, "huggingface": huggingface.read}
+SUFFIXES = {
+    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl"), "pytorch"),
+    ".safetensors": "safetensors",
+    ".npz": "npz",
+}
+# Known, but not read: said by name, so that nobody has to wonder.
+OTHERS = {
+    ".onnx": "an ONNX graph",
+    **dict.fromkeys((".h5", ".hdf5", ".keras"), "a Keras (HDF5) model"),
+    ".jit": "a TorchScript archive",
+    ".pt2": "a torch.export program",
+    **dict.fromkeys((".tflite", ".pb"), "a TensorFlow graph"),
+    ".npy": "a single NumPy array",
+    ".gguf": "a GGUF file",
+}
+HDF5 = b"\x89HDF\r\n\x1a\n"
+WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A float network: `weights` has exactly the names and shapes of `spec.tensors()`, float32 and contiguous.
+
+    `readout_stated` is False where the recipe did not say what the head reads; the task may then choose.
+    """
+
+    spec: RnnSpec
+    weights: dict[str, torch.Tensor]
+    provenance: dict[str, Any]
+    readout_stated: bool
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in a file. `recognised` is None, and `reasons` says why, where the file alone does not make a network."""
+
+    format: str
+    tensors: list[tuple[str, tuple[int, ...], str]]
+    recognised: RnnSpec | None
+    source: str
+    reasons: list[str]
+    readout_stated: bool
+    parts: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `rnn2bin inspect --json`."""
+        return {
+            "format": self.format,
+            "tensors": [{"name": name, "shape": list(shape), "dtype": dtype} for name, shape, dtype in self.tensors],
+            "recognised": spec_module.to_dict(self.recognised) if self.recognised else None,
+            "parts": self.parts,
+            "source": self.source,
+            "reasons": self.reasons,
+            "readout_stated": self.readout_stated,
+            "provenance": self.provenance,
+        }
+
+    def render(self) -> str:
+        """Text for people: what was recognised, what was not, and the `source:` section to start from."""
+        return text(self.format, self.tensors, self.parts, self.reasons, self.source)
+
+
+@dataclass(frozen=True)
+class _Resolved:
+    assembly: Assembly
+    draft: recognise.Draft | None
+    reasons: list[str]
+    readout_stated: bool
+
+
+def load(path: str | Path, *, source: Source | None = None) -> Loaded:
+    """Read a source file and turn it into the canonical float network.
+
+    Raises UsageError (no such file), UnsupportedError (every reason why it cannot be converted), UnsafeError (reading it would run
+    code or exhaust the memory) and ResourceError (it does not fit into memory).
+    """
+    path = Path(path)
+    name, tensors = _read(path, source)
+    resolved = _resolve(tensors, source)
+    spec = resolved.assembly.spec
+    if spec is None or resolved.reasons:
+        raise UnsupportedError(*(f"{path.name}: {reason}" for reason in resolved.reasons))
+    return Loaded(spec, resolved.assembly.weights, _provenance(path, name), resolved.readout_stated)
+
+
+def inspect(path: str | Path, *, source: Source | None = None) -> Inspection:
+    """Say what is in a source file. Raises like `load` for files that cannot be read, never for content that is not recognised."""
+    path = Path(path)
+    name, tensors = _read(path, source)
+    resolved = _resolve(tensors, source)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    return Inspection(
+        format=name,
+        tensors=[(key, shapes[key], str(tensor.dtype).removeprefix("torch.")) for key, tensor in tensors.items()],
+        recognised=None if resolved.reasons else resolved.assembly.spec,
+        source=source_yaml(resolved.draft, resolved.reasons, source.ignore if source else []),
+        reasons=resolved.reasons,
+        readout_stated=resolved.readout_stated,
+        parts=parts(resolved.draft, shapes),
+        provenance=_provenance(path, name),
+    )
+
+
+def _read(path: Path, source: Source | None) -> tuple[str, dict[str, torch.Tensor]]:
+    """Format and tensors, names freed of a common wrapper's prefix."""
+    name = _format(path)
+    try:
+        tensors = READERS[name](path, ignore=source.ignore if source else ())
+    except MemoryError:
+        raise ResourceError(f"{path}: does not fit into memory") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not tensors:
+        raise UnsupportedError(f"{path}: holds no tensors")
+    while stripped := next((p for p in WRAPPERS if all(key.startswith(p) and key != p for key in tensors)), None):
+        tensors = {key.removeprefix(stripped): tensor for key, tensor in tensors.items()}
+    return name, tensors
+
+
+def _format(path: Path) -> str:
+    if path.is_dir():
+        return "huggingface"
+    regular_file(path)
+    suffix = path.suffix.lower()
+    kind = OTHERS.get(suffix)
+    try:
+        with path.open("rb") as stream:
+            if stream.read(len(HDF5)) == HDF5:
+                kind = OTHERS[".h5"]
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if kind:
+        raise UnsupportedError(f"{path}: {kind}, which rnn2bin does not read; {READ_NOW}")
+    if suffix not in SUFFIXES:
+        raise UnsupportedError(f"{path}: unknown file type {suffix or '(no suffix)'}; {READ_NOW}")
+    return SUFFIXES[suffix]
+
+
+def _resolve(tensors: dict[str, torch.Tensor], source: Source | None) -> _Resolved:
+    """Recognise where the source leaves it open, then assemble; all reasons of both, each once."""
+    source = source or Source()
+    if not source.automatic:
+        built = build(source, tensors)
+        section = source.main or source.decoder
+        stated = section is not None and "readout" in section.model_fields_set
+        return _Resolved(built, source.model_dump(exclude_defaults=True, exclude={"ignore"}), built.reasons, stated)
+    wanted = {name: tensor for name, tensor in tensors.items() if not _matches(name, source.ignore)}
+    proposal = recognise.recognise({name: tuple(tensor.shape) for name, tensor in wanted.items()}, hints=source)
+    complete = proposal.source()
+    if complete is None:
+        built = Assembly(reasons=leftovers(wanted, proposal.uses(), ()) if proposal.draft else [])
+    else:
+        built = build(complete, wanted)
+    reasons = list(dict.fromkeys([*proposal.reasons, *built.reasons]))
+    return _Resolved(built, proposal.draft, reasons, source.readout is not None)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _provenance(path: Path, name: str) -> dict[str, Any]:
+    """Where the weights came from: `file`, `format`, `sha256`, `bytes`, and `files` with the same of each file."""
+    sources = huggingface.files(path) if path.is_dir() else [path]
+    if path.is_dir() and (path / "config.json").exists():
+        sources = [path / "config.json", *sources]
+    return {"file": path.resolve().name, "format": name, **fingerprint(sources)}

@@ -1,0 +1,250 @@
+"""Source + tensors -> (RnnSpec, canonical weights). The one place where gates are permuted.
+
+PyTorch's row blocks are i,f,g,o (LSTM) and r,z,n (GRU); the canonical order is spec.py's, with the candidate in tensors of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from rnn2bin import spec as spec_module
+from rnn2bin.errors import UnsupportedError
+from rnn2bin.recipe import LayerSource, LinearSource, SectionSource, Source
+from rnn2bin.spec import CELLS, DIRECTIONS, DecodeSpec, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
+
+if TYPE_CHECKING:
+    import torch
+
+CANDIDATE = "candidate"
+BLOCKS = {
+    "lstm": ("i", "f", CANDIDATE, "o"),
+    "gru": ("r", "z", CANDIDATE),
+    "gru_reset_before": ("r", "z", CANDIDATE),
+}
+
+# What a tensor that the network does not use most likely is, by its name: said in the refusal, never acted upon.
+LOOKS_LIKE = (
+    ("attention", ("attn", "attention", "query")),
+    ("normalisation", ("norm", "bn", "running_", "num_batches")),
+    ("convolution", ("conv",)),
+    ("a conditional random field", ("crf", "transition")),
+    ("a learned initial state", ("h0", "c0", "h_0", "c_0", "init", "hidden")),
+    ("a position embedding", ("pos_", "position")),
+    ("an embedding", ("emb",)),
+)
+
+
+@dataclass
+class Assembly:
+    """The outcome: `spec` is None where the parts do not make one; `reasons` is empty exactly when it can be used."""
+
+    spec: RnnSpec | None = None
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+
+
+def assemble(source: Source, tensors: Mapping[str, torch.Tensor]) -> tuple[RnnSpec, dict[str, torch.Tensor]]:
+    """Spec and canonical float32 weights of a source that names its sections.
+
+    Raises UnsupportedError with all reasons: tensors that are missing, of the wrong shape, not finite, or left over.
+    """
+    built = build(source, tensors)
+    if built.spec is None or built.reasons:
+        raise UnsupportedError(*built.reasons)
+    return built.spec, built.weights
+
+
+def build(source: Source, tensors: Mapping[str, torch.Tensor]) -> Assembly:
+    """Like `assemble`, but the reasons are returned instead of raised."""
+    work = _Work(tensors)
+    named = {"main": source.main, "encoder": source.encoder, "decoder": source.decoder}
+    sections = {name: work.section(name, section) for name, section in named.items() if section is not None}
+    decode = DecodeSpec(source.decode.start, source.decode.end, source.decode.max_length) if source.decode else None
+    work.reasons += leftovers(tensors, work.uses, source.ignore)
+    complete = {name: section for name, section in sections.items() if section is not None}
+    if len(complete) < len(sections) or not complete:
+        return Assembly(reasons=work.reasons or ["source: names no section"])
+    spec = RnnSpec(complete, decode)
+    work.reasons += _joins(spec)
+    return Assembly(spec, work.weights if not work.reasons else {}, list(dict.fromkeys(work.reasons)))
+
+
+def leftovers(tensors: Mapping[str, torch.Tensor], used: Iterable[str], ignore: Sequence[str]) -> list[str]:
+    """One reason for every tensor that is neither used nor listed in `ignore` (names or glob patterns)."""
+    used = set(used)
+    left = [name for name in tensors if name not in used and not any(name == p or fnmatchcase(name, p) for p in ignore)]
+    return [
+        f"{name} {tuple(tensors[name].shape)}: {_guess(name)}no part of a network that rnn2bin runs; where the network "
+        f'gives the same outputs without it, list it in the recipe\'s `source: {{ignore: ["{name}"]}}`'
+        for name in left
+    ]
+
+
+def _guess(name: str) -> str:
+    found = [kind for kind, marks in LOOKS_LIKE if any(mark in name.lower() for mark in marks)]
+    return f"looks like {found[0]}; " if found else ""
+
+
+def _joins(spec: RnnSpec) -> list[str]:
+    reasons: list[str] = []
+    try:
+        spec_module.check(spec)
+    except UnsupportedError as error:
+        reasons += error.reasons
+    vocabulary = spec.main.input_size
+    if spec.decode and max(spec.decode.start, spec.decode.end) >= vocabulary:
+        reasons.append(
+            f"decode: start {spec.decode.start} and end {spec.decode.end} must be below the decoder's vocabulary of {vocabulary}"
+        )
+    return reasons
+
+
+class _Work:
+    """Takes tensors by name, collecting reasons instead of stopping at the first."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+        self.weights: dict[str, torch.Tensor] = {}
+        self.uses: dict[str, str] = {}  # tensor of the file -> the role it was used in
+        self.reasons: list[str] = []
+
+    def take(self, name: str, role: str, shape: tuple[int | None, ...]) -> torch.Tensor | None:
+        """The tensor as float32, or None with a reason. `shape`: None where any size fits."""
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            near = difflib.get_close_matches(name, self.tensors, n=1)
+            self.reasons.append(f"{name}: no such tensor in the file" + (f"; did you mean {near[0]}?" if near else ""))
+            return None
+        # A table and the output layer may be tied: one matrix in two roles. Nothing else may be.
+        before, kind = self.uses.get(name), "matrix" if role in ("embedding", "linear weight") else role
+        if before is not None and not (kind == before == "matrix"):
+            self.reasons.append(f"{name}: used more than once by the source")
+        self.uses[name] = kind
+        actual = tuple(tensor.shape)
+        if len(actual) != len(shape) or any(want is not None and want != have for want, have in zip(shape, actual, strict=True)):
+            wanted = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
+            self.reasons.append(f"{name}: shape {actual}, but {wanted} is wanted for {role}")
+            return None
+        return self._float32(name, tensor)
+
+    def _float32(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        import torch
+
+        if 0 in tensor.shape:
+            self.reasons.append(f"{name}: shape {tuple(tensor.shape)} holds nothing")
+            return None
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            self.reasons.append(
+                f"{name}: {str(tensor.dtype).removeprefix('torch.')} values; weights are float16, bfloat16, float32 or float64"
+            )
+            return None
+        values = tensor.detach().to(torch.float32)
+        finite = torch.isfinite(values)
+        if not bool(finite.all()):
+            self.reasons.append(f"{name}: {int((~finite).sum())} values are not finite in float32 (nan, inf or too large)")
+            return None
+        return values
+
+    def section(self, name: str, source: SectionSource) -> SectionSpec | None:
+        embedding = self.embedding(name, source)
+        layers = [self.layer(f"{name}.layers.{index}", source.cell, layer) for index, layer in enumerate(source.layers)]
+        head = [self.linear(f"{name}.head.{index}", linear) for index, linear in enumerate(source.head)]
+        if not all(layers) or not all(head) or (source.embedding and embedding is None):
+            return None
+        known = tuple(layer for layer in layers if layer)
+        if source.one_hot and not source.embedding:
+            embedding = EmbeddingSpec(known[0].input_size, known[0].input_size, one_hot=True)
+        return SectionSpec(known, embedding, tuple(linear for linear in head if linear), source.readout)
+
+    def embedding(self, name: str, source: SectionSource) -> EmbeddingSpec | None:
+        if not source.embedding:
+            return None
+        if source.one_hot:
+            self.reasons.append(f"{name}: give `embedding` or `one_hot`, not both")
+        table = self.take(source.embedding, "embedding", (None, None))
+        if table is None:
+            return None
+        self.keep(f"{name}.embedding.weight", table)
+        return EmbeddingSpec(*table.shape)
+
+    def linear(self, prefix: str, source: LinearSource) -> LinearSpec | None:
+        weight = self.take(source.weight, "linear weight", (None, None))
+        rows = weight.shape[0] if weight is not None else None
+        bias = self.take(source.bias, f"the bias of {source.weight}", (rows,)) if source.bias else None
+        if weight is None or (source.bias and bias is None):
+            return None
+        self.keep(f"{prefix}.weight", weight)
+        if bias is not None:
+            self.keep(f"{prefix}.bias", bias)
+        return LinearSpec(weight.shape[1], weight.shape[0], bias is not None, source.activation)
+
+    def layer(self, prefix: str, cell: str, source: LayerSource) -> LayerSpec | None:
+        """Both directions of one layer; they must have equal sizes."""
+        directions = [source] + ([source.reverse] if source.reverse else [])
+        if source.reverse and source.reverse.reverse:
+            self.reasons.append(f"{prefix}: the backward direction cannot have a `reverse` of its own")
+        specs = [self.direction(f"{prefix}.{name}", cell, one) for name, one in zip(DIRECTIONS, directions, strict=False)]
+        if None in specs:
+            return None
+        first = specs[0]
+        assert first is not None
+        if len(specs) == 2 and specs[1] != first:
+            self.reasons.append(f"{prefix}: the two directions have different sizes ({source.weight_hh}, {directions[1].weight_hh})")
+            return None
+        return LayerSpec(cell, first.input_size, first.hidden_size, len(specs), first.proj_size)
+
+    def direction(self, prefix: str, cell: str, source: LayerSource) -> LayerSpec | None:
+        """weight_ih (G*H, I), weight_hh (G*H, R), biases (G*H,), weight_hr (R, H); G counts the candidate block too."""
+        blocks = len(BLOCKS[cell])
+        if source.weight_hr and cell != "lstm":
+            self.reasons.append(f"{source.weight_hr}: only an LSTM has a projection")
+        projection = self.take(source.weight_hr, "the projection", (None, None)) if source.weight_hr else None
+        size = self.tensors[source.weight_hh].shape if source.weight_hh in self.tensors else ()
+        hidden = size[0] // blocks if len(size) == 2 else None
+        recurrent = projection.shape[0] if projection is not None else hidden
+        rows = hidden * blocks if hidden is not None else None
+        hh = self.take(source.weight_hh, f"weight_hh of {cell}", (rows, recurrent))
+        ih = self.take(source.weight_ih, f"weight_ih of {cell}", (rows, None))
+        biases = {name: self.take(name, f"a bias of {cell}", (rows,)) for name in (source.bias_ih, source.bias_hh) if name}
+        if projection is not None and hidden is not None and projection.shape[1] != hidden:
+            self.reasons.append(f"{source.weight_hr}: shape {tuple(projection.shape)}, but (any, {hidden}) is wanted for the projection")
+            return None
+        incomplete = (source.weight_hr and projection is None) or any(bias is None for bias in biases.values())
+        if hh is None or ih is None or hidden is None or incomplete:
+            return None
+        zeros = hh.new_zeros(blocks * hidden)
+        b_ih, b_hh = (biases[name] if name else None for name in (source.bias_ih, source.bias_hh))
+        self.permute(prefix, cell, ih, hh, zeros if b_ih is None else b_ih, zeros if b_hh is None else b_hh)
+        if projection is not None:
+            self.keep(f"{prefix}.projection.weight", projection)
+        return LayerSpec(cell, ih.shape[1], hidden, 1, projection.shape[0] if projection is not None else 0)
+
+    def permute(self, prefix: str, cell: str, ih: torch.Tensor, hh: torch.Tensor, b_ih: torch.Tensor, b_hh: torch.Tensor) -> None:
+        """Split PyTorch's row blocks; put the gates in canonical order, the candidate aside."""
+        import torch
+
+        def split(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            blocks = dict(zip(BLOCKS[cell], values.chunk(len(BLOCKS[cell])), strict=True))
+            return torch.cat([blocks[gate] for gate in CELLS[cell].gate_names]), blocks[CANDIDATE]
+
+        for name, values in (("weight_ih", ih), ("weight_hh", hh)):
+            gates, candidate = split(values)
+            self.keep(f"{prefix}.gates.{name}", gates)
+            self.keep(f"{prefix}.candidate.{name}", candidate)
+        (gates_ih, candidate_ih), (gates_hh, candidate_hh) = split(b_ih), split(b_hh)
+        self.keep(f"{prefix}.gates.bias", gates_ih + gates_hh)
+        if CELLS[cell].candidate_bias_hh:  # the reset gate multiplies b_hn: it cannot be added to b_in
+            self.keep(f"{prefix}.candidate.bias", candidate_ih)
+            self.keep(f"{prefix}.candidate.bias_hh", candidate_hh)
+        else:
+            self.keep(f"{prefix}.candidate.bias", candidate_ih + candidate_hh)
+
+    def keep(self, name: str, values: torch.Tensor) -> None:
+        import torch
+
+        # A copy: the weights must not share memory with the file's tensors or with each other.
+        self.weights[name] = values.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,84 @@
+"""What `inspect` says: the recognised parts, the `source:` section as YAML, the text for people. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MOST_ROWS = 200
+
+
+def _plain(line: str) -> str:
+    """Names come from the file: a line break or an escape sequence in one must not reach a recipe or a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+BY_HAND = """\
+source:
+  main:
+    cell: lstm  # or gru, gru_reset_before
+    embedding: null  # tensor (vocabulary, width); or `one_hot: true`; neither for float inputs
+    layers:
+    - {weight_ih: unknown, weight_hh: unknown, bias_ih: unknown, bias_hh: unknown}
+    head:
+    - {weight: unknown, bias: unknown, activation: none}
+    readout: all  # or last, final, mean, max
+"""
+
+
+def parts(draft: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """One line for each recognised part, in the order data pass through them."""
+    lines = []
+    for name in ("main", "encoder", "decoder"):
+        section = (draft or {}).get(name)
+        if not section:
+            continue
+        if section.get("embedding"):
+            lines.append(f"{name}: embedding {section['embedding']} {shapes.get(section['embedding'])}")
+        for index, layer in enumerate(section["layers"]):
+            lines.append(f"{name}: layer {index}: {_layer(section['cell'], layer, shapes)}")
+        for linear in section.get("head", []):
+            lines.append(f"{name}: linear {linear['weight']} {shapes.get(linear['weight'])}, then {linear.get('activation', 'none')}")
+    return lines
+
+
+def _layer(cell: str, layer: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    ih, hh = shapes.get(layer["weight_ih"]), shapes.get(layer["weight_hh"])
+    hidden = hh[0] // (4 if cell == "lstm" else 3) if hh else "?"
+    ways = "both directions" if layer.get("reverse") else "one direction"
+    projected = f", projected to {shapes[layer['weight_hr']][0]}" if layer.get("weight_hr") in shapes else ""
+    bias = "" if layer.get("bias_ih") or layer.get("bias_hh") else ", no bias"
+    return f"{cell} {ih[1] if ih and len(ih) == 2 else '?'} -> {hidden}, {ways}{projected}{bias} ({layer['weight_ih']})"
+
+
+def source_yaml(draft: Mapping[str, Any] | None, reasons: Sequence[str], ignore: Sequence[str]) -> str:
+    """The `source:` section to paste into a recipe; `unknown` stands where the file does not say, and no recipe accepts it."""
+    import yaml  # type: ignore[import-untyped, unused-ignore]
+
+    comments = "".join(f"# open: {_plain(line)}\n" for line in reasons)
+    if draft is None:
+        return comments + BY_HAND
+    data = {"source": {**draft, **({"ignore": list(ignore)} if ignore else {})}}
+    body = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, allow_unicode=True, width=1000)
+    notes = "# where it applies, add to a section: `readout: last` (or final, mean, max); `one_hot: true` for tokens without a table\n"
+    return comments + notes + str(body)
+
+
+def text(
+    format_name: str,
+    tensors: Sequence[tuple[str, tuple[int, ...], str]],
+    found: Sequence[str],
+    reasons: Sequence[str],
+    source: str,
+) -> str:
+    """The whole of `rnn2bin inspect` as text."""
+    found, reasons = [_plain(line) for line in found], [_plain(line) for line in reasons]
+    tensors = [(_plain(name), shape, dtype) for name, shape, dtype in tensors]
+    width = max(len(name) for name, _, _ in tensors)
+    lines = [f"{format_name}: {len(tensors)} tensors"]
+    lines += [f"  {name:<{width}}  {dtype:<8}  {'x'.join(map(str, shape)) or 'scalar'}" for name, shape, dtype in tensors[:MOST_ROWS]]
+    if len(tensors) > MOST_ROWS:
+        lines.append(f"  … and {len(tensors) - MOST_ROWS} more (all with --json)")
+    lines += ["", "recognised:", *(f"  {line}" for line in found or ["nothing"])]
+    lines += ["", "not settled:" if reasons else "not settled: nothing, it can be converted as it is", *(f"  {line}" for line in reasons)]
+    return "\n".join([*lines, "", source.rstrip(), ""])

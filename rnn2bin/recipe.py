@@ -1,0 +1,244 @@
+"""The recipe: what a conversion does, as closed, frozen data. This module touches no model.
+
+The pydantic models below are the one home of every knob, its default and its bounds; YAML reading with positions stands in `rnn2bin.recipe_yaml`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from rnn2bin.spec import CELLS, Activation, Readout
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+Task = Literal["auto", "next-token", "classify", "tag", "regress", "match", "transduce"]
+Metric = Literal["auto", "bits_per_token", "accuracy", "mse", "cosine", "agreement", "sequence_accuracy"]
+ScheduleKind = Literal["constant", "linear", "exponential", "cosine", "step"]
+
+GATE_NAMES = tuple(dict.fromkeys(name for kind in CELLS.values() for name in kind.gate_names))
+_T = TypeVar("_T")
+
+
+def _check_gates(given: Iterable[tuple[tuple[str | int, ...], Any]], validate: Callable[[], _T]) -> _T:
+    """`validate()`, with a ValidationError that holds its errors and one for each (loc, gate) of no cell at once.
+
+    A validator that ran after the fields would stay silent as long as one of them is wrong.
+    """
+    known = ", ".join(GATE_NAMES)
+    errors = [
+        InitErrorDetails(
+            type=PydanticCustomError("gate_name", "no cell has a gate {name}; gates: {known}", {"name": name, "known": known}),
+            loc=loc,
+            input=gate,
+        )
+        for loc, gate in given
+        if isinstance(gate, str) and (name := gate.rpartition(".")[2]) not in GATE_NAMES
+    ]
+    try:
+        value = validate()
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        errors += [InitErrorDetails(type=e["type"], loc=e["loc"], input=e["input"], ctx=e.get("ctx", {})) for e in found]
+    if errors:
+        raise ValidationError.from_exception_data("Recipe", errors)
+    return value
+
+
+class Closed(BaseModel):
+    """Unknown keys are errors; values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Schedule(Closed):
+    """A value as a pure function of progress in [0, 1]; reached at `until`, constant after."""
+
+    schedule: ScheduleKind = Field("exponential", description="the curve from start to end")
+    start: Positive = Field(description="value at progress 0")
+    end: Positive = Field(description="value from progress `until` on")
+    until: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="progress at which `end` is reached")
+    steps: Count = Field(5, description="for `schedule: step`: how many equal jumps")
+
+
+class LinearSource(Closed):
+    weight: str = Field(description="tensor of shape (out, in)")
+    bias: str | None = Field(None, description="tensor of shape (out,)")
+    activation: Activation = Field("none", description="what follows the linear layer")
+
+
+class LayerSource(Closed):
+    """One direction of one recurrent layer, PyTorch's gate order: LSTM i,f,g,o; GRU r,z,n."""
+
+    weight_ih: str
+    weight_hh: str
+    bias_ih: str | None = None
+    bias_hh: str | None = None
+    weight_hr: str | None = Field(None, description="the LSTM's projection")
+    reverse: LayerSource | None = Field(None, description="the backward direction's tensors")
+
+
+class SectionSource(Closed):
+    cell: Literal["lstm", "gru", "gru_reset_before"]
+    layers: list[LayerSource] = Field(min_length=1)
+    embedding: str | None = Field(None, description="tensor of shape (vocabulary, width)")
+    one_hot: bool = Field(False, description="inputs are tokens, fed as one-hot vectors")
+    head: list[LinearSource] = Field(default_factory=list, description="linear layers after the last recurrent one")
+    readout: Readout = Field(
+        "all", description="what the head reads: all steps, the last step, the final states of both directions, the mean or max over time"
+    )
+
+
+class DecodeSource(Closed):
+    start: Annotated[int, Field(ge=0)] = Field(description="token that starts the decoder")
+    end: Annotated[int, Field(ge=0)] = Field(description="token that ends it")
+    max_length: Count = Field(description="most steps it takes")
+
+
+class Source(Closed):
+    """What a bare tensor file cannot say: how its tensors join to a network. `rnn2bin inspect` prints one to start from.
+
+    Without `main` or `encoder` and `decoder` the network is recognised from the tensors' names and shapes; `decode`, `cell`,
+    `readout` and `activations` then add what these do not tell.
+    """
+
+    main: SectionSource | None = None
+    encoder: SectionSource | None = None
+    decoder: SectionSource | None = None
+    decode: DecodeSource | None = None
+    ignore: list[str] = Field(default_factory=list, description="tensors of the file that the network does not need; patterns as in `similarity_*`")
+    cell: Literal["gru_reset_before"] | None = Field(None, description="recognised networks: the GRU's reset gate multiplies h before U_n")
+    readout: Readout | None = Field(None, description="recognised networks: what the head reads")
+    activations: list[Activation] | None = Field(None, description="recognised networks: what follows each linear layer of the head, in order")
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the network is to be recognised from names and shapes."""
+        return self.main is None and self.encoder is None and self.decoder is None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Source:
+        pair = (self.encoder, self.decoder, self.decode)
+        hints = [name for name in ("cell", "readout", "activations") if getattr(self, name) is not None]
+        if self.automatic:
+            return self
+        if self.main is not None and any(pair) or self.main is None and not all(pair):
+            raise ValueError("give either `main`, or `encoder`, `decoder` and `decode`")
+        if hints:
+            raise ValueError(f"`{hints[0]}` belongs to a network recognised automatically; here, write it into the section it is about")
+        return self
+
+
+class Sampling(Closed):
+    """Data-free conversion of a token-in, token-out network: sequences sampled from the teacher itself."""
+
+    sequences: Count = Field(2048, description="how many; more is closer to unlimited data")
+    length: Count = Field(128, description="tokens in each")
+    temperature: Positive = Field(1.0, description="above 1: more varied, less like the teacher's own text")
+
+
+class Data(Closed):
+    """Where the data is, when `--data` is not given, and how it is split."""
+
+    path: str | None = Field(None, description="one file, split by `valid` and `test`")
+    train: str | None = None
+    valid_path: str | None = None
+    test_path: str | None = None
+    valid: Share = Field(0.1, description="share set apart to choose checkpoints by; its own file takes precedence")
+    test: Share = Field(0.1, description="share held out for the report, used for nothing else")
+    tokens: Literal["auto", "characters", "bytes", "words"] = Field("auto", description="for .txt: what a token is")
+    vocabulary: str | None = Field(None, description="for .txt: file with one token a line, in the network's order")
+    sample: Sampling = Sampling()
+
+
+class Gates(Closed):
+    soft: list[str] = Field(
+        default_factory=list, description="gates left as sigmoids: `o`, or one layer's `main.layers.0.o`; every other gate becomes binary"
+    )
+    levels: Literal["learned", "strict"] = Field("learned", description="learned: each unit learns what its open gate lets through; strict: exactly 0 and 1")
+    estimator: Literal["gumbel", "gumbel-hard", "sigmoid", "hard-sigmoid", "straight-through", "stochastic"] = "gumbel"
+    backward: Literal["sigmoid", "hard-sigmoid", "identity"] = Field("hard-sigmoid", description="gradient of the estimators whose forward is a bit")
+    noise: Share = Field(1.0, description="share of gates that receive Gumbel noise at each step; 0: none")
+    temperature: Schedule = Schedule(start=1.0, end=0.2)
+    slope: Schedule = Schedule(schedule="linear", start=1.0, end=2.0)
+    straight_through_from: Share = Field(0.5, description="progress from which the forward pass uses bits; 1: never")
+    closed_loop: bool = Field(False, description="anneal only while the hard metric keeps up with its best")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _soft_are_gates(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        soft = data.get("soft") if isinstance(data, dict) else None
+        given = enumerate(soft) if isinstance(soft, list) else ()
+        return _check_gates(((("soft", index), gate) for index, gate in given), lambda: handler(data))
+
+
+class Budget(Closed):
+    """Wanted open rate per gate (update gate z: the share of units that are updated): the density dial."""
+
+    open: dict[str, Share] = Field(default_factory=dict, description="gate name -> wanted open rate, e.g. {i: 0.15, o: 0.1}")
+    weight: NotNegative = Field(1.0, description="more: the budget is kept at more cost in accuracy")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _open_are_gates(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        open_rates = data.get("open") if isinstance(data, dict) else None
+        given = open_rates if isinstance(open_rates, dict) else ()
+        return _check_gates(((("open", gate), gate) for gate in given), lambda: handler(data))
+
+
+class Loss(Closed):
+    task: NotNegative = Field(0.5, description="weight of the loss against labels, where there are any")
+    teacher: NotNegative = Field(0.5, description="weight of the loss against the teacher's outputs (KL for logits)")
+    temperature: Positive = Field(1.0, description="softens the teacher's distribution")
+    hidden: NotNegative = Field(0.0, description="match of every layer's output with the teacher's (mean squared error)")
+    gate: NotNegative = Field(0.0, description="match of gate values with the teacher's (mean squared error)")
+
+
+class Train(Closed):
+    steps: Count = Field(4000, description="length of the anneal; time and accuracy grow with it")
+    max_steps: Count | None = Field(None, description="hard stop when gates have not binarized; default 1.25 * steps")
+    batch_size: Count = 64
+    window: Count = Field(64, description="steps of truncated backpropagation; longer inputs carry their state")
+    accumulation: Count = Field(1, description="batches a weight update is averaged over")
+    learning_rate: Positive = 3e-3
+    final_learning_rate: Share = Field(0.02, description="share of the learning rate left at the end (cosine)")
+    warmup: Share = Field(0.02, description="share of the steps over which the learning rate rises")
+    clip: Positive = Field(1.0, description="largest norm of the gradient")
+    weight_decay: NotNegative = 0.0
+    evaluate_every: Count = Field(250, description="steps between measurements with hard gates")
+    tolerance: NotNegative = Field(0.005, description="gates count as binarized when soft and hard metric differ by at most this share")
+
+
+class Report(Closed):
+    max_drop: NotNegative | None = Field(None, description="largest relative loss of the metric; more is exit code 5")
+    controls: bool = Field(True, description="also measure threshold-only, sharpened sigmoid and random gates")
+    float_same_compute: bool = Field(False, description="also fine-tune the float network with the same data and steps (doubles the time)")
+
+
+class Recipe(Closed):
+    version: Literal[1] = 1
+    task: Task = Field("auto", description="auto: from the data's targets")
+    metric: Metric = "auto"
+    seed: Annotated[int, Field(ge=0)] = 0
+    source: Source | None = None
+    data: Data = Data()
+    gates: Gates = Gates()
+    budget: Budget = Budget()
+    loss: Loss = Loss()
+    train: Train = Train()
+    report: Report = Report()
+
+    @property
+    def max_steps(self) -> int:
+        return self.train.max_steps or int(1.25 * self.train.steps)
+
+
+def parse(data: Any) -> Recipe:
+    """A recipe from plain data; raises pydantic's ValidationError (see recipe_yaml for the reading with positions)."""
+    return Recipe.model_validate(data)

@@ -1,0 +1,252 @@
+"""What a network is made of, as frozen data: cell kinds, gates and their canonical order, tensor names and shapes. No torch here.
+
+Alphabet of shapes: T time, B batch, I input, H hidden, R recurrent (the projection where there is one, else H), G gates,
+D directions, V vocabulary, E embedding, O output.
+
+Gate rows and candidate rows are separate tensors, so that a runtime can skip candidate rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rnn2bin.errors import UnsupportedError
+
+FORMAT_VERSION = 1
+
+Readout = Literal["all", "last", "final", "mean", "max"]
+Activation = Literal["none", "relu", "tanh", "sigmoid", "softmax", "log_softmax", "l2", "relu_l2"]
+READOUTS: tuple[str, ...] = ("all", "last", "final", "mean", "max")
+ACTIVATIONS: tuple[str, ...] = ("none", "relu", "tanh", "sigmoid", "softmax", "log_softmax", "l2", "relu_l2")
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """One gate. `closed` and `open` are the strict values of bit 0 and bit 1; `learns` names the levels that may be learned.
+
+    A level on which a skip depends is never learned: `lo` of i, o and r (exactly 0), `hi` of z (exactly 1: keep).
+    """
+
+    name: str
+    learns: tuple[Literal["lo", "hi"], ...]
+    maximum: float | None = None  # learned levels stay within [0, maximum]: a forget gate above 1 would let the cell grow
+
+
+@dataclass(frozen=True)
+class CellKind:
+    """A family of cells: its gates in canonical order, its states, and whether the candidate has its own recurrent bias."""
+
+    name: str
+    gates: tuple[GateSpec, ...]
+    states: tuple[str, ...]
+    candidate_bias_hh: bool = False
+
+    @property
+    def gate_names(self) -> tuple[str, ...]:
+        return tuple(g.name for g in self.gates)
+
+
+CELLS: dict[str, CellKind] = {
+    kind.name: kind
+    for kind in (
+        CellKind(
+            "lstm",
+            gates=(GateSpec("i", ("hi",)), GateSpec("f", ("lo", "hi"), maximum=1.0), GateSpec("o", ("hi",))),
+            states=("h", "c"),
+        ),
+        # r multiplies U_n h + b_hn (PyTorch, cuDNN). z = 1 keeps h.
+        CellKind("gru", gates=(GateSpec("r", ("hi",)), GateSpec("z", ("lo",), maximum=1.0)), states=("h",), candidate_bias_hh=True),
+        # r multiplies h before U_n (Cho 2014, the ONNX default, TensorFlow 1).
+        CellKind("gru_reset_before", gates=(GateSpec("r", ("hi",)), GateSpec("z", ("lo",), maximum=1.0)), states=("h",)),
+    )
+}
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One recurrent layer, one or two directions. Output width is `output_size` = D * R."""
+
+    cell: str
+    input_size: int
+    hidden_size: int
+    directions: int = 1
+    proj_size: int = 0
+
+    @property
+    def kind(self) -> CellKind:
+        return CELLS[self.cell]
+
+    @property
+    def recurrent_size(self) -> int:
+        return self.proj_size or self.hidden_size
+
+    @property
+    def output_size(self) -> int:
+        return self.directions * self.recurrent_size
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of one direction's weights, levels apart."""
+        gate_rows = len(self.kind.gates) * self.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "gates.weight_ih": (gate_rows, self.input_size),
+            "gates.weight_hh": (gate_rows, self.recurrent_size),
+            "gates.bias": (gate_rows,),
+            "candidate.weight_ih": (self.hidden_size, self.input_size),
+            "candidate.weight_hh": (self.hidden_size, self.recurrent_size),
+            "candidate.bias": (self.hidden_size,),
+        }
+        if self.kind.candidate_bias_hh:
+            shapes["candidate.bias_hh"] = (self.hidden_size,)
+        if self.proj_size:
+            shapes["projection.weight"] = (self.proj_size, self.hidden_size)
+        return shapes
+
+
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """Token input: a table (V, E), or one-hot vectors of width V where the file has no table (`one_hot`)."""
+
+    num_embeddings: int
+    embedding_dim: int
+    one_hot: bool = False
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    in_features: int
+    out_features: int
+    bias: bool = True
+    activation: str = "none"
+
+
+@dataclass(frozen=True)
+class SectionSpec:
+    """embedding? -> recurrent layers -> readout -> linear layers?."""
+
+    layers: tuple[LayerSpec, ...]
+    embedding: EmbeddingSpec | None = None
+    head: tuple[LinearSpec, ...] = ()
+    readout: str = "all"
+
+    @property
+    def input_size(self) -> int:
+        """Width of one float input step; for tokens the vocabulary."""
+        return self.embedding.num_embeddings if self.embedding else self.layers[0].input_size
+
+    @property
+    def output_size(self) -> int:
+        return self.head[-1].out_features if self.head else self.layers[-1].output_size
+
+
+@dataclass(frozen=True)
+class DecodeSpec:
+    """How a decoder runs free: first token, stop token, most steps."""
+
+    start: int
+    end: int
+    max_length: int
+
+
+@dataclass(frozen=True)
+class RnnSpec:
+    """A whole network: one section ("main"), or "encoder" and "decoder" where the encoder's last state starts the decoder."""
+
+    sections: dict[str, SectionSpec]
+    decode: DecodeSpec | None = None
+
+    @property
+    def kind(self) -> str:
+        return "encoder-decoder" if self.decode else "sequence"
+
+    @property
+    def main(self) -> SectionSpec:
+        """The section whose output is the network's output."""
+        return self.sections["decoder" if self.decode else "main"]
+
+    @property
+    def entry(self) -> SectionSpec:
+        """The section that reads the network's input."""
+        return self.sections["encoder" if self.decode else "main"]
+
+    def cell_names(self) -> list[tuple[str, LayerSpec]]:
+        """Canonical prefix of every cell ("main.layers.0.fwd") with its layer."""
+        return [
+            (f"{section}.layers.{index}.{direction}", layer)
+            for section, spec in self.sections.items()
+            for index, layer in enumerate(spec.layers)
+            for direction in DIRECTIONS[: layer.directions]
+        ]
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of every float weight (levels of binary gates are the student's own)."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for section, spec in self.sections.items():
+            if spec.embedding and not spec.embedding.one_hot:
+                shapes[f"{section}.embedding.weight"] = (spec.embedding.num_embeddings, spec.embedding.embedding_dim)
+            for index, linear in enumerate(spec.head):
+                shapes[f"{section}.head.{index}.weight"] = (linear.out_features, linear.in_features)
+                if linear.bias:
+                    shapes[f"{section}.head.{index}.bias"] = (linear.out_features,)
+        for prefix, layer in self.cell_names():
+            shapes.update({f"{prefix}.{name}": shape for name, shape in layer.tensors().items()})
+        return shapes
+
+
+DIRECTIONS = ("fwd", "bwd")
+
+
+def check(spec: RnnSpec) -> None:
+    """Refuse a spec whose parts do not join, with all the reasons (UnsupportedError)."""
+    reasons = []
+    for name, section in spec.sections.items():
+        width = section.embedding.embedding_dim if section.embedding else section.layers[0].input_size
+        for index, layer in enumerate(section.layers):
+            if layer.cell not in CELLS:
+                reasons.append(f"{name}.layers.{index}: unknown cell {layer.cell!r}; known: {', '.join(CELLS)}")
+            if layer.input_size != width:
+                reasons.append(f"{name}.layers.{index}: reads {layer.input_size} values but receives {width}")
+            width = layer.output_size
+        for index, linear in enumerate(section.head):
+            if linear.in_features != width:
+                reasons.append(f"{name}.head.{index}: reads {linear.in_features} values but receives {width}")
+            if linear.activation not in ACTIVATIONS:
+                reasons.append(f"{name}.head.{index}: unknown activation {linear.activation!r}; known: {', '.join(ACTIVATIONS)}")
+            width = linear.out_features
+        if section.readout not in READOUTS:
+            reasons.append(f"{name}: unknown readout {section.readout!r}; known: {', '.join(READOUTS)}")
+    if spec.decode:
+        encoder, decoder = spec.sections["encoder"], spec.sections["decoder"]
+        if decoder.embedding is None:
+            reasons.append("decoder: needs an embedding (or one-hot tokens): it reads the tokens it writes")
+        pairs = [(e.cell, e.hidden_size, e.output_size) for e in encoder.layers], [(d.cell, d.hidden_size, d.output_size) for d in decoder.layers]
+        if pairs[0] != pairs[1]:
+            reasons.append("decoder: its layers must have the cells and sizes of the encoder's, whose last states start it")
+    if reasons:
+        raise UnsupportedError(*reasons)
+
+
+def to_dict(spec: RnnSpec) -> dict[str, Any]:
+    """Plain data for config.json."""
+    from dataclasses import asdict
+
+    return asdict(spec)
+
+
+def from_dict(data: dict[str, Any]) -> RnnSpec:
+    """The inverse of `to_dict`; raises UnsupportedError where the data do not fit."""
+    try:
+        sections = {
+            name: SectionSpec(
+                layers=tuple(LayerSpec(**layer) for layer in section["layers"]),
+                embedding=EmbeddingSpec(**section["embedding"]) if section["embedding"] else None,
+                head=tuple(LinearSpec(**linear) for linear in section["head"]),
+                readout=section["readout"],
+            )
+            for name, section in data["sections"].items()
+        }
+        spec = RnnSpec(sections, DecodeSpec(**data["decode"]) if data["decode"] else None)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UnsupportedError(f"config.json: the spec is not one that this version reads ({error})") from None
+    check(spec)
+    return spec

@@ -1,0 +1,75 @@
+"""The training kernels against the oracle's autograd: values and gradients, every cell, every estimator, in float64."""
+
+import pytest
+import torch
+
+from rnn2bin.cells import network
+from rnn2bin.cells.weights import Cell
+from rnn2bin.distill import window
+from rnn2bin.gates import estimators
+from rnn2bin.gates.estimators import Discretize
+from rnn2bin.spec import LayerSpec
+
+T, B, I, H = 5, 3, 4, 6
+LAYERS = {
+    "lstm": LayerSpec("lstm", I, H),
+    "lstm-projection": LayerSpec("lstm", I, H, proj_size=4),
+    "gru": LayerSpec("gru", I, H),
+    "gru_reset_before": LayerSpec("gru_reset_before", I, H),
+}
+
+
+def make_cell(layer: LayerSpec, binary: tuple[bool, ...], *, levels: str = "learned", seed: int = 0) -> Cell:
+    torch.manual_seed(seed)
+    cell = Cell(layer, binary, levels=levels).double()
+    with torch.no_grad():
+        for name, p in cell.named_parameters():
+            p.copy_(torch.rand_like(p) * 0.5 + 0.25 if "levels" in name else torch.randn_like(p) * 0.7)
+    return cell
+
+
+def outputs_and_gradients(walk, cell, x, state, mode, noise, monkeypatch):
+    monkeypatch.setattr(window, "logistic_noise", lambda *a: noise)
+    steps = iter(noise)
+    monkeypatch.setattr("rnn2bin.cells.weights.logistic_noise", lambda *a: next(steps))
+    inputs = [t.clone().requires_grad_() for t in (x, *state)]
+    trace = walk(cell, inputs[0], tuple(inputs[1:]), mode)
+    outs = [*trace.states, trace.pre]
+    torch.manual_seed(9)
+    loss = sum((o * torch.randn_like(o)).sum() for o in outs)
+    wanted = [*inputs, *cell.parameters()]
+    return outs, torch.autograd.grad(loss, wanted, allow_unused=True)
+
+
+@pytest.mark.parametrize("estimator", ["float", "gumbel", "gumbel-hard", "sigmoid", "hard-sigmoid", "straight-through", "stochastic"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_window_equals_oracle(name, estimator, monkeypatch):
+    layer = LAYERS[name]
+    gates = len(layer.kind.gates)
+    cell = make_cell(layer, (True,) * (gates - 1) + (False,) if estimator == "gumbel" else (True,) * gates)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    state = tuple(torch.randn_like(s) for s in network.zero_state(layer, B, x))
+    noise = torch.randn(T, B, gates, H, dtype=torch.float64)
+    mode = Discretize(estimator, temperature=0.7, slope=1.3, backward="sigmoid")
+    ours, got = outputs_and_gradients(window.run_cell, cell, x, state, mode, noise, monkeypatch)
+    oracle, wanted = outputs_and_gradients(network.walk, cell, x, state, mode, noise, monkeypatch)
+    for a, b in zip(ours, oracle, strict=True):
+        torch.testing.assert_close(a, b)
+    names = ["x", *layer.kind.states, *(n for n, _ in cell.named_parameters())]
+    for which, a, b in zip(names, got, wanted, strict=True):
+        if b is not None:
+            torch.testing.assert_close(a, b, msg=lambda m, which=which: f"{which}: {m}")
+    assert all(g is not None and g.abs().sum() > 0 for n, g in zip(names, got, strict=True) if n.startswith(("gates", "candidate")))
+
+
+@pytest.mark.parametrize("backward", ["sigmoid", "hard-sigmoid", "identity"])
+@pytest.mark.parametrize("estimator", ["gumbel", "gumbel-hard", "straight-through", "stochastic", "hard-sigmoid"])
+def test_derivative_moves_with_slope_and_temperature(estimator, backward):
+    """An annealed value that never reached the training graph is a known trap: the derivative must see it."""
+    pre, noise = torch.tensor([0.05, -0.1, 0.3]), torch.tensor([0.1, 0.0, -0.2])
+    seen = []
+    for slope, temperature in ((1.0, 1.0), (2.0, 0.5)):
+        mode = Discretize(estimator, temperature=temperature, slope=slope, backward=backward)
+        seen.append(estimators.derivative(mode, pre, estimators.sample(mode, pre, noise), noise))
+    fixed = backward == "identity" and estimator in ("straight-through", "stochastic")
+    assert torch.equal(*seen) if fixed else not torch.allclose(*seen)
