@@ -66,3 +66,9 @@ class InterruptedRunError(Rnn2binError):
     """The run was stopped and can be resumed with the same command."""
 
     exit_code, http_status, code = 7, 503, "interrupted"
+
+
+class DivergedError(BudgetError):
+    """Training met a loss, weight or gradient that is not finite; the last good checkpoint is kept."""
+
+    code = "diverged"

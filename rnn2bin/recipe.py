@@ -112,10 +112,10 @@ class Source(Closed):
     encoder: SectionSource | None = None
     decoder: SectionSource | None = None
     decode: DecodeSource | None = None
-    ignore: list[str] = Field(default_factory=list, description="tensors of the file that the network does not need; patterns as in `similarity_*`")
+    ignore: list[str] = Field(default_factory=list, description="tensors that the network does not need: names or patterns (`head_*`)")
     cell: Literal["gru_reset_before"] | None = Field(None, description="recognised networks: the GRU's reset gate multiplies h before U_n")
     readout: Readout | None = Field(None, description="recognised networks: what the head reads")
-    activations: list[Activation] | None = Field(None, description="recognised networks: what follows each linear layer of the head, in order")
+    activations: list[Activation] | None = Field(None, description="recognised networks: what follows each linear layer, in order")
 
     @property
     def automatic(self) -> bool:

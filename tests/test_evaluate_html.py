@@ -18,6 +18,12 @@ EVIL = "<script>alert('x')</script>"
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 GATES = [(layer, gate) for layer in ("encoder.layers.0", "decoder.layers.0") for gate in ("r", "z")]
 
+TEXT = "In the beginning God created the heaven and the earth.\nAnd the earth was without form, and void; and"
+LEVELS = {
+    "r": {"lo": [0.0, 0.0, 0.0], "hi": [0.62, 0.94, 1.38]},
+    "z": {"lo": [0.0, 0.13, 0.47], "hi": [1.0, 1.0, 1.0]},
+}
+
 
 def entry(metric: float, loss: float, errors: float) -> dict[str, Any]:
     return {"metric": metric, "loss": loss, "n": 3000, "extra": {"phoneme_error_rate": errors, "mean_edit_distance": errors * 6.1}}
@@ -34,7 +40,7 @@ def training() -> list[dict[str, Any]]:
                 "step": step,
                 "loss": float(0.31 + 1.4 * np.exp(-progress * 14) + 0.06 * progress + generator.normal() * 0.01),
                 "soft": float(soft),
-                "hard": float(soft - 0.55 * np.exp(-progress * 5)) if step % 300 == 0 else None,
+                "hard": max(0.0, float(soft - 0.55 * np.exp(-progress * 5))) if step % 300 == 0 else None,
                 "temperature": 0.2**progress,
                 "slope": 1 + progress,
                 "progress": progress,
@@ -66,11 +72,17 @@ FULL: dict[str, Any] = {
             "gate": gate,
             "binary": (layer, gate) != ("decoder.layers.0", "r"),
             "open_rate": rate,
-            "levels": {"lo": [0.0, 0.0, 0.0] if gate == "r" else [0.0, 0.13, 0.47], "hi": [0.62, 0.94, 1.38] if gate == "r" else [1.0, 1.0, 1.0]},
+            "levels": LEVELS[gate],
         }
-        for (layer, gate), rate in zip(GATES, (0.37, 0.22, 0.51, 0.318))
+        for (layer, gate), rate in zip(GATES, (0.37, 0.22, 0.51, 0.318), strict=True)
     ],
-    "density": {"weights_touched": 0.412, "columns": 0.83, "candidate_rows": 0.27, "bytes_per_step": 648_912, "dense_bytes_per_step": 1_575_936},
+    "density": {
+        "weights_touched": 0.412,
+        "columns": 0.83,
+        "candidate_rows": 0.27,
+        "bytes_per_step": 648_912,
+        "dense_bytes_per_step": 1_575_936,
+    },
     "parity": {"max_abs": 4.7e-7, "steps": 41_233, "flips_in_margin": 2},
     "cost": {"seconds": 1893.4, "steps": 12000, "tokens": 8_423_112, "tokens_per_second": 4448.6, "teacher_tokens_per_second": 10213.0},
     "size": {"source_bytes": 3_342_817, "packed_bytes": 1_704_220},
@@ -85,9 +97,21 @@ FULL: dict[str, Any] = {
     },
     "training": training(),
     "worst": [
-        {"index": 1841, "input": "beauregard", "teacher": "B OW1 R AH0 G AA2 R D", "binary": "B Y UW0 R IH0 G ER0 D", "difference": "5 of 8 phonemes"},
+        {
+            "index": 1841,
+            "input": "beauregard",
+            "teacher": "B OW1 R AH0 G AA2 R D",
+            "binary": "B Y UW0 R IH0 G ER0 D",
+            "difference": "5 of 8 phonemes",
+        },
         {"index": 77, "input": "schuylkill", "teacher": "SH AY1 L K IH2 L", "binary": "S K AY1 L K AH0 L", "difference": "4 of 6 phonemes"},
-        {"index": 2204, "input": "oaxaca", "teacher": "OW0 AA1 K AH0 K AH0", "binary": "OW0 AE1 K S AH0 K AH0", "difference": "2 of 6 phonemes"},
+        {
+            "index": 2204,
+            "input": "oaxaca",
+            "teacher": "OW0 AA1 K AH0 K AH0",
+            "binary": "OW0 AE1 K S AH0 K AH0",
+            "difference": "2 of 6 phonemes",
+        },
     ],
 }
 
@@ -95,15 +119,13 @@ FULL: dict[str, Any] = {
 def figures(tokens: list[str] | None = None) -> Figures:
     generator = np.random.default_rng(0)
     edges = np.linspace(0, 1, 31)
-    histograms = [
-        Histogram(
-            layer, "forward", gate, edges, np.histogram(generator.beta(0.9 + k * 0.4, 1.1, 40_000), edges)[0], np.histogram(generator.beta(0.05, 0.09, 40_000), edges)[0]
-        )
-        for k, (layer, gate) in enumerate(GATES)
-    ]
+    before = [np.histogram(generator.beta(0.9 + k * 0.4, 1.1, 40_000), edges)[0] for k in range(len(GATES))]
+    after = np.histogram(generator.beta(0.05, 0.09, 40_000), edges)[0]
+    histograms = [Histogram(layer, "forward", gate, edges, counts, after) for (layer, gate), counts in zip(GATES, before, strict=True)]
     drive = generator.normal(size=(120, 256)).cumsum(0) * 0.4 + generator.normal(size=256) * 2 - 0.8
-    rows = [(f"{layer}.forward {gate}", (drive + generator.normal(size=drive.shape) * 0.8 + k * 0.3 > 0).astype(np.uint8)) for k, (layer, gate) in enumerate(GATES)]
-    return Figures(histograms, Heatmap(tokens if tokens is not None else list("In the beginning God created the heaven and the earth.\nAnd the earth was without form, and void; and"), rows))
+    bits = [drive + generator.normal(size=drive.shape) * 0.8 + k * 0.3 > 0 for k in range(len(GATES))]
+    rows = [(f"{layer}.forward {gate}", on) for (layer, gate), on in zip(GATES, bits, strict=True)]
+    return Figures(histograms, Heatmap(list(TEXT) if tokens is None else tokens, rows))
 
 
 class Balance(HTMLParser):
@@ -161,7 +183,10 @@ MINIMAL: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("report", [FULL, MINIMAL, {}])
-@pytest.mark.parametrize("drawn", [figures(), figures(["in", "the", "beginning"] * 32), Figures(), Figures([], Heatmap(None, [("a", np.zeros((0, 0)))]))])
+@pytest.mark.parametrize(
+    "drawn",
+    [figures(), figures(["in", "the", "beginning"] * 32), Figures(), Figures([], Heatmap(None, [("a", np.zeros((0, 0)))]))],
+)
 def test_the_page_is_well_formed_and_needs_no_network(report: dict[str, Any], drawn: Figures) -> None:
     page = render(report, drawn)
     tags = parsed(page).tags
@@ -179,11 +204,14 @@ def test_everything_of_a_full_report_is_on_the_page() -> None:
     for layer, gate in GATES:
         assert page.count(layer) >= 3
         assert re.search(rf"{layer} forward</th><td class=\"left\">{gate} \(", page)
-    for text in ("words right", "threshold only", "float, same training", "random gates", "phoneme error rate", "9f2b9f2b", "beauregard", "32 min", "649 kB of 1.58 MB"):
+    for text in ("words right", "threshold only", "float, same training", "random gates", "phoneme error rate"):
+        assert text in page
+    for text in ("9f2b9f2b", "beauregard", "32 min", "649 kB of 1.58 MB", "learned: each unit", "4.7e−7"):
         assert text in page
     assert page.count('<span class="badge soft">') == 1
-    order = ["words right", "Training</h2>", "What a step reads", "Gates</h2>", "before and after", "along one sequence", "Worst", "Size and cost", "Provenance"]
-    places = [page.index(text) for text in order]
+    headings = re.findall(r"<h2>(.*?)</h2>", page)
+    assert [heading.split()[0] for heading in headings] == ["Training", "What", "Gates", "Gate", "Decisions", "Worst", "Size", "Provenance"]
+    places = [page.index(text) for text in ("Binary gates cost", "threshold only", "<h2>")]
     assert places == sorted(places)
 
 
@@ -256,13 +284,17 @@ def test_a_name_cannot_steer_the_terminal() -> None:
     ("name", "drop", "expected"),
     [
         ("accuracy", (0.008, 0.001, 0.015), "Binary gates cost 0.8 points of accuracy (95% interval 0.1 to 1.5)."),
-        ("accuracy", (0.0008, 0.0006, 0.0011), "Binary gates cost 0.080 points of accuracy (95% interval 0.060 to 0.110)."),
+        ("accuracy", (0.0008, 0.0006, 0.0011), "Binary gates cost 0.08 points of accuracy (95% interval 0.06 to 0.11)."),
         ("accuracy", (0.0, 0.0, 0.0), "Binary gates cost 0.0 points of accuracy (95% interval 0.0 to 0.0)."),
-        ("sequence_accuracy", (0.002, -0.003, 0.007), "Binary gates cost 0.2 points of whole sequences right (95% interval −0.3 to 0.7, so possibly nothing)."),
+        (
+            "sequence_accuracy",
+            (0.002, -0.003, 0.007),
+            "Binary gates cost 0.2 points of whole sequences right (95% interval −0.3 to 0.7, so possibly nothing).",
+        ),
         ("agreement", (-0.02, -0.03, -0.01), "Binary gates gained 2.0 points of agreement with the teacher (95% interval 1.0 to 3.0)."),
         ("bits_per_token", (0.0423, 0.031, 0.055), "Binary gates cost 0.042 bits per token (95% interval 0.031 to 0.055)."),
         ("mse", (0.000123, 0.0001, 0.00015), "Binary gates cost 0.000123 of mean squared error (95% interval 0.0001 to 0.00015)."),
-        ("cosine", (0.0123, 0.01, 0.015), "Binary gates cost 0.0123 of cosine similarity (95% interval 0.0100 to 0.0150)."),
+        ("cosine", (0.0123, 0.01, 0.015), "Binary gates cost 0.012 of cosine similarity (95% interval 0.010 to 0.015)."),
         ("my_score", (1.5, 1, 2), "Binary gates cost 1.5 of my score (95% interval 1 to 2)."),
     ],
 )
@@ -289,6 +321,12 @@ def test_a_heat_map_of_known_bits() -> None:
     page = render({}, Figures([], Heatmap(None, [("cell o", bits)])))
     assert 'd="M0 0h2v1h-2zM3 0h1v1h-1zM3 1h1v1h-1z"' in page
     assert "cell o: open 50%, 2 units" in page
+
+
+def test_steps_after_the_last_token_are_padding_and_not_drawn() -> None:
+    page = render({}, Figures([], Heatmap(["a", "b"], [("cell o", np.array([[1], [0], [1], [1]]))])))
+    assert 'd="M0 0h1v1h-1z"' in page
+    assert "cell o: open 50%" in page
 
 
 def test_large_figures_are_cut_to_what_a_page_can_show() -> None:

@@ -1,4 +1,4 @@
-"""The drop of a metric from teacher to student, with a paired bootstrap interval over held-out sequences (Efron 1979; percentile method)."""
+"""The drop of a metric from teacher to student, with a paired bootstrap interval over held-out sequences (Efron 1979, percentiles)."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _resampled(worse: Floats, counts: Floats, *, resamples: int, seed: int) -> F
     generator = np.random.default_rng(seed)
     if worse.size > MAX_BLOCKS:
         block = generator.permutation(worse.size) % MAX_BLOCKS  # random: neighbours in a file are seldom independent
-        worse, counts = np.bincount(block, worse, MAX_BLOCKS), np.bincount(block, counts, MAX_BLOCKS)
+        worse, counts = (np.bincount(block, values, MAX_BLOCKS).astype(np.float64) for values in (worse, counts))
     drops = np.empty(resamples)
     rows = max(1, CHUNK_DRAWS // worse.size)
     for start in range(0, resamples, rows):

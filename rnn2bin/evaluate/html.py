@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
@@ -83,7 +83,7 @@ class Figures:
 # --- numbers in words ----------------------------------------------------------------------------------------------------
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
@@ -165,10 +165,10 @@ class _Scale:
         if not (_is_share(name) or name in ("bits_per_token", "cosine")):
             return cls(name, label, factor, None)
         least = 1 if _is_share(name) else 3
-        ends = _get(report, "drop", "ci95") or ()
+        ends: Sequence[Any] = _get(report, "drop", "ci95") or ()
         width = factor * abs(ends[1] - ends[0]) if len(ends) == 2 and all(map(_finite, ends)) else 0.0
-        # two digits of the interval's width: more would be noise
-        return cls(name, label, factor, min(6, max(least, 1 - math.floor(math.log10(width)))) if width else least)
+        # the first digit of the interval's width is the last that says anything
+        return cls(name, label, factor, min(6, max(least, -math.floor(math.log10(width)))) if width else least)
 
     def number(self, value: Any) -> str:
         """A value or difference without its unit."""
@@ -290,6 +290,8 @@ def _rows(report: Report) -> list[_Row]:
 # viewBox of every chart, and the room of its axes
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 230, 54, 12, 10, 34
 
+FRAME = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
+
 
 @dataclass(frozen=True)
 class _Axis:
@@ -311,14 +313,14 @@ class _Axis:
 
 def _linear_ticks(lo: float, hi: float) -> list[float]:
     step = 10 ** math.floor(math.log10((hi - lo) / 4))
-    step *= next(k for k in (1, 2, 5, 10) if (hi - lo) / (k * step) <= 5)
+    step *= next(k for k in (1, 2, 5, 10) if (hi - lo) / (k * step) <= 6)
     return [round(k * step, 12) for k in range(math.ceil(lo / step - 1e-9), math.floor(hi / step + 1e-9) + 1)]
 
 
 def _log_ticks(lo: float, hi: float) -> list[float]:
     decades = range(math.floor(math.log10(lo)), math.ceil(math.log10(hi)) + 1)
     marks = (1, 2, 5) if len(decades) < 4 else (1,)
-    return [k * 10.0**power for power in decades for k in marks if lo <= k * 10.0**power * (1 + 1e-9) and k * 10.0**power <= hi * (1 + 1e-9)]
+    return [tick for power in decades for k in marks if lo <= (tick := k * 10.0**power) <= hi]
 
 
 @dataclass(frozen=True)
@@ -341,7 +343,8 @@ class _Chart:
 
 def _points(training: Iterable[Report], key: str, *, positive: bool = False) -> list[tuple[float, float]]:
     """(step, value) wherever both were logged, thinned to what can be seen; the last point always stays."""
-    points = [(p["step"], p[key]) for p in training if _finite(p.get("step")) and _finite(p.get(key)) and (not positive or p[key] > 0)]
+    logged = [(p["step"], p[key]) for p in training if _finite(p.get("step")) and _finite(p.get(key))]
+    points = [(step, value) for step, value in logged if value > 0 or not positive]
     every = math.ceil(len(points) / MAX_POINTS) or 1
     return points[::-every][::-1]
 
@@ -357,12 +360,17 @@ def _range(lines: Sequence[_Line], guide: float | None, *, log: bool) -> tuple[f
         lo, hi = max(lo, near[0] - room), min(hi, near[1] + room)
     if hi == lo:
         lo, hi = (lo / 2, hi * 2) if log else (lo - (abs(lo) or 1) / 10, hi + (abs(hi) or 1) / 10)
-    pad = 0.0 if log else 0.06 * (hi - lo)
-    return lo - pad, hi + pad, cut
+    pad = 0.06 * (hi - lo)
+    return (lo / 1.15, hi * 1.15, cut) if log else (lo - pad, hi + pad, cut)
 
 
 def _chart(
-    title: str, lines: Sequence[_Line], *, log: bool = False, guide: tuple[float, str] | None = None, text: Callable[[float], str] = _significant
+    title: str,
+    lines: Sequence[_Line],
+    *,
+    log: bool = False,
+    guide: tuple[float, str] | None = None,
+    text: Callable[[float], str] = _significant,
 ) -> _Chart | None:
     """Lines over training steps; None where nothing was logged. `guide` is a level worth reaching."""
     lines = [line for line in lines if line.points]
@@ -373,7 +381,12 @@ def _chart(
     across = _Axis(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1, LEFT, WIDTH - RIGHT)
     up = _Axis(lo, hi, HEIGHT - BOTTOM, TOP, log)
     drawn = [
-        {"label": line.label, "style": line.style, "path": _path([(across.at(x), up.at(y)) for x, y in line.points]), "dot": _last(line, across, up)}
+        {
+            "label": line.label,
+            "style": line.style,
+            "path": _path([(across.at(x), up.at(y)) for x, y in line.points]),
+            "dot": _last(line, across, up),
+        }
         for line in lines
     ]
     ends = "; ".join(f"{line.label} {text(line.points[0][1])} at first, {text(line.points[-1][1])} at last" for line in lines)
@@ -454,7 +467,7 @@ def _gates(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-HIST_WIDTH, HIST_HEIGHT = 200, 90
+HIST_WIDTH, HIST_HEIGHT, MAP_WIDTH = 200, 90, 940
 
 
 def _histogram(histogram: Histogram) -> dict[str, Any]:
@@ -465,8 +478,16 @@ def _histogram(histogram: Histogram) -> dict[str, Any]:
     top = max(float(share.max(initial=0)) for share in shares) or 1.0
     before, after = (_bars(x, HIST_HEIGHT * (1 - np.sqrt(share / top))) for share in shares)
     name = " ".join(part for part in (str(histogram.layer), histogram.direction) if part)
-    ends = [f"{_percent(float(share[:1].sum() + share[-1:].sum()))} of values in the outermost bins {when}" for share, when in zip(shares, ("before", "after"))]
-    return {"layer": name, "gate": _gate_name(histogram.gate), "before": before, "after": after, "lo": edges[0], "hi": edges[-1], "describe": ", ".join(ends)}
+    ends = [_percent(float(share[:1].sum() + share[-1:].sum())) for share in shares]
+    return {
+        "layer": name,
+        "gate": _gate_name(histogram.gate),
+        "before": before,
+        "after": after,
+        "lo": edges[0],
+        "hi": edges[-1],
+        "describe": f"{ends[0]} of values in the outermost bins before, {ends[1]} after",
+    }
 
 
 def _share(counts: NDArray[Any]) -> NDArray[np.float64]:
@@ -476,20 +497,20 @@ def _share(counts: NDArray[Any]) -> NDArray[np.float64]:
 
 def _bars(x: NDArray[np.float64], y: NDArray[np.float64]) -> str:
     """A step outline closed along the base line. x (K+1,), y (K,)."""
-    steps = "".join(f"V{top:.1f}H{right:.1f}" for top, right in zip(y, x[1:]))
+    steps = "".join(f"V{top:.1f}H{right:.1f}" for top, right in zip(y, x[1:], strict=True))
     return f"M{x[0]:.1f},{HIST_HEIGHT}{steps}V{HIST_HEIGHT}Z"
 
 
-def _heat_panel(label: str, bits: NDArray[Any]) -> dict[str, Any]:
+def _heat_panel(label: str, bits: NDArray[Any], *, steps: int) -> dict[str, Any]:
     """One gate of one layer: evenly spread units, the often open ones on top. The path is in cells, one unit high, runs joined."""
-    bits = np.asarray(bits)[:MAX_STEPS] != 0  # (T, H)
+    bits = np.asarray(bits)[:steps] != 0  # (T, H)
     hidden = bits.shape[1]
     shown = bits[:, np.unique(np.linspace(0, hidden - 1, min(MAX_UNITS, hidden)).astype(int))] if hidden else bits
     shown = shown[:, np.argsort(-shown.mean(0), kind="stable")] if shown.size else shown
     ends = np.diff(np.pad(shown.astype(np.int8), ((1, 1), (0, 0))), axis=0)  # (T + 1, units): +1 a run opens, -1 it closes
     unit, start = np.nonzero(ends.T == 1)
     stop = np.nonzero(ends.T == -1)[1]
-    path = "".join(f"M{x} {y}h{right - x}v1h{x - right}z" for x, y, right in zip(start, unit, stop))
+    path = "".join(f"M{x} {y}h{right - x}v1h{x - right}z" for x, y, right in zip(start, unit, stop, strict=True))
     return {
         "label": label,
         "path": path,
@@ -508,17 +529,20 @@ def _visible(token: str) -> str:
 
 def _heatmap(heatmap: Heatmap | None) -> dict[str, Any] | None:
     """Panels and the axis they share; None where there is nothing to draw."""
-    panels = [_heat_panel(label, bits) for label, bits in heatmap.rows] if heatmap else []
-    steps = max((panel["steps"] for panel in panels), default=0)
-    if heatmap is None or not steps:
+    if heatmap is None:
         return None
-    cell = min(28.0, 880 / steps)
+    most = MAX_STEPS if heatmap.tokens is None else min(MAX_STEPS, len(heatmap.tokens))  # what follows the last token is padding
+    panels = [_heat_panel(label, bits, steps=most) for label, bits in heatmap.rows]
+    steps = max((panel["steps"] for panel in panels), default=0)
+    if not steps:
+        return None
+    cell = min(28.0, MAP_WIDTH / steps)
     tokens = [_visible(str(token)) for token in list(heatmap.tokens)[:steps]] if heatmap.tokens is not None else None
     labels = tokens or [str(step) if step % 10 == 0 else "" for step in range(steps)]
     long = max((len(token) for token in tokens or []), default=0) > 1
     axis = [(round((index + 0.5) * cell, 1), text) for index, text in enumerate(labels) if text]
     cut = any(panel["hidden"] > panel["units"] for panel in panels)
-    return {"panels": panels, "cell": cell, "width": round(cell * steps, 1), "axis": axis, "turned": long, "steps": steps, "tokens": bool(tokens), "cut": cut}
+    return {"panels": panels, "cell": cell, "width": MAP_WIDTH, "axis": axis, "turned": long, "tokens": bool(tokens), "cut": cut}
 
 
 # --- density, cost, provenance -------------------------------------------------------------------------------------------
@@ -530,7 +554,9 @@ def _density(report: Report) -> list[dict[str, Any]]:
     rows = [(label, about, density.get(key), "") for key, (label, about) in DENSITY.items()]
     ours, dense = density.get("bytes_per_step"), density.get("dense_bytes_per_step")
     if _finite(ours) and _finite(dense) and dense:
-        rows.append(("Bytes per step", "weights read from memory, against the dense network", ours / dense, f"{_size(ours)} of {_size(dense)}"))
+        rows.append(
+            ("Bytes per step", "weights read from memory, against the dense network", ours / dense, f"{_size(ours)} of {_size(dense)}")
+        )
     return [
         {"label": label, "about": about, "width": round(100 * min(1.0, max(0.0, share)), 1), "text": _percent(share), "detail": detail}
         for label, about, share, detail in rows
@@ -614,7 +640,7 @@ class _View:
     n: str  # sequences of the interval
     sizes: bool  # whether the networks were measured on different amounts of data
     updates: bool  # whether a gate is an update gate, whose "open" is its bit 0
-    frame: dict[str, int] = field(default_factory=lambda: {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM})
+    frame: dict[str, int] = field(default_factory=lambda: dict(FRAME))
 
 
 def _title(report: Report) -> str:
@@ -722,12 +748,14 @@ def _terminal(text: str) -> str:
 
 def render_table(report: Report) -> str:
     """Teacher, threshold-only, soft student and binary as monospaced text, ending in the sentence."""
-    head = ["", _Scale.of(report).label, *(_words(name) for name in _extras(_networks(report))), "worse by", "95% interval", "weights read", "size", "took"]
+    extras = [_words(name) for name in _extras(_networks(report))]
+    head = ["", _Scale.of(report).label, *extras, "worse by", "95% interval", "weights read", "size", "took"]
     shown = [row for row in _rows(report) if row.key in ("teacher", "threshold_only", "soft_student", "binary", "native")]
     cells = [[row.name, row.metric, *row.extra, row.lost, row.interval or NONE, *_terminal_costs(report, row.key)] for row in shown]
     lines = [[_terminal(cell) for cell in line] for line in (head, *cells)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    table = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip() for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    table = ["  ".join(line) for line in aligned]
     return "\n".join([table[0], "-" * len(table[0]), *table[1:], "", _terminal(sentence(report))])
 
 

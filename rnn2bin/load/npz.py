@@ -28,9 +28,11 @@ def read(path: Path, *, ignore: Sequence[str] = ()) -> dict[str, torch.Tensor]:
             for name in arrays.files:
                 array = np.asarray(arrays[name])
                 tensors[name] = torch.from_numpy(np.array(array.astype(array.dtype.newbyteorder("="), copy=False), order="C"))
+    except MemoryError:
+        raise
     except TypeError as error:  # text, structured and other arrays that are not numbers
         raise UnsupportedError(f"{path}: array {name!r} does not hold numbers ({error})") from None
-    except Exception as error:  # numpy and zipfile raise nearly anything on damaged bytes
+    except Exception as error:  # noqa: BLE001 - numpy and zipfile raise nearly anything on damaged bytes
         raise UnsupportedError(f"{path}: not a readable npz file, or truncated ({type(error).__name__})") from None
     return tensors
 
@@ -41,7 +43,7 @@ def _check_member(path: Path, info: zipfile.ZipInfo) -> None:
         with zipfile.ZipFile(path) as archive, archive.open(info) as stream:
             shape, dtype = _header(stream)
             begins = stream.tell()
-    except Exception:
+    except Exception:  # noqa: BLE001 - damaged bytes raise nearly anything
         raise UnsupportedError(f"{path}: {info.filename!r} is not a NumPy array, or it is damaged") from None
     if dtype.hasobject:
         raise UnsafeError(

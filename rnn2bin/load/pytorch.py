@@ -23,7 +23,8 @@ RECURRENT = re.compile(r"(?:^|[._/:])w(?:eight)?_hh", re.IGNORECASE)
 # Names that torch itself writes for tensors; anything else in a pickle would have to be imported and called.
 TENSOR_GLOBALS = re.compile(
     r"collections\.OrderedDict|torch\._utils\._rebuild\w+|torch\._tensor\._rebuild\w+|torch\.storage\.\w+|torch\.(cuda\.)?\w+Storage"
-    r"|torch\.nn\.parameter\.\w+|torch\.(Size|Tensor|device|dtype|bfloat16|float\w*|u?int\d+|bool|half|double)|torch\.serialization\._get_layout"
+    r"|torch\.nn\.parameter\.\w+|torch\.(Size|Tensor|device|dtype|bfloat16|float\w*|u?int\d+|bool|half|double)"
+    r"|torch\.serialization\._get_layout"
 )
 
 
@@ -68,7 +69,7 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, KeyError, EOFError, ... on damaged bytes
+    except Exception as error:  # noqa: BLE001 - torch raises UnpicklingError, RuntimeError, KeyError, EOFError, ... on damaged bytes
         _refuse_code(path)
         named = re.search(r"GLOBAL (\S+)", str(error))  # a global that the scan could not see
         if named and not TENSOR_GLOBALS.fullmatch(named[1]):
@@ -103,7 +104,7 @@ def _globals(path: Path) -> Iterator[str]:
             if info.filename.endswith(".pkl"):
                 try:
                     data = archive.read(info)
-                except Exception:  # a damaged entry: nothing to scan, and the caller calls the file corrupt
+                except Exception:  # noqa: BLE001, S112 - a damaged entry: nothing to scan, and the caller calls the file corrupt
                     continue
                 yield from _scan(data)
 
@@ -130,7 +131,7 @@ def _scan(data: bytes) -> Iterator[str]:
                     strings.append(memo.get(int(str(argument)), ""))
                 elif isinstance(argument, str):
                     strings.append(argument)
-    except Exception:  # pickletools raises ValueError and others where the pickle ends or is damaged
+    except Exception:  # noqa: BLE001 - pickletools raises ValueError and others where the pickle ends or is damaged
         return
 
 

@@ -18,7 +18,8 @@ Draft = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 
 RECURRENT = re.compile(
-    r"^(?P<stem>(?:.*[._/:])?)(?P<kind>weight|bias|w|b)_(?P<side>ih|hh|hr)(?:_?l(?P<layer>\d{1,4}))?(?P<back>_reverse)?(?P<tail>_(?:enc|dec)\w*)?$",
+    r"^(?P<stem>(?:.*[._/:])?)(?P<kind>weight|bias|w|b)_(?P<side>ih|hh|hr)"
+    r"(?:_?l(?P<layer>\d{1,4}))?(?P<back>_reverse)?(?P<tail>_(?:enc|dec)\w*)?$",
     re.IGNORECASE,
 )
 MATRIX = re.compile(r"(?P<head>^|[._/:])(?P<word>weight|kernel|w)(?P<rest>s?$|_[^.]*$)", re.IGNORECASE)

@@ -19,7 +19,9 @@ def read(path: Path, *, ignore: Sequence[str] = ()) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as stream:
             return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  (not a dict)
-    except Exception as error:  # the Rust side raises its own type, torch others
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the Rust side raises its own type, torch others
         raise UnsupportedError(f"{path}: not a readable safetensors file, or truncated ({_line(error)})") from None
 
 

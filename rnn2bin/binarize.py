@@ -1,0 +1,58 @@
+"""Teacher -> student: the same network with binary gates, started from the teacher's weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rnn2bin.cells.network import Network
+from rnn2bin.errors import RecipeError
+from rnn2bin.recipe import Gates
+from rnn2bin.spec import RnnSpec
+
+
+def plan(spec: RnnSpec, gates: Gates) -> dict[str, tuple[bool, ...]]:
+    """Cell prefix -> which of its gates are decisions. `gates.soft` names the others: `o`, or `main.layers.0.o` for one layer.
+
+    Raises RecipeError for a name that fits no gate of this network.
+    """
+    used: set[str] = set()
+    result = {}
+    for prefix, layer in spec.cell_names():
+        names = {gate: {gate, f"{prefix}.{gate}", f"{prefix.rpartition('.')[0]}.{gate}"} for gate in layer.kind.gate_names}
+        result[prefix] = tuple(not names[gate] & set(gates.soft) for gate in names)
+        used |= {n for gate in names for n in names[gate]}
+    unknown = [name for name in gates.soft if name not in used]
+    if unknown:
+        raise RecipeError(*(f"gates.soft: {name!r} is no gate of this network; its gates: {_gate_list(spec)}" for name in unknown))
+    if not any(any(b) for b in result.values()):
+        raise RecipeError("gates.soft: every gate of this network is left soft; there is nothing to make binary")
+    return result
+
+
+def _gate_list(spec: RnnSpec) -> str:
+    return ", ".join(f"{prefix.rpartition('.')[0]}.{gate}" for prefix, layer in spec.cell_names() for gate in layer.kind.gate_names)
+
+
+def student(teacher: Network, gates: Gates) -> Network:
+    """A trainable copy of the teacher whose gates are binary by `gates`; levels start strict, so that soft gates at temperature and slope 1
+    compute exactly the teacher."""
+    network = Network(teacher.spec, plan(teacher.spec, gates), levels=gates.levels).to(next(teacher.parameters()).device)
+    missing, unexpected = network.load_state_dict(teacher.state_dict(), strict=False)
+    assert not unexpected and all(".levels." in name for name in missing), (missing, unexpected)
+    return network
+
+
+@torch.no_grad()
+def level_summary(network: Network) -> dict[str, list[dict[str, list[float]] | None]]:
+    """Cell prefix -> for each gate the 10/50/90% quantiles of its levels, None where it is soft."""
+    quantiles = torch.tensor([0.1, 0.5, 0.9])
+
+    def of(levels: Tensor) -> list[float]:
+        return [round(float(q), 4) for q in levels.cpu().quantile(quantiles)]
+
+    result = {}
+    for prefix, cell in network.cells().items():
+        lo, hi = cell.level_values()
+        result[prefix] = [{"lo": of(lo[k]), "hi": of(hi[k])} if binary else None for k, binary in enumerate(cell.binary)]
+    return result

@@ -1,0 +1,78 @@
+"""The losses of distillation beside those of the task: hidden and gate match, and the activity budget that makes density."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rnn2bin import tasks
+from rnn2bin.cells.network import Network, Output, valid_steps
+from rnn2bin.gates.estimators import Discretize, Sample
+from rnn2bin.recipe import Recipe
+
+# The open rate is counted in bits; its gradient is that of σ(pre), which reaches every unit and not only those near the threshold.
+_COUNT = Discretize("straight-through", slope=1.0, backward="sigmoid")
+
+
+def total(
+    task: tasks.Task, recipe: Recipe, prepared: tasks.Prepared, output: Output, target: Output, *, student: Network, mode: Discretize
+) -> Tensor:
+    """The whole loss of a batch. `output` and `target` are student's and teacher's."""
+    weights = recipe.loss
+    value = tasks.loss(task, weights, prepared, output.y, target.y)
+    if weights.hidden:
+        pairs = zip(output.hidden, target.hidden, strict=True)
+        value = value + weights.hidden * sum(functional.mse_loss(a, b) for a, b in pairs)
+    masks = step_masks(student, prepared, output)
+    if weights.gate and mode.estimator != "float":
+        value = value + weights.gate * gate_match(output, target, masks)
+    if recipe.budget.open and recipe.budget.weight and mode.estimator != "float":
+        value = value + recipe.budget.weight * budget(student, output, masks, recipe.budget.open)
+    return value
+
+
+def step_masks(student: Network, prepared: tasks.Prepared, output: Output) -> list[Tensor]:
+    """For each cell its real steps, (T,B,1,1) in its own direction's order (sequences start at 0 in both)."""
+    masks = []
+    for (prefix, _), pre in zip(student.spec.cell_names(), output.pre, strict=True):
+        lengths = prepared.decoder_lengths if prefix.startswith("decoder.") else prepared.lengths
+        steps, rows = pre.shape[:2]
+        mask = pre.new_ones(steps, rows, 1) if lengths is None else valid_steps(lengths, steps).to(pre.dtype)
+        masks.append(mask.unsqueeze(-1))
+    return masks
+
+
+def gate_match(output: Output, target: Output, masks: list[Tensor]) -> Tensor:
+    """Mean squared error between the student's gates as probabilities and the teacher's."""
+    terms = []
+    for ours, theirs, mask in zip(output.pre, target.pre, masks, strict=True):
+        error = (torch.sigmoid(ours) - torch.sigmoid(theirs)).square() * mask
+        terms.append(error.sum() / mask.sum().clamp_min(1) / (ours.shape[2] * ours.shape[3]))
+    return torch.stack(terms).sum()
+
+
+def open_rates(pre: Tensor, mask: Tensor) -> Tensor:
+    """pre (T,B,G,H) -> share of ones of each gate (G,), counted in bits, differentiable."""
+    bits = Sample.apply(pre, None, _COUNT)
+    return (bits * mask).sum((0, 1, 3)) / (mask.sum().clamp_min(1) * pre.shape[3])
+
+
+def budget(student: Network, output: Output, masks: list[Tensor], wanted: dict[str, float]) -> Tensor:
+    """Σ over cells and gates of max(0, open rate − wanted). For z the rate is that of updated units, 1 − share of keeps."""
+    terms = []
+    for (_, cell), pre, mask in zip(student.cells().items(), output.pre, masks, strict=True):
+        rates = open_rates(pre, mask)
+        for k, gate in enumerate(cell.layer.kind.gate_names):
+            if gate in wanted and cell.binary[k]:
+                rate = 1 - rates[k] if gate == "z" else rates[k]
+                terms.append(torch.relu(rate - wanted[gate]))
+    return torch.stack(terms).sum() if terms else output.y.new_zeros(())
+
+
+def saturation(mode: Discretize, pre: Tensor) -> Tensor:
+    """Share of soft gate values within 0.05 of 0 or 1."""
+    from rnn2bin.gates.estimators import sample
+
+    value = sample(mode, pre)
+    return ((value < 0.05) | (value > 0.95)).float().mean()

@@ -1,0 +1,165 @@
+"""Student <-> packed directory. Atomic; no arithmetic beyond the last rounding to fp16."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rnn2bin import spec as specs
+from rnn2bin.cells.network import Network
+from rnn2bin.errors import DivergedError, ResourceError, UnsupportedError, UsageError
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PARTIAL = ".partial"
+
+
+@contextmanager
+def staging(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """A sibling directory to write into; renamed to `out` at the end, removed when anything fails: old or new, never between.
+
+    Raises UsageError when `out` exists without `force`, ResourceError when the disk does not take it.
+    """
+    check_free(out, force=force)
+    folder = out.with_name(out.name + PARTIAL)
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+        sync(folder)
+        replace(folder, out)
+    except OSError as error:
+        raise ResourceError(f"{out}: cannot write ({error.strerror or error}); nothing was changed; free space or choose another --out") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_free(out: Path, *, force: bool) -> None:
+    """Before the work starts: is `out` free, or ours to replace?"""
+    if not out.exists():
+        return
+    if not force:
+        raise UsageError(f"{out}: exists already; choose another --out, or --force to replace it")
+    if not (out / CONFIG).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: is not a packed directory; --force replaces nothing else")
+
+
+def replace(folder: Path, out: Path) -> None:
+    """Rename `folder` to `out`; an older `out` steps aside first and comes back if the rename fails."""
+    aside = out.with_name(out.name + ".old")
+    if out.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        out.rename(aside)
+    try:
+        folder.rename(out)
+    except OSError:
+        if aside.exists():
+            aside.rename(out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+    _fsync(out.parent)
+
+
+def sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_model(student: Network, folder: Path, *, provenance: dict[str, Any], task: dict[str, Any]) -> None:
+    """config.json and model.safetensors. Raises DivergedError where a weight is not finite in fp16."""
+    tensors = {name: t.detach().to("cpu", torch.float16).contiguous() for name, t in student.state_dict().items()}
+    bad = [name for name, t in tensors.items() if not bool(torch.isfinite(t).all())]
+    if bad:
+        raise DivergedError(*(f"{name}: not finite in fp16; nothing was packed; lower train.learning_rate" for name in bad))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config_of(student, provenance=provenance, task=task), indent=2) + "\n")
+
+
+def config_of(student: Network, *, provenance: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
+    gates = {
+        prefix: {g: "binary" if b else "soft" for g, b in zip(cell.layer.kind.gate_names, cell.binary, strict=True)}
+        for prefix, cell in student.cells().items()
+    }
+    return {
+        "model_type": "rnn2bin",
+        "architectures": ["Rnn2binModel"],
+        "format_version": specs.FORMAT_VERSION,
+        "torch_dtype": "float16",
+        "spec": specs.to_dict(student.spec),
+        "gates": gates,
+        "levels": student.levels,
+        "task": task,
+        "provenance": provenance,
+    }
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a packed directory; UsageError where there is none, UnsupportedError where it is not ours or newer than this version."""
+    file = path / CONFIG
+    if not file.is_file():
+        raise UsageError(f"{path}: not a packed directory (no {CONFIG}); make one with: rnn2bin convert MODEL --out {path}")
+    try:
+        config = json.loads(file.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UnsupportedError(f"{file}: not readable JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("model_type") != "rnn2bin":
+        raise UnsupportedError(f"{file}: not an rnn2bin model")
+    version = config.get("format_version")
+    if not isinstance(version, int) or not 1 <= version <= specs.FORMAT_VERSION:
+        raise UnsupportedError(f"{file}: format version {version!r}; this rnn2bin reads up to {specs.FORMAT_VERSION}: update it")
+    return config
+
+
+def build(config: dict[str, Any]) -> Network:
+    """An empty network of the config's spec. Raises UnsupportedError."""
+    spec = specs.from_dict(config.get("spec") or {})
+    gates = config.get("gates") or {}
+    wrong = [prefix for prefix, layer in spec.cell_names() if list(gates.get(prefix, {})) != list(layer.kind.gate_names)]
+    if wrong or config.get("levels") not in ("learned", "strict"):
+        raise UnsupportedError(*(f"{CONFIG}: gates of {prefix} missing or out of order" for prefix in wrong), *([] if wrong else ["bad levels"]))
+    binary = {prefix: tuple(v == "binary" for v in gates[prefix].values()) for prefix, _ in spec.cell_names()}
+    return Network(spec, binary, levels=config["levels"])
+
+
+def read_weights(path: Path, network: Network) -> dict[str, Tensor]:
+    """fp16 weights as float32, checked against the network by name, shape and dtype (UnsupportedError lists every misfit)."""
+    file = path / WEIGHTS
+    wanted = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    try:
+        with safe_open(file, framework="pt") as stored:
+            names = set(stored.keys())
+            found = {name: stored.get_slice(name) for name in names & set(wanted)}
+            reasons = [f"{file}: tensor {name} is missing" for name in sorted(set(wanted) - names)]
+            reasons += [f"{file}: unknown tensor {name}" for name in sorted(names - set(wanted))]
+            reasons += [
+                f"{file}: {name} has shape {tuple(part.get_shape())} {part.get_dtype()}; wanted {wanted[name]} F16"
+                for name, part in sorted(found.items())
+                if tuple(part.get_shape()) != wanted[name] or part.get_dtype() != "F16"
+            ]
+            if reasons:
+                raise UnsupportedError(*reasons)
+            return {name: stored.get_tensor(name).float() for name in wanted}
+    except (SafetensorError, OSError) as error:
+        raise UnsupportedError(f"{file}: not readable ({error})") from None
+
+
+def packed_bytes(folder: Path) -> int:
+    """Size of what must ship to run: config and weights."""
+    return sum((folder / name).stat().st_size for name in (CONFIG, WEIGHTS))
