@@ -21,6 +21,7 @@ from rnn2bin.spec import RnnSpec
 KEYS = {"inputs", "lengths", "targets", "target_lengths"}
 IGNORE = -100  # label of a step that does not count
 TEXT_ROWS = 32  # held-out text is read as that many streams side by side
+TEXT_BLOCK = 512  # … in windows of that many tokens; a row of a window counts as one sequence in intervals
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,11 @@ def _vocabulary(texts: dict[str, str], data: recipes.Data, size: int):
     )
 
 
+def encode_text(text: str, vocabulary: Sequence[str] | None) -> Tensor:
+    """Text -> tokens (K,) by a packed model's vocabulary; bytes where it has none."""
+    return _by_table(tuple(vocabulary), any(len(t) > 1 for t in vocabulary))(text) if vocabulary else torch.tensor(list(text.encode()))
+
+
 def _by_table(tokens: tuple[str, ...], words: bool):
     number = {token: index for index, token in enumerate(tokens)}
 
@@ -344,10 +350,12 @@ def cut_window(batch: Batch, start: int, window: int) -> Batch:
 
 
 def evaluation_batches(part: Part, *, batch_size: int = 256) -> Iterator[Batch]:
-    """A whole part in order, without shuffling; a stream is one batch of its rows."""
+    """A whole part in order, without shuffling. A stream comes in windows of its rows, state to be carried where `first` is false."""
     if part.stream:
         rows = part.inputs.t()
-        yield Batch(rows[:-1].contiguous(), None, rows[1:].contiguous(), None)
+        for start in range(0, len(rows) - 1, TEXT_BLOCK):
+            cut = rows[start : start + TEXT_BLOCK + 1]
+            yield Batch(cut[:-1].contiguous(), None, cut[1:].contiguous(), None, first=start == 0)
         return
     for start in range(0, len(part), batch_size):
         yield collate(part.take(torch.arange(start, min(start + batch_size, len(part)))))

@@ -569,3 +569,32 @@ def dump(recipe: Recipe) -> str:
 def schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """`recipe` with `a.b=v` overrides set in order; RecipeError with every reason."""
+    return _resolve_recipe(dump(recipe), "recipe", overrides) if overrides else recipe
+
+
+def summary(path: Path) -> str:
+    """The first comment line of a recipe that is not its command: what it is for."""
+    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+        text = line.lstrip("# ").strip()
+        if not line.startswith("#"):
+            break
+        if text:
+            return text
+    return ""
+
+
+def copy(name: str, target: Path, *, force: bool = False) -> Path:
+    """Copy a recipe with its comments to a file or directory; RecipeError where something is there already and `force` is not given."""
+    source = find(name)
+    path = target / source.name if target.is_dir() else target
+    if path.exists() and not force:
+        raise RecipeError(f"{path}: exists already; --force replaces it")
+    try:
+        path.write_bytes(source.read_bytes())
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be written: {error.strerror}") from None
+    return path

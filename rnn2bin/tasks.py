@@ -44,7 +44,6 @@ METRICS = {
     "match": ("cosine", "mse", "agreement"),
     "transduce": ("sequence_accuracy", "agreement"),
 }
-TEXT_BLOCK = 512  # tokens of held-out text that count as one sequence in the interval
 
 
 @dataclass(frozen=True)
@@ -274,23 +273,18 @@ def _ratio(totals: Tensor, counts: Tensor) -> float:
     return float(totals.double().sum() / counts.double().sum().clamp_min(1e-12))
 
 
-def per_sequence(task: Task, prepared: Prepared, values: Tensor) -> tuple[Tensor, Tensor]:
-    """values shaped like the mask -> totals and counts for each sequence (text: for each block of a row)."""
+def per_sequence(prepared: Prepared, values: Tensor) -> tuple[Tensor, Tensor]:
+    """values shaped like the mask -> totals and counts for each sequence."""
     masked, counts = values * prepared.mask, prepared.mask.to(values.dtype)
     if masked.ndim == 1:
         return masked, counts
-    if prepared.batch.lengths is None and prepared.batch.targets is not None and task.name == "next-token":
-        blocks = max(1, masked.shape[0] // TEXT_BLOCK)
-        cut = masked.shape[0] // blocks * blocks
-        shape = (blocks, cut // blocks, masked.shape[1])
-        return masked[:cut].view(shape).sum(1).flatten(), counts[:cut].view(shape).sum(1).flatten()
     return masked.sum(0), counts.sum(0)
 
 
 def measure(task: Task, prepared: Prepared, network: Network, teacher_y: Tensor, y: Tensor, *, mode: Discretize, walk: Walk = walk) -> Measurement:
     """One batch: `y` and `teacher_y` are logits. Encoder–decoders also run free."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    add = lambda name, values: found.__setitem__(name, per_sequence(task, prepared, values))  # noqa: E731
+    add = lambda name, values: found.__setitem__(name, per_sequence(prepared, values))  # noqa: E731
     kind = distribution(task)
     labelled = prepared.targets is not None and task.name != "match"
     losses = example_losses(task, prepared, y) if labelled else (y - teacher_y).square().mean(-1)
@@ -317,7 +311,7 @@ def measure(task: Task, prepared: Prepared, network: Network, teacher_y: Tensor,
     if task.name == "transduce":
         found |= _free_running(task, prepared, network, mode, walk)
     totals, counts = found.pop(task.metric)
-    return Measurement(task.metric, totals, counts, _ratio(*per_sequence(task, prepared, losses)), found)
+    return Measurement(task.metric, totals, counts, _ratio(*per_sequence(prepared, losses)), found)
 
 
 def _free_running(task: Task, prepared: Prepared, network: Network, mode: Discretize, walk: Walk) -> dict[str, tuple[Tensor, Tensor]]:

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from rnn2bin import tasks
 from rnn2bin.cells.network import Network, Output, valid_steps
-from rnn2bin.gates.estimators import Discretize, Sample
+from rnn2bin.gates.estimators import Discretize, Sample, sample
 from rnn2bin.recipe import Recipe
 
 # The open rate is counted in bits; its gradient is that of σ(pre), which reaches every unit and not only those near the threshold.
@@ -72,7 +72,5 @@ def budget(student: Network, output: Output, masks: list[Tensor], wanted: dict[s
 
 def saturation(mode: Discretize, pre: Tensor) -> Tensor:
     """Share of soft gate values within 0.05 of 0 or 1."""
-    from rnn2bin.gates.estimators import sample
-
     value = sample(mode, pre)
     return ((value < 0.05) | (value > 0.95)).float().mean()

@@ -22,12 +22,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from rnn2bin import tasks
 from rnn2bin.cells.network import Network, Output, State
-from rnn2bin.data import Batches, Part, evaluation_batches
+from rnn2bin.data import Batches, Part
 from rnn2bin.distill import losses
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DivergedError, InterruptedRunError
 from rnn2bin.gates import schedules
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
+from rnn2bin.measure import Candidate, compare
 from rnn2bin.recipe import Gates, Recipe
 
 SELECTION_SEQUENCES = 1024  # the validation part is cut to these for the measurements during training
@@ -193,18 +194,22 @@ class DistillTrainer(Trainer):
         if self.binarized and not self.float_student:
             self.control.should_training_stop = True
 
-    @torch.no_grad()
     def _hard_and_soft(self, student: Network, hard_mode: Discretize, soft_mode: Discretize) -> tuple[float, float, float]:
-        hard, soft, saturated = [], [], []
-        for batch in evaluation_batches(self.valid):
-            prepared = tasks.prepare(self.task, batch.to(self.args.device), self.teacher, walk=run_cell)
-            wanted = prepared.forward(self.teacher, mode=FLOAT, walk=run_cell).y
-            for mode, found in ((hard_mode, hard), (soft_mode, soft)):
-                out = prepared.forward(student, mode=mode, walk=run_cell)
-                found.append(tasks.measure(self.task, prepared, student, wanted, out.y, mode=mode, walk=run_cell))
-                if mode is soft_mode:
-                    saturated += [float(losses.saturation(mode, pre)) for pre in out.pre]
-        return tasks.merge(hard).value, tasks.merge(soft).value, sum(saturated) / len(saturated)
+        saturated: list[float] = []
+
+        def seen(name: str, _: tasks.Prepared, out: Output) -> None:
+            if name == "soft":
+                saturated.extend(float(losses.saturation(soft_mode, pre)) for pre in out.pre)
+
+        found = compare(
+            self.task,
+            self.valid,
+            Candidate(self.teacher, FLOAT, run_cell),
+            {"hard": Candidate(student, hard_mode, run_cell), "soft": Candidate(student, soft_mode, run_cell)},
+            seen=seen,
+            device=self.args.device,
+        )
+        return found["hard"].value, found["soft"].value, sum(saturated) / len(saturated)
 
     # -- checkpoints
 

@@ -1,0 +1,269 @@
+"""The command line: parses, calls, reports. No logic. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rnn2bin import __version__
+from rnn2bin.errors import Rnn2binError
+
+RECIPE_HELP = "A YAML file, or the name of a bundled recipe (rnn2bin recipes ls)."
+DATA_HELP = ".npz, .safetensors or .pt with `inputs` (and `lengths`, `targets`), or .txt; or train=FILE, valid=FILE, test=FILE, each its own --data."
+
+
+class Cli(click.Group):
+    """Turns expected errors into one line a reason on stderr and their exit code."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except Rnn2binError as error:
+            if "--json" in sys.argv:
+                click.echo(json.dumps({"error": {"code": error.code, "exit_code": error.exit_code, "reasons": list(error.reasons)}}))
+            for reason in error.reasons:
+                click.echo(f"rnn2bin: {reason}", err=True)
+            context.exit(error.exit_code)
+        except MemoryError:
+            click.echo("rnn2bin: out of memory; lower train.batch_size or train.window", err=True)
+            context.exit(6)
+        except KeyboardInterrupt:
+            click.echo("rnn2bin: interrupted; nothing was written", err=True)
+            context.exit(7)
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="rnn2bin")
+def main() -> None:
+    """Turn pretrained LSTMs and GRUs into networks with binary gates, run them, and say what it cost.
+
+    \b
+    Exit codes: 0 ok · 2 usage or recipe · 3 unsupported input · 4 refused as unsafe · 5 accuracy budget missed ·
+    6 resources · 7 interrupted, resumable · 1 a bug
+    """
+
+
+def as_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, default=str))
+
+
+json_option = click.option("--json", "json_out", is_flag=True, help="One JSON document on stdout.")
+data_option = click.option("--data", multiple=True, metavar="DATA", help=DATA_HELP)
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--recipe", default="anneal.yaml", show_default=True, help=RECIPE_HELP)
+@data_option
+@click.option("--out", type=click.Path(path_type=Path), help="Directory to write (default: MODEL.rnn2bin here).")
+@click.option("--set", "overrides", multiple=True, metavar="A.B=V", help="Set one knob of the recipe; may be given often.")
+@click.option("--max-drop", type=float, help="Largest relative loss of the metric; more is exit code 5 and nothing written.")
+@click.option("--seed", type=int, help="Seed of noise, order and split.")
+@click.option("--plan", "only_plan", is_flag=True, help="Say what would happen (layers, size, memory, time) and stop.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted conversion.")
+@click.option("--force", is_flag=True, help="Replace an existing OUT, start an interrupted conversion over.")
+@json_option
+def convert(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, overrides: tuple[str, ...], max_drop: float | None,
+            seed: int | None, only_plan: bool, resume: bool, force: bool, json_out: bool) -> None:  # fmt: skip
+    """Convert MODEL: distil its float gates into binary ones and write a packed directory with a report."""
+    from rnn2bin import recipe_yaml
+
+    overrides = (*overrides, *([f"report.max_drop={max_drop}"] if max_drop is not None else []), *([f"seed={seed}"] if seed is not None else []))
+    chosen = recipe_yaml.read(recipe, overrides=overrides)  # before the heavy imports: a typo is told at once
+    quiet_libraries()
+    if only_plan:
+        from rnn2bin import plan
+
+        found = plan.plan(model, chosen, data or None, out)
+        return as_json(found) if json_out else click.echo(plan.render(found))
+    from rnn2bin import convert as job
+
+    with progress_bar(json_out) as progress:
+        result = job.convert(model, recipe=chosen, data=data or None, out=out, resume=resume, force=force, progress=progress)
+    if json_out:
+        return as_json(result.report)
+    from rnn2bin.evaluate import html
+
+    click.echo(html.render_table(result.report))
+    for note in result.report["provenance"]["notes"]:
+        click.echo(f"note: {note}")
+    click.echo(f"report: {(result.path / 'report.html').resolve()}")
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@json_option
+def inspect(model: Path, json_out: bool) -> None:
+    """What is in MODEL: recognised parts, what was not recognised, and a `source:` section to start from. Runs no code from it."""
+    from rnn2bin.load import inspect as look
+
+    found = look(model)
+    as_json(found.to_dict()) if json_out else click.echo(found.render())
+
+
+@main.command("eval")
+@click.argument("teacher", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@data_option
+@json_option
+def evaluate(teacher: Path, out: Path, data: tuple[str, ...], json_out: bool) -> None:
+    """What binarization cost: TEACHER against its packed directory OUT on held-out data, with a 95% interval."""
+    quiet_libraries()
+    from rnn2bin.convert import evaluate_files
+
+    report = evaluate_files(teacher, out, data=data or None)
+    if json_out:
+        return as_json(report)
+    from rnn2bin.evaluate import html
+
+    click.echo(html.render_table(report))
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--data", required=True, metavar="DATA", help="Inputs, as for convert; labels are not read.")
+@click.option("--backend", default="torch", show_default=True, help="Which runtime runs it.")
+@click.option("--out", "target", type=click.Path(path_type=Path), help="Write outputs to this .npz (default: a summary on stdout).")
+@json_option
+def run(out: Path, data: str, backend: str, target: Path | None, json_out: bool) -> None:
+    """Run a packed directory OUT over DATA."""
+    quiet_libraries()
+    from rnn2bin import runtime
+    from rnn2bin.runtime import files
+
+    summary = files.run_file(runtime.load(out, backend=backend), Path(data), target)
+    as_json(summary) if json_out else click.echo("\n".join(f"{name}: {value}" for name, value in summary.items()))
+
+
+@main.group()
+def recipes() -> None:
+    """The bundled recipes."""
+
+
+@recipes.command("ls")
+@json_option
+def recipes_ls(json_out: bool) -> None:
+    """Names, and what each is for."""
+    from rnn2bin import recipe_yaml
+
+    found = {path.name: recipe_yaml.summary(path) for path in recipe_yaml.bundled()}
+    as_json(found) if json_out else click.echo("\n".join(f"{name:14} {text}" for name, text in found.items()))
+
+
+@recipes.command("show")
+@click.argument("name")
+def recipes_show(name: str) -> None:
+    """Print a recipe with its comments."""
+    from rnn2bin import recipe_yaml
+
+    click.echo(recipe_yaml.find(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes.command("cp")
+@click.argument("name")
+@click.argument("target", type=click.Path(path_type=Path), default=Path())
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+def recipes_cp(name: str, target: Path, force: bool) -> None:
+    """Copy a recipe here (or to TARGET), to be edited."""
+    from rnn2bin import recipe_yaml
+
+    click.echo(recipe_yaml.copy(name, target, force=force))
+
+
+@recipes.command("validate")
+@click.argument("file")
+@click.option("--set", "overrides", multiple=True, metavar="A.B=V", help="Knobs to set, as in convert.")
+@json_option
+def recipes_validate(file: str, overrides: tuple[str, ...], json_out: bool) -> None:
+    """Check a recipe; every error with its line and column. Prints the resolved recipe with --json."""
+    from rnn2bin import recipe_yaml
+
+    recipe = recipe_yaml.read(file, overrides=overrides)
+    as_json(recipe.model_dump(mode="json")) if json_out else click.echo(f"{file}: a valid recipe")
+
+
+@recipes.command("schema")
+def recipes_schema() -> None:
+    """The JSON schema of a recipe, for editors."""
+    from rnn2bin import recipe_yaml
+
+    as_json(recipe_yaml.schema())
+
+
+@main.command()
+@json_option
+def doctor(json_out: bool) -> None:
+    """Versions, CPU, and a tiny real conversion in under a minute."""
+    quiet_libraries()
+    from rnn2bin import doctor as check
+
+    found = check.examine()
+    as_json(found) if json_out else click.echo(check.render(found))
+    if not found["conversion"]["ok"]:
+        raise SystemExit(1)
+
+
+def quiet_libraries() -> None:
+    """No advice, bars or telemetry of the libraries between our own lines."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+@contextmanager
+def progress_bar(json_out: bool):
+    """Yields what `convert` reports its steps to: a bar on a TTY, NDJSON on stderr with --json, a line now and then otherwise."""
+    if json_out:
+        yield lambda now: click.echo(json.dumps(now), err=True) if now["step"] % 50 == 0 else None
+    elif sys.stderr.isatty():
+        with _rich_bar() as report:
+            yield report
+    else:
+        yield _plain_report()
+
+
+def describe(now: dict[str, Any]) -> str:
+    """The line beside the bar: the metric with hard gates, temperature, slope."""
+    hard = "…" if now["hard"] is None else f"{now['hard']:.4f}"
+    return f"{now['metric']} (hard gates) {hard}  τ {now['temperature']:.2f}  slope {now['slope']:.2f}  loss {now['loss']:.4f}"
+
+
+def _plain_report() -> Callable[[dict[str, Any]], None]:
+    """Every tenth of the way one line."""
+    last = [-1]
+
+    def report(now: dict[str, Any]) -> None:
+        tenth = 10 * now["step"] // now["steps"]
+        if tenth > last[0]:
+            last[0] = tenth
+            click.echo(f"step {now['step']}/{now['steps']}  {describe(now)}", err=True)
+
+    return report
+
+
+@contextmanager
+def _rich_bar():
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        row = bar.add_task("preparing", total=None)
+
+        def report(now: dict[str, Any]) -> None:
+            bar.update(row, completed=now["step"], total=max(now["steps"], now["step"]), description=describe(now))
+
+        yield report

@@ -1,0 +1,295 @@
+"""The main job: source file -> packed directory, in one direction: load, binarize, distil, pack, evaluate."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rnn2bin import binarize, data, evaluate, load, measure, pack, recipe_yaml, tasks
+from rnn2bin.cells.network import Network, teacher_network
+from rnn2bin.distill import sampling
+from rnn2bin.distill import trainer as distiller
+from rnn2bin.distill.window import run_cell
+from rnn2bin.errors import BudgetError, DataError, UsageError
+from rnn2bin.evaluate import html
+from rnn2bin.gates.estimators import FLOAT
+from rnn2bin.measure import Candidate
+from rnn2bin.recipe import Recipe
+from rnn2bin.spec import RnnSpec
+
+Report = dict[str, Any]
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `convert` returns: where the packed directory is, its report, and the model on the torch backend."""
+
+    path: Path
+    report: Report
+
+    @property
+    def model(self):
+        from rnn2bin import runtime
+
+        return runtime.load(self.path)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that is known before training starts."""
+
+    loaded: load.Loaded
+    teacher: Network
+    recipe: Recipe
+    task: tasks.Task
+    parts: data.Parts
+    notes: tuple[str, ...] = ()
+
+
+def prepare(source: str | Path, recipe: Recipe, given: str | Path | Sequence[str] | None) -> Job:
+    """Read everything and refuse what does not fit, before any work. Raises the errors of load, data and tasks."""
+    loaded = load.load(source, source=recipe.source)
+    teacher = teacher_network(loaded.spec, loaded.weights)
+    parts = data.load_parts(given, recipe, loaded.spec)
+    if parts is None:
+        parts = sampling.data_free(teacher, recipe)
+    notes: list[str] = []
+    if not loaded.readout_stated:
+        teacher, note = _choose_readout(teacher, recipe, parts)
+        notes += [note] if note else []
+    task = tasks.resolve(recipe, teacher.spec, parts.train)
+    for part in (parts.valid, parts.test):
+        tasks.resolve(recipe, teacher.spec, part)
+    return Job(loaded, teacher, recipe, task, parts, tuple(notes))
+
+
+def _choose_readout(teacher: Network, recipe: Recipe, parts: data.Parts) -> tuple[Network, str | None]:
+    """One target a sequence, and a file that cannot say what the head reads: take the readout under which the teacher does best on the
+    validation part."""
+    targets, main = parts.valid.targets, teacher.spec.main
+    per_sequence = targets is not None and (targets.ndim == 1 or targets.is_floating_point() and targets.ndim == 2)
+    if teacher.spec.decode or main.readout != "all" or not per_sequence:
+        return teacher, None
+    one_direction = main.layers[-1].directions == 1
+    names = ["last", "mean", "max"] if one_direction else ["final", "last", "mean", "max"]
+    choices = [with_readout(teacher, name) for name in names]
+    small = distiller.selection_part(parts.valid)
+    chosen = measure.infer_readout(lambda n: tasks.resolve(recipe, n.spec, small), small, choices)
+    name = chosen.spec.main.readout
+    return chosen, f"readout {name!r}: not stated, chosen because the float network does best with it on the validation part (source.readout says otherwise)"
+
+
+def with_readout(network: Network, readout: str) -> Network:
+    main = replace(network.spec.main, readout=readout)
+    return teacher_network(RnnSpec({"main": main}), network.state_dict())
+
+
+def convert(
+    source: str | Path | torch.nn.Module,
+    *,
+    recipe: str | Path | Recipe = "anneal.yaml",
+    data: Any = None,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    max_drop: float | None = None,
+    resume: bool = False,
+    force: bool = False,
+    loss: Callable[..., torch.Tensor] | None = None,
+    metric: Callable[..., float] | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Convert a pretrained network to binary gates and write the packed directory `out` (default: the source's name + ".rnn2bin").
+
+    `source`: a file, a Hugging Face directory, or any nn.Module with LSTM or GRU layers; a module takes `data` as an iterable of batches,
+    `loss(output, batch)` and optionally `metric(module, batches)`. `data`: see docs/data.md. Raises the errors of rnn2bin.errors.
+    """
+    chosen = resolve_recipe(recipe, overrides, seed=seed, max_drop=max_drop)
+    if isinstance(source, torch.nn.Module):
+        from rnn2bin import modules
+
+        return modules.convert_module(source, recipe=chosen, data=data, out=out, loss=loss, metric=metric, force=force, progress=progress)
+    if loss is not None or metric is not None:
+        raise UsageError("convert: loss and metric go with an nn.Module; a file's task follows from the recipe and the data")
+    folder = Path(out) if out is not None else Path(Path(source).name + ".rnn2bin")
+    return run(source, chosen, data, folder, resume=resume, force=force, progress=progress)
+
+
+def resolve_recipe(recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, seed: int | None = None, max_drop: float | None = None) -> Recipe:
+    extra = [*overrides, *([f"seed={seed}"] if seed is not None else []), *([f"report.max_drop={max_drop}"] if max_drop is not None else [])]
+    if isinstance(recipe, Recipe):
+        return recipe_yaml.override(recipe, extra)
+    return recipe_yaml.read(recipe, overrides=extra)
+
+
+def work_folder(out: Path) -> Path:
+    """Where checkpoints lie while a conversion runs; removed when it is done."""
+    return out.with_name(out.name + ".work")
+
+
+def check_work(out: Path, recipe: Recipe, job_key: str, *, resume: bool, force: bool) -> Path:
+    """The work folder, made or found again. Raises UsageError where an interrupted run lies there and neither --resume nor --force is given,
+    or where it belongs to another conversion."""
+    work = work_folder(out)
+    stamp = work / "job.json"
+    if work.exists() and resume and stamp.is_file():
+        if json.loads(stamp.read_text()).get("key") != job_key:
+            raise UsageError(f"{work}: belongs to a conversion with another model, recipe or data; --force starts over")
+        return work
+    if work.exists() and not force and distiller.newest_checkpoint(work):
+        raise UsageError(f"{work}: an interrupted conversion lies here; --resume goes on with it, --force starts over")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    distiller.write_synced(stamp, json.dumps({"key": job_key}))
+    return work
+
+
+def run(
+    source: str | Path, recipe: Recipe, given: Any, out: Path, *, resume: bool = False, force: bool = False, progress: Progress | None = None
+) -> Result:
+    """`convert` for a file, with a resolved recipe."""
+    pack.check_free(out, force=force)
+    job = prepare(source, recipe, given)
+    key = f"{job.loaded.provenance['sha256']} {data.digest(job.parts)} {recipe.model_dump_json()}"
+    work = check_work(out, recipe, key, resume=resume, force=force)
+    began = time.perf_counter()
+    student = binarize.student(job.teacher, recipe.gates)
+    trained = distiller.train(
+        student, job.teacher, task=job.task, recipe=recipe, train=job.parts.train, valid=job.parts.valid, out=work, resume=resume, report=progress
+    )
+    fine_tuned = _float_control(job, work, resume=resume) if recipe.report.float_same_compute else None
+    seconds = time.perf_counter() - began
+    student.eval()
+    with pack.staging(out, force=force) as folder:
+        provenance = provenance_of(job, source)
+        pack.write_model(student, folder, provenance=provenance, task=task_of(job))
+        (folder / "recipe.yaml").write_text(recipe_yaml.dump(recipe), encoding="utf-8")
+        report = write_report(job, folder, trained, provenance=provenance, seconds=seconds, fine_tuned=fine_tuned)
+        refuse_over_budget(report, recipe)
+    shutil.rmtree(work, ignore_errors=True)
+    return Result(out, report)
+
+
+def _float_control(job: Job, work: Path, *, resume: bool) -> Network:
+    """The float network, fine-tuned with the same data, losses and steps: what of the student's metric is plain further training."""
+    student = Network(job.teacher.spec)
+    student.load_state_dict(job.teacher.state_dict())
+    folder = work / "float"
+    distiller.train(
+        student,
+        job.teacher,
+        task=job.task,
+        recipe=job.recipe,
+        train=job.parts.train,
+        valid=job.parts.valid,
+        out=folder,
+        resume=resume,
+        float_student=True,
+    )
+    return student.eval()
+
+
+def provenance_of(job: Job, source: str | Path) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    names = ("rnn2bin", "torch", "transformers", "safetensors", "numpy")
+    return {
+        "source": Path(source).name,
+        "source_sha256": job.loaded.provenance["sha256"],
+        "data_sha256": data.digest(job.parts),
+        "seed": job.recipe.seed,
+        "versions": {**{name: version(name) for name in names}, "python": platform.python_version()},
+        "data_free": job.parts.data_free,
+        "levels": job.recipe.gates.levels,
+        "notes": list(job.notes),
+    }
+
+
+def task_of(job: Job) -> dict[str, Any]:
+    vocabulary = list(job.parts.vocabulary) if job.parts.vocabulary else None
+    return {"name": job.task.name, "metric": job.task.metric, "vocabulary": vocabulary}
+
+
+def write_report(
+    job: Job, folder: Path, trained: distiller.Trained, *, provenance: dict[str, Any], seconds: float, fine_tuned: Network | None
+) -> Report:
+    """report.json, report.html and the model card, measured on the packed files themselves."""
+    model = evaluate.load_model(folder)
+    extra = {"float_same_compute": Candidate(fine_tuned, FLOAT, run_cell)} if fine_tuned else {}
+    report, figures = evaluate.evaluate_parts(
+        teacher=job.teacher,
+        model=model,
+        task=job.task,
+        part=job.parts.test,
+        soft_mode=trained.soft_mode,
+        gates=job.recipe.gates,
+        with_controls=job.recipe.report.controls,
+        extra=extra,
+        vocabulary=job.parts.vocabulary,
+        seed=job.recipe.seed,
+    )
+    report["cost"] = {
+        "seconds": seconds,
+        "steps": trained.steps,
+        "best_step": trained.best_step,
+        "tokens": trained.tokens,
+        "tokens_per_second": trained.tokens / seconds,
+        "teacher_tokens_per_second": teacher_speed(job),
+        "binarized": trained.binarized,
+    }
+    report["size"] = evaluate.sizes(job.loaded.provenance["bytes"], folder)
+    report["training"] = [vars(point) for point in trained.history]
+    report["provenance"] = {**provenance, "recipe": job.recipe.model_dump(mode="json")}
+    write_files(folder, report, figures)
+    return report
+
+
+def write_files(folder: Path, report: Report, figures: evaluate.Figures) -> None:
+    (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(html.render(report, figures), encoding="utf-8")
+    (folder / "README.md").write_text(html.render_card(report), encoding="utf-8")
+
+
+def teacher_speed(job: Job) -> float:
+    """Tokens a second of the float network's forward pass, on the batches that distillation used."""
+    small = distiller.selection_part(job.parts.valid)
+    began = time.perf_counter()
+    counted = measure.compare(job.task, small, Candidate(job.teacher, FLOAT, run_cell), {})["teacher"]
+    return float(counted.counts.sum()) / (time.perf_counter() - began)
+
+
+def refuse_over_budget(report: Report, recipe: Recipe) -> None:
+    """BudgetError where more was lost than `report.max_drop` allows; nothing is written then."""
+    limit, relative = recipe.report.max_drop, report["drop"]["relative"]
+    if limit is not None and relative is not None and relative > limit:
+        raise BudgetError(
+            f"accuracy budget missed: the relative drop is {relative:.4g}, allowed were {limit:g} "
+            f"({report['metric']['name']} {report['teacher']['metric']:.4g} -> {report['binary']['metric']:.4g}); "
+            "nothing was written; raise train.steps, lower the budget's demands, or raise --max-drop"
+        )
+
+
+def evaluate_files(source: str | Path, packed: str | Path, *, data: Any = None) -> Report:
+    """`rnn2bin eval`: a source file against its packed directory on held-out data, with the interval. Raises DataError without data."""
+    model = evaluate.load_model(Path(packed))
+    recipe = recipe_yaml.read(Path(packed) / "recipe.yaml")
+    job = prepare(source, recipe, data)
+    if job.parts.data_free and data is not None:
+        raise DataError("eval: no data")
+    if model.spec != job.teacher.spec:
+        raise UsageError(f"{packed}: was not made from a network of this shape; give the source file it was converted from")
+    soft = distiller.soft_mode_at(recipe.gates, 1.0)
+    report, _ = evaluate.evaluate_parts(
+        teacher=job.teacher, model=model, task=job.task, part=job.parts.test, soft_mode=soft, gates=recipe.gates, vocabulary=job.parts.vocabulary
+    )
+    report["size"] = evaluate.sizes(job.loaded.provenance["bytes"], Path(packed))
+    return report
