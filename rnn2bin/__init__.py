@@ -5,7 +5,8 @@
 >>> model = rnn2bin.load("OUT")                                                              # doctest: +SKIP
 >>> y, state = model(x)                                                                      # doctest: +SKIP
 
-Importing the package imports neither torch nor transformers; they come with the first call that needs them.
+Importing the package imports neither torch nor transformers; they come with the first call that needs them. No module bears the name of
+a function here: importing it would replace the function.
 """
 
 from __future__ import annotations
@@ -13,30 +14,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# The subpackage of this name comes first: its import would otherwise replace the public function below.
-import rnn2bin.load
-
-from rnn2bin.recipe import Recipe
-
 if TYPE_CHECKING:
     import torch
 
-    from rnn2bin.convert import Result
-    from rnn2bin.load import Inspection
+    from rnn2bin.pipeline import Result
+    from rnn2bin.recipe import Recipe
+    from rnn2bin.loaders import Inspection
     from rnn2bin.runtime.torch_backend import Model
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "binarize", "convert", "evaluate", "inspect", "load"]
 
 
+def __getattr__(name: str) -> Any:
+    """`rnn2bin.Recipe`, imported when asked for: pydantic takes a while."""
+    if name == "Recipe":
+        from rnn2bin.recipe import Recipe
+
+        return Recipe
+    raise AttributeError(f"module 'rnn2bin' has no attribute {name!r}")
+
+
 def convert(source: str | Path | torch.nn.Module, **options: Any) -> Result:
-    """Convert a pretrained network; see `rnn2bin.convert.convert` for the options and errors."""
-    from importlib import import_module
+    """Convert a pretrained network; see `rnn2bin.pipeline.convert` for the options and errors."""
+    from rnn2bin import pipeline
 
-    return import_module("rnn2bin.convert").convert(source, **options)
+    return pipeline.convert(source, **options)
 
 
-def load(path: str | Path, *, backend: str = "torch", device: str = "cpu") -> Model:  # type: ignore[no-redef]
+def load(path: str | Path, *, backend: str = "torch", device: str = "cpu") -> Model:
     """A packed directory as a model: `y, state = model(x)`; see `rnn2bin.runtime.load`."""
     from rnn2bin import runtime
 
@@ -44,17 +50,17 @@ def load(path: str | Path, *, backend: str = "torch", device: str = "cpu") -> Mo
 
 
 def evaluate(source: str | Path, packed: str | Path, *, data: Any = None) -> dict[str, Any]:
-    """What binarization cost: the measured fields of report.json; see `rnn2bin.convert.evaluate_files`."""
-    from importlib import import_module
+    """What binarization cost: the measured fields of report.json; see `rnn2bin.pipeline.evaluate_files`."""
+    from rnn2bin import pipeline
 
-    return import_module("rnn2bin.convert").evaluate_files(source, packed, data=data)
+    return pipeline.evaluate_files(source, packed, data=data)
 
 
 def inspect(path: str | Path, *, source: Any = None) -> Inspection:
-    """What is in a file; runs no code from it. See `rnn2bin.load.inspect`."""
+    """What is in a file; runs no code from it. See `rnn2bin.loaders.inspect`."""
     from importlib import import_module
 
-    return import_module("rnn2bin.load").inspect(path, source=source)
+    return import_module("rnn2bin.loaders").inspect(path, source=source)
 
 
 def binarize(module: torch.nn.Module, *, recipe: str | Path | Recipe = "anneal.yaml") -> torch.nn.Module:

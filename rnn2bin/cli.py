@@ -82,13 +82,13 @@ def convert(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, o
 
         found = plan.plan(model, chosen, data or None, out)
         return as_json(found) if json_out else click.echo(plan.render(found))
-    from rnn2bin import convert as job
+    from rnn2bin import pipeline as job
 
     with progress_bar(json_out) as progress:
         result = job.convert(model, recipe=chosen, data=data or None, out=out, resume=resume, force=force, progress=progress)
     if json_out:
         return as_json(result.report)
-    from rnn2bin.evaluate import html
+    from rnn2bin.evaluation import html
 
     click.echo(html.render_table(result.report))
     for note in result.report["provenance"]["notes"]:
@@ -101,7 +101,7 @@ def convert(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, o
 @json_option
 def inspect(model: Path, json_out: bool) -> None:
     """What is in MODEL: recognised parts, what was not recognised, and a `source:` section to start from. Runs no code from it."""
-    from rnn2bin.load import inspect as look
+    from rnn2bin.loaders import inspect as look
 
     found = look(model)
     as_json(found.to_dict()) if json_out else click.echo(found.render())
@@ -115,12 +115,12 @@ def inspect(model: Path, json_out: bool) -> None:
 def evaluate(teacher: Path, out: Path, data: tuple[str, ...], json_out: bool) -> None:
     """What binarization cost: TEACHER against its packed directory OUT on held-out data, with a 95% interval."""
     quiet_libraries()
-    from rnn2bin.convert import evaluate_files
+    from rnn2bin.pipeline import evaluate_files
 
     report = evaluate_files(teacher, out, data=data or None)
     if json_out:
         return as_json(report)
-    from rnn2bin.evaluate import html
+    from rnn2bin.evaluation import html
 
     click.echo(html.render_table(report))
 

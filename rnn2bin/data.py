@@ -117,7 +117,7 @@ def _paths(given: str | Path | Sequence[str] | None, data: recipes.Data) -> dict
 
 def read_tensors(path: Path) -> Part:
     """One tensor file -> Part. Raises DataError."""
-    from rnn2bin.load import npz, pytorch, safetensors_file
+    from rnn2bin.loaders import npz, pytorch, safetensors_file
 
     readers = {".npz": npz.read, ".safetensors": safetensors_file.read, ".pt": pytorch.read, ".pth": pytorch.read}
     reader = readers.get(path.suffix.lower())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rnn2bin.errors import UnsafeError, UnsupportedError
-from rnn2bin.load.common import members
+from rnn2bin.loaders.common import members
 
 if TYPE_CHECKING:
     import torch

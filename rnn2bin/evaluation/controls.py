@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnn2bin import binarize
+from rnn2bin import student as students
 from rnn2bin.cells.network import STEPS, CellState, Network, Trace
 from rnn2bin.cells.weights import Cell, select
 from rnn2bin.gates.estimators import BINARY, Discretize
@@ -18,7 +18,7 @@ SHARP = 0.2  # temperature of the sharpened sigmoid, the control value of public
 def controls(teacher: Network, student: Network, gates: Gates, open_rates: dict[str, list[float]], *, seed: int) -> dict[str, Candidate]:
     """threshold_only: the teacher's weights, gates cut at 0, strict levels. sharpened_sigmoid: its gates σ(pre/0.2).
     random_gates: the student with bits drawn at its own open rates."""
-    cut = binarize.student(teacher, gates.model_copy(update={"levels": "strict"})).eval()
+    cut = students.student(teacher, gates.model_copy(update={"levels": "strict"})).eval()
     return {
         "threshold_only": Candidate(cut, BINARY),
         "sharpened_sigmoid": Candidate(cut, Discretize("sigmoid", temperature=SHARP)),

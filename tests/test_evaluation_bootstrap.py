@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rnn2bin.errors import DataError, UsageError
-from rnn2bin.evaluate.bootstrap import MAX_BLOCKS, Drop, paired_drop
+from rnn2bin.evaluation.bootstrap import MAX_BLOCKS, Drop, paired_drop
 
 
 @st.composite

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rnn2bin.errors import UnsafeError, UnsupportedError
-from rnn2bin.load import pytorch, safetensors_file
-from rnn2bin.load.common import READ_NOW, regular_file
+from rnn2bin.loaders import pytorch, safetensors_file
+from rnn2bin.loaders.common import READ_NOW, regular_file
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rnn2bin.errors import Rnn2binError, UnsafeError, UnsupportedError, UsageError
-from rnn2bin.load import Loaded, inspect, load
+from rnn2bin.loaders import Loaded, inspect, load
 from rnn2bin.recipe import Source
 from rnn2bin.spec import DIRECTIONS
 
@@ -466,6 +466,6 @@ def test_a_flipped_byte_loads_or_raises_our_errors(tmp_path: Path, name: str, at
 
 
 def test_importing_load_does_not_import_torch() -> None:
-    code = "import sys, rnn2bin.load; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, rnn2bin.loaders; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     root = Path(__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=False).returncode == 0

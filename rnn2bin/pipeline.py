@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from rnn2bin import binarize, data, evaluate, load, measure, pack, recipe_yaml, tasks
+from rnn2bin import data, evaluation, loaders, measure, pack, recipe_yaml, student, tasks
 from rnn2bin.cells.network import Network, teacher_network
 from rnn2bin.distill import sampling
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import BudgetError, DataError, UsageError
-from rnn2bin.evaluate import html
+from rnn2bin.evaluation import html
 from rnn2bin.gates.estimators import FLOAT
 from rnn2bin.measure import Candidate
 from rnn2bin.recipe import Recipe
@@ -47,7 +47,7 @@ class Result:
 class Job:
     """All that is known before training starts."""
 
-    loaded: load.Loaded
+    loaded: loaders.Loaded
     teacher: Network
     recipe: Recipe
     task: tasks.Task
@@ -57,7 +57,7 @@ class Job:
 
 def prepare(source: str | Path, recipe: Recipe, given: str | Path | Sequence[str] | None) -> Job:
     """Read everything and refuse what does not fit, before any work. Raises the errors of load, data and tasks."""
-    loaded = load.load(source, source=recipe.source)
+    loaded = loaders.load(source, source=recipe.source)
     teacher = teacher_network(loaded.spec, loaded.weights)
     parts = data.load_parts(given, recipe, loaded.spec)
     if parts is None:
@@ -162,16 +162,16 @@ def run(
     key = f"{job.loaded.provenance['sha256']} {data.digest(job.parts)} {recipe.model_dump_json()}"
     work = check_work(out, recipe, key, resume=resume, force=force)
     began = time.perf_counter()
-    student = binarize.student(job.teacher, recipe.gates)
+    network = student.student(job.teacher, recipe.gates)
     trained = distiller.train(
-        student, job.teacher, task=job.task, recipe=recipe, train=job.parts.train, valid=job.parts.valid, out=work, resume=resume, report=progress
+        network, job.teacher, task=job.task, recipe=recipe, train=job.parts.train, valid=job.parts.valid, out=work, resume=resume, report=progress
     )
     fine_tuned = _float_control(job, work, resume=resume) if recipe.report.float_same_compute else None
     seconds = time.perf_counter() - began
-    student.eval()
+    network.eval()
     with pack.staging(out, force=force) as folder:
         provenance = provenance_of(job, source)
-        pack.write_model(student, folder, provenance=provenance, task=task_of(job))
+        pack.write_model(network, folder, provenance=provenance, task=task_of(job))
         (folder / "recipe.yaml").write_text(recipe_yaml.dump(recipe), encoding="utf-8")
         report = write_report(job, folder, trained, provenance=provenance, seconds=seconds, fine_tuned=fine_tuned)
         refuse_over_budget(report, recipe)
@@ -181,11 +181,11 @@ def run(
 
 def _float_control(job: Job, work: Path, *, resume: bool) -> Network:
     """The float network, fine-tuned with the same data, losses and steps: what of the student's metric is plain further training."""
-    student = Network(job.teacher.spec)
-    student.load_state_dict(job.teacher.state_dict())
+    network = Network(job.teacher.spec)
+    network.load_state_dict(job.teacher.state_dict())
     folder = work / "float"
     distiller.train(
-        student,
+        network,
         job.teacher,
         task=job.task,
         recipe=job.recipe,
@@ -195,7 +195,7 @@ def _float_control(job: Job, work: Path, *, resume: bool) -> Network:
         resume=resume,
         float_student=True,
     )
-    return student.eval()
+    return network.eval()
 
 
 def provenance_of(job: Job, source: str | Path) -> dict[str, Any]:
@@ -223,9 +223,9 @@ def write_report(
     job: Job, folder: Path, trained: distiller.Trained, *, provenance: dict[str, Any], seconds: float, fine_tuned: Network | None
 ) -> Report:
     """report.json, report.html and the model card, measured on the packed files themselves."""
-    model = evaluate.load_model(folder)
+    model = evaluation.load_model(folder)
     extra = {"float_same_compute": Candidate(fine_tuned, FLOAT, run_cell)} if fine_tuned else {}
-    report, figures = evaluate.evaluate_parts(
+    report, figures = evaluation.evaluate_parts(
         teacher=job.teacher,
         model=model,
         task=job.task,
@@ -246,14 +246,14 @@ def write_report(
         "teacher_tokens_per_second": teacher_speed(job),
         "binarized": trained.binarized,
     }
-    report["size"] = evaluate.sizes(job.loaded.provenance["bytes"], folder)
+    report["size"] = evaluation.sizes(job.loaded.provenance["bytes"], folder)
     report["training"] = [vars(point) for point in trained.history]
     report["provenance"] = {**provenance, "recipe": job.recipe.model_dump(mode="json")}
     write_files(folder, report, figures)
     return report
 
 
-def write_files(folder: Path, report: Report, figures: evaluate.Figures) -> None:
+def write_files(folder: Path, report: Report, figures: evaluation.Figures) -> None:
     (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "report.html").write_text(html.render(report, figures), encoding="utf-8")
     (folder / "README.md").write_text(html.render_card(report), encoding="utf-8")
@@ -280,7 +280,7 @@ def refuse_over_budget(report: Report, recipe: Recipe) -> None:
 
 def evaluate_files(source: str | Path, packed: str | Path, *, data: Any = None) -> Report:
     """`rnn2bin eval`: a source file against its packed directory on held-out data, with the interval. Raises DataError without data."""
-    model = evaluate.load_model(Path(packed))
+    model = evaluation.load_model(Path(packed))
     recipe = recipe_yaml.read(Path(packed) / "recipe.yaml")
     job = prepare(source, recipe, data)
     if job.parts.data_free and data is not None:
@@ -288,8 +288,8 @@ def evaluate_files(source: str | Path, packed: str | Path, *, data: Any = None) 
     if model.spec != job.teacher.spec:
         raise UsageError(f"{packed}: was not made from a network of this shape; give the source file it was converted from")
     soft = distiller.soft_mode_at(recipe.gates, 1.0)
-    report, _ = evaluate.evaluate_parts(
+    report, _ = evaluation.evaluate_parts(
         teacher=job.teacher, model=model, task=job.task, part=job.parts.test, soft_mode=soft, gates=recipe.gates, vocabulary=job.parts.vocabulary
     )
-    report["size"] = evaluate.sizes(job.loaded.provenance["bytes"], Path(packed))
+    report["size"] = evaluation.sizes(job.loaded.provenance["bytes"], Path(packed))
     return report

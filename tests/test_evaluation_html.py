@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rnn2bin.evaluate.html import Figures, Heatmap, Histogram, render, render_card, render_table, sentence
+from rnn2bin.evaluation.html import Figures, Heatmap, Histogram, render, render_card, render_table, sentence
 
 EVIL = "<script>alert('x')</script>"
 VOID = {"meta", "br", "link", "img", "hr", "input"}

@@ -11,8 +11,8 @@ import yaml
 from torch import nn
 
 from rnn2bin.errors import UnsupportedError
-from rnn2bin.load import inspect, load
-from rnn2bin.load.recognise import recognise
+from rnn2bin.loaders import inspect, load
+from rnn2bin.loaders.recognise import recognise
 from rnn2bin.recipe import Source
 
 torch.set_num_threads(1)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from rnn2bin import spec as spec_module
 from rnn2bin.errors import ResourceError, UnsupportedError, UsageError
-from rnn2bin.load import huggingface, npz, pytorch, recognise, safetensors_file
-from rnn2bin.load.assemble import Assembly, build, leftovers
-from rnn2bin.load.common import READ_NOW, fingerprint, regular_file
-from rnn2bin.load.render import parts, source_yaml, text
+from rnn2bin.loaders import huggingface, npz, pytorch, recognise, safetensors_file
+from rnn2bin.loaders.assemble import Assembly, build, leftovers
+from rnn2bin.loaders.common import READ_NOW, fingerprint, regular_file
+from rnn2bin.loaders.render import parts, source_yaml, text
 from rnn2bin.recipe import Source
 from rnn2bin.spec import RnnSpec
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnn2bin import binarize, pack, tasks
+from rnn2bin import pack, student, tasks
 from rnn2bin.cells.network import Network, Output, valid_steps
 from rnn2bin.data import Part
 from rnn2bin.distill.window import run_cell
-from rnn2bin.evaluate import controls as control
-from rnn2bin.evaluate.bootstrap import paired_drop
-from rnn2bin.evaluate.density import DensityCounter
-from rnn2bin.evaluate.html import Figures, Heatmap, Histogram
+from rnn2bin.evaluation import controls as control
+from rnn2bin.evaluation.bootstrap import paired_drop
+from rnn2bin.evaluation.density import DensityCounter
+from rnn2bin.evaluation.html import Figures, Heatmap, Histogram
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize, sample
 from rnn2bin.measure import Candidate, compare
 from rnn2bin.recipe import Gates
@@ -146,7 +146,7 @@ def drop(task: tasks.Task, teacher: tasks.Measurement, binary: tasks.Measurement
 
 def gate_table(network: Network, rates: dict[str, list[float]]) -> list[dict[str, Any]]:
     """`open_rate` of z is the share of updated units (bit 0): what costs."""
-    levels = binarize.level_summary(network)
+    levels = student.level_summary(network)
     return [
         {
             "layer": prefix.rpartition(".")[0],
