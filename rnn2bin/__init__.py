@@ -12,18 +12,22 @@ a function here: importing it would replace the function.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
+
+from rnn2bin import hub
 
 if TYPE_CHECKING:
     import torch
 
+    from rnn2bin.loaders import Inspection
     from rnn2bin.pipeline import Result
     from rnn2bin.recipe import Recipe
-    from rnn2bin.loaders import Inspection
     from rnn2bin.runtime.torch_backend import Model
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "binarize", "convert", "evaluate", "inspect", "load"]
+
+hub.install()  # AutoConfig and AutoModel know a packed directory from here on
 
 
 def __getattr__(name: str) -> Any:
@@ -42,10 +46,25 @@ def convert(source: str | Path | torch.nn.Module, **options: Any) -> Result:
     return pipeline.convert(source, **options)
 
 
-def load(path: str | Path, *, backend: str = "torch", device: str = "cpu") -> Model:
-    """A packed directory as a model: `y, state = model(x)`; see `rnn2bin.runtime.load`."""
-    from rnn2bin import runtime
+@overload
+def load(path: str | Path, *, backend: str = "torch", device: str = "cpu", module: None = None) -> Model: ...
+@overload
+def load(path: str | Path, *, backend: str = "torch", device: str = "cpu", module: torch.nn.Module) -> torch.nn.Module: ...
+def load(path: str | Path, *, backend: str = "torch", device: str = "cpu", module: torch.nn.Module | None = None) -> Any:
+    """A packed directory as a model: `y, state = model(x)`; see `rnn2bin.runtime.load`.
 
+    What `convert` made of an nn.Module is loaded with `module`, the float module (its code is not packed), and is such a module again.
+    Raises UsageError where one is given and the other packed.
+    """
+    from rnn2bin import pack, runtime
+    from rnn2bin.errors import UsageError
+
+    if module is not None:
+        from rnn2bin import modules
+
+        return modules.load_module(path, module).to(device)
+    if pack.read_config(Path(path)).get("kind") == "module":
+        raise UsageError(f"{path}: made from an nn.Module, whose code is not packed; load it with module=, that float module")
     return runtime.load(path, backend=backend, device=device)
 
 

@@ -15,17 +15,23 @@ from rnn2bin import __version__
 from rnn2bin.errors import Rnn2binError
 
 RECIPE_HELP = "A YAML file, or the name of a bundled recipe (rnn2bin recipes ls)."
-DATA_HELP = ".npz, .safetensors or .pt with `inputs` (and `lengths`, `targets`), or .txt; or train=FILE, valid=FILE, test=FILE, each its own --data."
+DATA_HELP = (
+    ".npz, .safetensors or .pt with `inputs` (and `lengths`, `targets`), or .txt; or train=FILE, valid=FILE, test=FILE, one --data each."
+)
 
 
 class Cli(click.Group):
     """Turns expected errors into one line a reason on stderr and their exit code."""
 
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        context.meta["rnn2bin.json"] = "--json" in args
+        return super().parse_args(context, args)
+
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
         except Rnn2binError as error:
-            if "--json" in sys.argv:
+            if context.meta["rnn2bin.json"]:
                 click.echo(json.dumps({"error": {"code": error.code, "exit_code": error.exit_code, "reasons": list(error.reasons)}}))
             for reason in error.reasons:
                 click.echo(f"rnn2bin: {reason}", err=True)
@@ -74,7 +80,11 @@ def convert(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, o
     """Convert MODEL: distil its float gates into binary ones and write a packed directory with a report."""
     from rnn2bin import recipe_yaml
 
-    overrides = (*overrides, *([f"report.max_drop={max_drop}"] if max_drop is not None else []), *([f"seed={seed}"] if seed is not None else []))
+    overrides = (
+        *overrides,
+        *([f"report.max_drop={max_drop}"] if max_drop is not None else []),
+        *([f"seed={seed}"] if seed is not None else []),
+    )
     chosen = recipe_yaml.read(recipe, overrides=overrides)  # before the heavy imports: a typo is told at once
     quiet_libraries()
     if only_plan:
@@ -227,7 +237,7 @@ def quiet_libraries() -> None:
 def progress_bar(json_out: bool):
     """Yields what `convert` reports its steps to: a bar on a TTY, NDJSON on stderr with --json, a line now and then otherwise."""
     if json_out:
-        yield lambda now: click.echo(json.dumps(now), err=True) if now["step"] % 50 == 0 else None
+        yield _json_report
     elif sys.stderr.isatty():
         with _rich_bar() as report:
             yield report
@@ -239,6 +249,12 @@ def describe(now: dict[str, Any]) -> str:
     """The line beside the bar: the metric with hard gates, temperature, slope."""
     hard = "…" if now["hard"] is None else f"{now['hard']:.4f}"
     return f"{now['metric']} (hard gates) {hard}  τ {now['temperature']:.2f}  slope {now['slope']:.2f}  loss {now['loss']:.4f}"
+
+
+def _json_report(now: dict[str, Any]) -> None:
+    """Every hundredth of the way, and the last step, one JSON document a line."""
+    if now["step"] % max(1, now["steps"] // 100) == 0 or now["step"] == now["steps"]:
+        click.echo(json.dumps(now), err=True)
 
 
 def _plain_report() -> Callable[[dict[str, Any]], None]:

@@ -7,7 +7,7 @@ Validation chooses checkpoints; test is read by the report alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ class Part:
     """Sequences: inputs (N,T) int or (N,T,I) float; lengths (N); targets (N), (N,U) or float; target_lengths (N).
 
     `stream` marks text cut into N long rows: state carries along a row, and targets are the next tokens.
+    `per_sequence` marks targets without a time axis, (N,) or (N,O): their second axis is never time, even where O equals T.
     """
 
     inputs: Tensor
@@ -36,6 +37,7 @@ class Part:
     targets: Tensor | None = None
     target_lengths: Tensor | None = None
     stream: bool = False
+    per_sequence: bool = False
 
     def __len__(self) -> int:
         return self.inputs.shape[0]
@@ -45,15 +47,20 @@ class Part:
         return not self.inputs.is_floating_point()
 
     def take(self, index: Tensor) -> Part:
-        pick = lambda t: None if t is None else t[index]  # noqa: E731
+        pick = lambda t: None if t is None else t[index]
         return replace(
-            self, inputs=self.inputs[index], lengths=pick(self.lengths), targets=pick(self.targets), target_lengths=pick(self.target_lengths)
+            self,
+            inputs=self.inputs[index],
+            lengths=pick(self.lengths),
+            targets=pick(self.targets),
+            target_lengths=pick(self.target_lengths),
         )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Time-major slice: inputs (T,B[,I]); lengths (B); targets as in `Part`, time-major where they have time; `first`: states start at zero."""
+    """Time-major slice: inputs (T,B[,I]); lengths (B); targets as in `Part`, time-major where they have time;
+    `first`: states start at zero."""
 
     inputs: Tensor
     lengths: Tensor | None
@@ -62,8 +69,8 @@ class Batch:
     first: bool = True
 
     def to(self, device: torch.device | str) -> Batch:
-        move = lambda t: None if t is None else t.to(device)  # noqa: E731
-        return replace(self, **{name: move(getattr(self, name)) for name in ("inputs", "lengths", "targets", "target_lengths")})
+        move = lambda t: None if t is None else t.to(device)
+        return replace(self, **{name: move(getattr(self, name)) for name in ("inputs", "lengths", "targets", "target_lengths")})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,10 @@ class Parts:
     test: Part
     data_free: bool = False
     vocabulary: tuple[str, ...] | None = None
+
+    def each(self, change: Callable[[Part], Part]) -> Parts:
+        """The same change made to all three."""
+        return replace(self, train=change(self.train), valid=change(self.valid), test=change(self.test))
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -103,8 +114,11 @@ def _paths(given: str | Path | Sequence[str] | None, data: recipes.Data) -> dict
         items = [given] if isinstance(given, str | Path) else list(given)
         paths = {}
         for item in items:
-            name, equals, path = str(item).partition("=")
-            paths[name if equals and name in ("train", "valid", "test") else "all"] = Path(path if equals and name in ("train", "valid", "test") else item)
+            name, _, file = str(item).partition("=")
+            name, file = (name, file) if file and name in ("train", "valid", "test") else ("all", str(item))
+            if name in paths:
+                raise DataError(f"data: {paths[name]} and {file} are given for the same part; give one file a part")
+            paths[name] = Path(file)
     if paths and not ("all" in paths) ^ ("train" in paths):
         raise DataError("data: give one file, or train=FILE with optional valid=FILE and test=FILE")
     for path in paths.values():
@@ -145,12 +159,14 @@ def part_from(tensors: Mapping[str, Tensor], *, where: str = "data") -> Part:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             at = tuple(int(i) for i in (~torch.isfinite(tensor)).nonzero()[0])
             reasons.append(f"{where}: {name}{list(at)} is NaN or infinite; remove or repair these values")
-        if tensor.ndim and inputs.ndim and tensor.shape[0] != inputs.shape[0]:
+        if not tensor.ndim:
+            reasons.append(f"{where}: {name} is a single number; wanted one entry for each sequence")
+        elif inputs.ndim and tensor.shape[0] != inputs.shape[0]:
             reasons.append(f"{where}: {name} has {tensor.shape[0]} sequences, inputs {inputs.shape[0]}")
     reasons += _length_reasons(tensors, "lengths", "inputs", where) + _length_reasons(tensors, "target_lengths", "targets", where)
     if reasons:
         raise DataError(*reasons)
-    cast = lambda t: None if t is None else (t.float() if t.is_floating_point() else t.long())  # noqa: E731
+    cast = lambda t: None if t is None else (t.float() if t.is_floating_point() else t.long())
     return Part(*(cast(tensors.get(name)) for name in ("inputs", "lengths", "targets", "target_lengths")))  # type: ignore[arg-type]
 
 
@@ -239,7 +255,10 @@ def _read_text(path: Path) -> str:
 def _vocabulary(texts: dict[str, str], data: recipes.Data, size: int):
     """(text -> tokens, vocabulary or None). Raises DataError when no numbering of the text has the network's size."""
     if data.vocabulary:
-        words = tuple(Path(data.vocabulary).read_text(encoding="utf-8").splitlines())
+        path = Path(data.vocabulary)
+        if not path.is_file():
+            raise DataError(f"{path}: no such vocabulary file; data.vocabulary names a file with one token a line")
+        words = tuple(_read_text(path).splitlines())
         if len(words) != size:
             raise DataError(f"{data.vocabulary}: {len(words)} tokens, but the network knows {size}")
         return _by_table(words, data.tokens == "words"), words
@@ -256,7 +275,11 @@ def _vocabulary(texts: dict[str, str], data: recipes.Data, size: int):
 
 def encode_text(text: str, vocabulary: Sequence[str] | None) -> Tensor:
     """Text -> tokens (K,) by a packed model's vocabulary; bytes where it has none."""
-    return _by_table(tuple(vocabulary), any(len(t) > 1 for t in vocabulary))(text) if vocabulary else torch.tensor(list(text.encode()))
+    if not vocabulary:
+        return torch.tensor(list(text.encode()), dtype=torch.long)
+    # <unk>, [PAD] and their like stand beside single characters too.
+    words = any(len(token) > 1 and token[0] + token[-1] not in ("<>", "[]") for token in vocabulary)
+    return _by_table(tuple(vocabulary), words)(text)
 
 
 def _by_table(tokens: tuple[str, ...], words: bool):
@@ -268,7 +291,7 @@ def _by_table(tokens: tuple[str, ...], words: bool):
         unknown = number.get("<unk>", number.get("[UNK]"))
         if missing and unknown is None:
             raise DataError(f"data: {len(missing)} tokens of the text are not in the vocabulary, e.g. {missing[0]!r}")
-        return torch.tensor([number.get(piece, unknown) for piece in pieces])
+        return torch.tensor([number.get(piece, unknown) for piece in pieces], dtype=torch.long)
 
     return encode
 
@@ -279,8 +302,8 @@ def _by_table(tokens: tuple[str, ...], words: bool):
 class Batches:
     """Training batches by index: item k is always the same batch, so that a resumed run sees what an uninterrupted one sees.
 
-    Streams: `batch_size` rows side by side, consecutive windows, wrapping around with fresh states. Sequences: a seeded permutation an epoch,
-    lengths bucketed, cut to the longest of the batch; longer ones than `window` are walked in windows where `windowed`.
+    Streams: `batch_size` rows side by side, consecutive windows, wrapping around with fresh states. Sequences: a seeded permutation an
+    epoch, lengths bucketed, cut to the longest of the batch; longer ones than `window` are walked in windows where `windowed`.
     """
 
     def __init__(self, part: Part, *, batch_size: int, window: int, seed: int, length: int, windowed: bool) -> None:
@@ -329,10 +352,10 @@ class Batches:
 
 def collate(part: Part, *, first: bool = True) -> Batch:
     """Sequences -> one time-major batch, cut to its longest."""
-    longest = int(part.lengths.max()) if part.lengths is not None else part.inputs.shape[1]
+    longest = max(1, int(part.lengths.max())) if part.lengths is not None else part.inputs.shape[1]  # all may be empty: one pad stays
     inputs = part.inputs[:, :longest].transpose(0, 1)
     targets = part.targets
-    if targets is not None and targets.ndim > 1 and (part.target_lengths is not None or targets.shape[1] == part.inputs.shape[1]):
+    if targets is not None and targets.ndim > 1 and not part.per_sequence:
         longest_target = int(part.target_lengths.max()) if part.target_lengths is not None else longest
         targets = targets[:, :longest_target].transpose(0, 1)
     return Batch(inputs.contiguous(), part.lengths, targets, part.target_lengths, first=first)
@@ -341,12 +364,12 @@ def collate(part: Part, *, first: bool = True) -> Batch:
 def cut_window(batch: Batch, start: int, window: int) -> Batch:
     """Steps start … start + window of a batch; lengths become what is left of each sequence there (0 where it has ended)."""
     steps = batch.inputs.shape[0]
-    stop = min(start + window, steps)
-    start = min(start, steps - 1)
     lengths = batch.lengths if batch.lengths is not None else torch.full((batch.inputs.shape[1],), steps)
-    left = (lengths - start).clamp(0, max(stop - start, 0))
-    targets = batch.targets[start : max(stop, start + 1)] if batch.targets is not None else None
-    return Batch(batch.inputs[start : max(stop, start + 1)], left, targets, None, first=start == 0)
+    left = (lengths - start).clamp(0, window)
+    # Behind the batch's end stands its last step again, which no sequence counts.
+    cut = slice(min(start, steps - 1), min(start + window, steps))
+    targets = batch.targets[cut] if batch.targets is not None else None
+    return Batch(batch.inputs[cut], left, targets, None, first=start == 0)
 
 
 def evaluation_batches(part: Part, *, batch_size: int = 256) -> Iterator[Batch]:

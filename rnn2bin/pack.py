@@ -131,9 +131,17 @@ def build(config: dict[str, Any]) -> Network:
     """An empty network of the config's spec. Raises UnsupportedError."""
     spec = specs.from_dict(config.get("spec") or {})
     gates = config.get("gates") or {}
-    wrong = [prefix for prefix, layer in spec.cell_names() if list(gates.get(prefix, {})) != list(layer.kind.gate_names)]
-    if wrong or config.get("levels") not in ("learned", "strict"):
-        raise UnsupportedError(*(f"{CONFIG}: gates of {prefix} missing or out of order" for prefix in wrong), *([] if wrong else ["bad levels"]))
+    reasons = [] if isinstance(gates, dict) else [f"{CONFIG}: gates must be a map of cells to gates"]
+    for prefix, layer in spec.cell_names() if not reasons else ():
+        found = gates.get(prefix)
+        if not isinstance(found, dict) or list(found) != list(layer.kind.gate_names):
+            reasons.append(f"{CONFIG}: gates of {prefix} missing or out of order")
+        elif any(value not in ("binary", "soft") for value in found.values()):
+            reasons.append(f"{CONFIG}: gates of {prefix} must be binary or soft")
+    if config.get("levels") not in ("learned", "strict"):
+        reasons.append(f"{CONFIG}: levels must be learned or strict, not {config.get('levels')!r}")
+    if reasons:
+        raise UnsupportedError(*reasons)
     binary = {prefix: tuple(v == "binary" for v in gates[prefix].values()) for prefix, _ in spec.cell_names()}
     return Network(spec, binary, levels=config["levels"])
 

@@ -15,10 +15,10 @@ import torch
 
 from rnn2bin import data, evaluation, loaders, measure, pack, recipe_yaml, student, tasks
 from rnn2bin.cells.network import Network, teacher_network
-from rnn2bin.distill import sampling
+from rnn2bin.distill import calibrate, sampling
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
-from rnn2bin.errors import BudgetError, DataError, UsageError
+from rnn2bin.errors import BudgetError, ResourceError, UnsupportedError, UsageError
 from rnn2bin.evaluation import html
 from rnn2bin.gates.estimators import FLOAT
 from rnn2bin.measure import Candidate
@@ -55,37 +55,44 @@ class Job:
     notes: tuple[str, ...] = ()
 
 
-def prepare(source: str | Path, recipe: Recipe, given: str | Path | Sequence[str] | None) -> Job:
-    """Read everything and refuse what does not fit, before any work. Raises the errors of load, data and tasks."""
+def prepare(source: str | Path, recipe: Recipe, given: str | Path | Sequence[str] | None, *, readout: str | None = None) -> Job:
+    """Read everything and refuse what does not fit, before any work. Raises the errors of load, data and tasks.
+
+    `readout`: what a packed directory says of the same source; instead of choosing one by the data.
+    """
     loaded = loaders.load(source, source=recipe.source)
     teacher = teacher_network(loaded.spec, loaded.weights)
     parts = data.load_parts(given, recipe, loaded.spec)
     if parts is None:
         parts = sampling.data_free(teacher, recipe)
     notes: list[str] = []
-    if not loaded.readout_stated:
+    if readout is not None and teacher.spec.decode is None:
+        teacher = with_readout(teacher, readout)
+    elif not loaded.readout_stated:
         teacher, note = _choose_readout(teacher, recipe, parts)
         notes += [note] if note else []
     task = tasks.resolve(recipe, teacher.spec, parts.train)
     for part in (parts.valid, parts.test):
         tasks.resolve(recipe, teacher.spec, part)
-    return Job(loaded, teacher, recipe, task, parts, tuple(notes))
+    return Job(loaded, teacher, recipe, task, parts.each(lambda part: tasks.settled(task, part)), tuple(notes))
 
 
 def _choose_readout(teacher: Network, recipe: Recipe, parts: data.Parts) -> tuple[Network, str | None]:
     """One target a sequence, and a file that cannot say what the head reads: take the readout under which the teacher does best on the
     validation part."""
     targets, main = parts.valid.targets, teacher.spec.main
-    per_sequence = targets is not None and (targets.ndim == 1 or targets.is_floating_point() and targets.ndim == 2)
+    values = targets is not None and targets.is_floating_point() and targets.shape[1:] == (main.output_size,)
+    per_sequence = values or (targets is not None and targets.ndim == 1)
     if teacher.spec.decode or main.readout != "all" or not per_sequence:
         return teacher, None
     one_direction = main.layers[-1].directions == 1
     names = ["last", "mean", "max"] if one_direction else ["final", "last", "mean", "max"]
     choices = [with_readout(teacher, name) for name in names]
-    small = distiller.selection_part(parts.valid)
+    small = replace(distiller.selection_part(parts.valid), per_sequence=True)
     chosen = measure.infer_readout(lambda n: tasks.resolve(recipe, n.spec, small), small, choices)
     name = chosen.spec.main.readout
-    return chosen, f"readout {name!r}: not stated, chosen because the float network does best with it on the validation part (source.readout says otherwise)"
+    note = f"readout {name!r}: not stated, chosen because the float network does best with it on the validation part"
+    return chosen, f"{note} (source.readout says otherwise)"
 
 
 def with_readout(network: Network, readout: str) -> Network:
@@ -124,8 +131,14 @@ def convert(
     return run(source, chosen, data, folder, resume=resume, force=force, progress=progress)
 
 
-def resolve_recipe(recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, seed: int | None = None, max_drop: float | None = None) -> Recipe:
-    extra = [*overrides, *([f"seed={seed}"] if seed is not None else []), *([f"report.max_drop={max_drop}"] if max_drop is not None else [])]
+def resolve_recipe(
+    recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, seed: int | None = None, max_drop: float | None = None
+) -> Recipe:
+    extra = [
+        *overrides,
+        *([f"seed={seed}"] if seed is not None else []),
+        *([f"report.max_drop={max_drop}"] if max_drop is not None else []),
+    ]
     if isinstance(recipe, Recipe):
         return recipe_yaml.override(recipe, extra)
     return recipe_yaml.read(recipe, overrides=extra)
@@ -136,9 +149,19 @@ def work_folder(out: Path) -> Path:
     return out.with_name(out.name + ".work")
 
 
-def check_work(out: Path, recipe: Recipe, job_key: str, *, resume: bool, force: bool) -> Path:
-    """The work folder, made or found again. Raises UsageError where an interrupted run lies there and neither --resume nor --force is given,
-    or where it belongs to another conversion."""
+def check_out(out: Path, *, force: bool) -> None:
+    """Before any work: is `out` free, or a packed directory to be replaced? Other models have a config.json too. Raises UsageError."""
+    pack.check_free(out, force=force)
+    if (out / pack.CONFIG).is_file():
+        try:
+            pack.read_config(out)
+        except UnsupportedError as error:
+            raise UsageError(*error.reasons, f"{out}: is not a packed directory of this version; --force replaces nothing else") from None
+
+
+def check_work(out: Path, job_key: str, *, resume: bool, force: bool) -> Path:
+    """The work folder, made or found again. Raises UsageError where an interrupted run lies there and neither --resume nor --force is
+    given, or where it belongs to another conversion."""
     work = work_folder(out)
     stamp = work / "job.json"
     if work.exists() and resume and stamp.is_file():
@@ -148,23 +171,46 @@ def check_work(out: Path, recipe: Recipe, job_key: str, *, resume: bool, force: 
     if work.exists() and not force and distiller.newest_checkpoint(work):
         raise UsageError(f"{work}: an interrupted conversion lies here; --resume goes on with it, --force starts over")
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    distiller.write_synced(stamp, json.dumps({"key": job_key}))
+    try:
+        work.mkdir(parents=True)
+        distiller.write_synced(stamp, json.dumps({"key": job_key}))
+    except OSError as error:
+        raise ResourceError(f"{work}: cannot write ({error.strerror or error}); nothing was changed; choose another --out") from None
     return work
 
 
 def run(
-    source: str | Path, recipe: Recipe, given: Any, out: Path, *, resume: bool = False, force: bool = False, progress: Progress | None = None
+    source: str | Path,
+    recipe: Recipe,
+    given: Any,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> Result:
     """`convert` for a file, with a resolved recipe."""
-    pack.check_free(out, force=force)
+    check_out(out, force=force)
     job = prepare(source, recipe, given)
-    key = f"{job.loaded.provenance['sha256']} {data.digest(job.parts)} {recipe.model_dump_json()}"
-    work = check_work(out, recipe, key, resume=resume, force=force)
-    began = time.perf_counter()
     network = student.student(job.teacher, recipe.gates)
+    from rnn2bin import plan
+
+    plan.check_disk(job, network, out)
+    # What is only reported does not change the training: a missed budget is raised with --resume, without training again.
+    key = f"{job.loaded.provenance['sha256']} {data.digest(job.parts)} {recipe.model_dump_json(exclude={'report'})}"
+    work = check_work(out, key, resume=resume, force=force)
+    began = time.perf_counter()
+    calibrate.calibrate(network, job.teacher, job.task, distiller.calibration_batches(job.parts.train, recipe, job.task))
     trained = distiller.train(
-        network, job.teacher, task=job.task, recipe=recipe, train=job.parts.train, valid=job.parts.valid, out=work, resume=resume, report=progress
+        network,
+        job.teacher,
+        task=job.task,
+        recipe=recipe,
+        train=job.parts.train,
+        valid=job.parts.valid,
+        out=work,
+        resume=resume,
+        report=progress,
     )
     fine_tuned = _float_control(job, work, resume=resume) if recipe.report.float_same_compute else None
     seconds = time.perf_counter() - began
@@ -274,22 +320,30 @@ def refuse_over_budget(report: Report, recipe: Recipe) -> None:
         raise BudgetError(
             f"accuracy budget missed: the relative drop is {relative:.4g}, allowed were {limit:g} "
             f"({report['metric']['name']} {report['teacher']['metric']:.4g} -> {report['binary']['metric']:.4g}); "
-            "nothing was written; raise train.steps, lower the budget's demands, or raise --max-drop"
+            "nothing was written; raise train.steps, or raise --max-drop (with --resume it is not trained again)"
         )
 
 
 def evaluate_files(source: str | Path, packed: str | Path, *, data: Any = None) -> Report:
-    """`rnn2bin eval`: a source file against its packed directory on held-out data, with the interval. Raises DataError without data."""
+    """`rnn2bin eval`: a source file against its packed directory on held-out data, with the interval.
+
+    Without data (and none in the recipe) it is what `convert` held out of the teacher's own sequences. Raises the errors of `prepare`, and
+    UsageError where the two do not belong together.
+    """
     model = evaluation.load_model(Path(packed))
     recipe = recipe_yaml.read(Path(packed) / "recipe.yaml")
-    job = prepare(source, recipe, data)
-    if job.parts.data_free and data is not None:
-        raise DataError("eval: no data")
+    job = prepare(source, recipe, data, readout=model.spec.main.readout)
     if model.spec != job.teacher.spec:
         raise UsageError(f"{packed}: was not made from a network of this shape; give the source file it was converted from")
     soft = distiller.soft_mode_at(recipe.gates, 1.0)
     report, _ = evaluation.evaluate_parts(
-        teacher=job.teacher, model=model, task=job.task, part=job.parts.test, soft_mode=soft, gates=recipe.gates, vocabulary=job.parts.vocabulary
+        teacher=job.teacher,
+        model=model,
+        task=job.task,
+        part=job.parts.test,
+        soft_mode=soft,
+        gates=recipe.gates,
+        vocabulary=job.parts.vocabulary,
     )
     report["size"] = evaluation.sizes(job.loaded.provenance["bytes"], Path(packed))
     return report

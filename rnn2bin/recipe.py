@@ -163,11 +163,11 @@ class Gates(Closed):
     )
     levels: Literal["learned", "strict"] = Field("learned", description="learned: each unit learns what its open gate lets through; strict: exactly 0 and 1")
     estimator: Literal["gumbel", "gumbel-hard", "sigmoid", "hard-sigmoid", "straight-through", "stochastic"] = "gumbel"
-    backward: Literal["sigmoid", "hard-sigmoid", "identity"] = Field("hard-sigmoid", description="gradient of the estimators whose forward is a bit")
-    noise: Share = Field(1.0, description="share of gates that receive Gumbel noise at each step; 0: none")
-    temperature: Schedule = Schedule(start=1.0, end=0.2)
-    slope: Schedule = Schedule(schedule="linear", start=1.0, end=2.0)
-    straight_through_from: Share = Field(0.5, description="progress from which the forward pass uses bits; 1: never")
+    backward: Literal["sigmoid", "hard-sigmoid", "identity"] = Field("sigmoid", description="gradient of the estimators whose forward is a bit")
+    noise: Share = Field(0.2, description="share of gates that receive Gumbel noise at each step; 0: none")
+    temperature: Schedule = Schedule(start=1.0, end=0.1)
+    slope: Schedule = Schedule(schedule="linear", start=2.0, end=3.0)
+    straight_through_from: Share = Field(0.25, description="progress from which the forward pass uses bits; 1: never")
     closed_loop: bool = Field(False, description="anneal only while the hard metric keeps up with its best")
 
     @model_validator(mode="wrap")
@@ -193,8 +193,8 @@ class Budget(Closed):
 
 
 class Loss(Closed):
-    task: NotNegative = Field(0.5, description="weight of the loss against labels, where there are any")
-    teacher: NotNegative = Field(0.5, description="weight of the loss against the teacher's outputs (KL for logits)")
+    task: NotNegative = Field(0.1, description="weight of the loss against labels, where there are any")
+    teacher: NotNegative = Field(0.9, description="weight of the loss against the teacher's outputs (KL for logits)")
     temperature: Positive = Field(1.0, description="softens the teacher's distribution")
     hidden: NotNegative = Field(0.0, description="match of every layer's output with the teacher's (mean squared error)")
     gate: NotNegative = Field(0.0, description="match of gate values with the teacher's (mean squared error)")

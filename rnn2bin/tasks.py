@@ -6,7 +6,7 @@ A metric is kept as per-sequence totals and counts, so that the same numbers giv
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,7 +66,9 @@ class Task:
     @property
     def windowed(self) -> bool:
         """Whether training may cut sequences into windows: one direction, and an output at every step."""
-        return self.spec.decode is None and self.spec.main.readout == "all" and all(layer.directions == 1 for layer in self.spec.main.layers)
+        return (
+            self.spec.decode is None and self.spec.main.readout == "all" and all(layer.directions == 1 for layer in self.spec.main.layers)
+        )
 
 
 def resolve(recipe: Recipe, spec: RnnSpec, part: Part) -> Task:
@@ -93,10 +95,42 @@ def _guess(spec: RnnSpec, part: Part) -> str:
     return "classify" if targets.ndim == 1 else "tag"
 
 
+def settled(task: Task, part: Part) -> Part:
+    """The part as `prepare` reads its batches: next tokens as targets, lengths of what is written, whether targets have a time axis."""
+    targets, lengths = part.targets, part.target_lengths
+    if task.name == "next-token":
+        part = _next_tokens(part)
+    if task.spec.decode is not None and targets is not None:
+        targets = targets.masked_fill(targets == IGNORE, task.spec.decode.end)
+        part = replace(part, targets=targets, target_lengths=_written(targets.t(), task.spec) if lengths is None else lengths)
+    return replace(part, per_sequence=task.spec.main.readout != "all")
+
+
+def _next_tokens(part: Part) -> Part:
+    """Sequences (N,T) without targets -> inputs without the last token, targets without the first. Done for the whole part: cut inside a
+    window, the last token of each window would be neither read nor predicted."""
+    if part.stream or part.targets is not None:
+        return part
+    if part.inputs.shape[1] < 2:
+        raise DataError(f"task next-token: inputs have shape {tuple(part.inputs.shape)}; sequences need at least 2 tokens")
+    lengths = None if part.lengths is None else part.lengths - 1
+    if lengths is not None and not int(lengths.max()):
+        raise DataError("task next-token: every sequence has length 1; there is no next token to predict")
+    return replace(part, inputs=part.inputs[:, :-1].contiguous(), targets=part.inputs[:, 1:].contiguous(), lengths=lengths)
+
+
+def _written(targets: Tensor, spec: RnnSpec) -> Tensor:
+    """Targets (U,B) -> steps of each up to and with the end token (B,)."""
+    assert spec.decode is not None
+    return ((targets == spec.decode.end).cumsum(0) == 0).sum(0).add(1).clamp_max(len(targets))
+
+
 def _misfits(name: str, metric: str, spec: RnnSpec, part: Part) -> list[str]:
     reasons, targets, size = [], part.targets, spec.main.output_size
     if metric not in METRICS[name]:
         reasons.append(f"task {name}: metric {metric!r} does not fit; choose of {', '.join(METRICS[name])}")
+    if name == "match" and metric == "agreement" and _last_activation(spec) not in _DISTRIBUTIONS:
+        reasons.append("task match: metric 'agreement' needs a network that ends in sigmoid or softmax; choose cosine or mse")
     if name == "transduce" and spec.decode is None:
         reasons.append("task transduce: the network is not an encoder–decoder")
     if name != "transduce" and spec.decode is not None:
@@ -107,21 +141,37 @@ def _misfits(name: str, metric: str, spec: RnnSpec, part: Part) -> list[str]:
         reasons.append(f"task {name}: the data have no targets; give them, or use task match")
     if targets is not None and name in ("classify", "tag"):
         reasons += _label_misfits(name, targets, part, max(size, 2))
-    if targets is not None and name == "regress" and targets.shape[-1] != size and not (size == 1 and targets.ndim == 1):
-        reasons.append(f"task regress: targets have width {targets.shape[-1]}, the network's output {size}")
+    if targets is not None and name in ("next-token", "transduce"):
+        reasons += _label_misfits(name, targets, part, size)
+    if targets is not None and name == "regress":
+        reasons += _value_misfits(spec, part, targets)
+    if targets is not None and name in ("classify", "tag") and (name == "tag") != (spec.main.readout == "all"):
+        every = "every step" if spec.main.readout == "all" else f"a whole sequence ({spec.main.readout})"
+        reasons.append(f"task {name}: the network gives one output for {every}; see source.readout, or give targets of that shape")
     return reasons
+
+
+def _value_misfits(spec: RnnSpec, part: Part, targets: Tensor) -> list[str]:
+    """Float targets: the shape of the outputs, whose last axis may be left out where it is 1."""
+    size, (rows, steps) = spec.main.output_size, part.inputs.shape[:2]
+    wanted: tuple[int, ...] = (rows, steps, size) if spec.main.readout == "all" else (rows, size)
+    if tuple(targets.shape) == wanted or (size == 1 and tuple(targets.shape) == wanted[:-1]):
+        return []
+    return [f"task regress: targets have shape {tuple(targets.shape)}; the network's outputs have shape {wanted}"]
 
 
 def _label_misfits(name: str, targets: Tensor, part: Part, classes: int) -> list[str]:
     if targets.is_floating_point():
         return [f"task {name}: targets must be whole numbers"]
     wanted = 1 if name == "classify" else 2
-    if targets.ndim != wanted or wanted == 2 and targets.shape[1] != part.inputs.shape[1]:
-        shape = "(N,)" if wanted == 1 else f"(N,{part.inputs.shape[1]})"
+    steps = "U" if name == "transduce" else part.inputs.shape[1]
+    if targets.ndim != wanted or (wanted == 2 and steps not in ("U", targets.shape[1])):
+        shape = "(N,)" if wanted == 1 else f"(N,{steps})"
         return [f"task {name}: targets have shape {tuple(targets.shape)}; wanted {shape}"]
     valid = targets[targets != IGNORE]
     if valid.numel() == 0 or int(valid.min()) < 0 or int(valid.max()) >= classes:
-        return [f"task {name}: labels must lie in 0…{classes - 1} (or {IGNORE}: not counted)"]
+        found = f"found {int(targets.min())}…{int(targets.max())}"
+        return [f"task {name}: labels must lie in 0…{classes - 1} (or {IGNORE}: not counted); {found}"]
     return []
 
 
@@ -139,6 +189,7 @@ class Prepared:
     inputs: Tensor
     decoder_input: Tensor | None = None
     decoder_lengths: Tensor | None = None
+    logits: bool = True  # values to regress are compared behind the last activation
 
     def forward(self, network: Network, *, mode: Discretize, walk: Walk, state=None) -> Output:
         return network(
@@ -149,7 +200,7 @@ class Prepared:
             decoder_lengths=self.decoder_lengths,
             mode=mode,
             walk=walk,
-            logits=True,
+            logits=self.logits,
         )
 
 
@@ -166,9 +217,9 @@ def prepare(task: Task, batch: Batch, teacher: Network, *, walk: Walk = walk) ->
         mask = torch.ones(rows, dtype=torch.bool, device=inputs.device)
     else:
         mask = inputs.new_ones(steps, rows, dtype=torch.bool) if lengths is None else valid_steps(lengths, steps)[..., 0]
-    if task.name == "tag" and targets is not None:
+    if task.name in ("classify", "tag", "next-token") and targets is not None:
         mask = mask & (targets != IGNORE)
-    return Prepared(batch, targets, mask, lengths, inputs)
+    return Prepared(batch, targets, mask, lengths, inputs, logits=task.name != "regress")
 
 
 def _prepare_transduce(task: Task, batch: Batch, teacher: Network, walk: Walk) -> Prepared:
@@ -177,10 +228,9 @@ def _prepare_transduce(task: Task, batch: Batch, teacher: Network, walk: Walk) -
     targets, lengths = batch.targets, batch.target_lengths
     if targets is None:
         targets = teacher.generate(batch.inputs, lengths=batch.lengths, walk=walk)
-        lengths = (targets != decode.end).sum(0) + 1
-        lengths = lengths.clamp_max(len(targets))
+        lengths = _written(targets, task.spec)
     if lengths is None:
-        lengths = ((targets == decode.end).cumsum(0) == 0).sum(0).add(1).clamp_max(len(targets))
+        lengths = _written(targets, task.spec)
     fed = torch.cat([torch.full_like(targets[:1], decode.start), targets[:-1]])
     mask = valid_steps(lengths, len(targets))[..., 0]
     return Prepared(batch, targets, mask, batch.lengths, batch.inputs, fed, lengths)
@@ -217,7 +267,7 @@ def example_losses(task: Task, prepared: Prepared, y: Tensor) -> Tensor:
 
 
 def teacher_loss(task: Task, weights: Loss, prepared: Prepared, student: Tensor, teacher: Tensor) -> Tensor:
-    """KL between the distributions at `weights.temperature`; squared error, in units of the teacher's variance, where outputs are no logits."""
+    """KL between the distributions at `weights.temperature`; squared error in the teacher's variance where outputs are no logits."""
     mask, scale = prepared.mask, weights.temperature
     if distribution(task) == "values":
         error = (student - teacher).square().mean(-1)
@@ -236,13 +286,18 @@ def teacher_loss(task: Task, weights: Loss, prepared: Prepared, student: Tensor,
 
 def distribution(task: Task) -> str:
     """What the outputs are: "categorical" logits, "bernoulli" logits, or "values"."""
-    head = task.spec.main.head
-    activation = head[-1].activation if head else "none"
-    if activation == "sigmoid" or task.binary_output:
+    if task.binary_output:
         return "bernoulli"
-    if activation in ("softmax", "log_softmax") or task.name in ("next-token", "classify", "tag", "transduce"):
-        return "categorical"
-    return "values"
+    if task.name != "match":
+        return "values" if task.name == "regress" else "categorical"
+    return _DISTRIBUTIONS.get(_last_activation(task.spec), "values")
+
+
+_DISTRIBUTIONS = {"sigmoid": "bernoulli", "softmax": "categorical", "log_softmax": "categorical"}
+
+
+def _last_activation(spec: RnnSpec) -> str:
+    return spec.main.head[-1].activation if spec.main.head else "none"
 
 
 # ---------------------------------------------------------------------------------------------- metrics
@@ -281,10 +336,12 @@ def per_sequence(prepared: Prepared, values: Tensor) -> tuple[Tensor, Tensor]:
     return masked.sum(0), counts.sum(0)
 
 
-def measure(task: Task, prepared: Prepared, network: Network, teacher_y: Tensor, y: Tensor, *, mode: Discretize, walk: Walk = walk) -> Measurement:
+def measure(
+    task: Task, prepared: Prepared, network: Network, teacher_y: Tensor, y: Tensor, *, mode: Discretize, walk: Walk = walk
+) -> Measurement:
     """One batch: `y` and `teacher_y` are logits. Encoder–decoders also run free."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    add = lambda name, values: found.__setitem__(name, per_sequence(prepared, values))  # noqa: E731
+    add = lambda name, values: found.__setitem__(name, per_sequence(prepared, values))
     kind = distribution(task)
     labelled = prepared.targets is not None and task.name != "match"
     losses = example_losses(task, prepared, y) if labelled else (y - teacher_y).square().mean(-1)
@@ -297,12 +354,12 @@ def measure(task: Task, prepared: Prepared, network: Network, teacher_y: Tensor,
         if kind == "bernoulli" and not task.binary_output:
             add("agreement", ((y > 0) == (teacher_y > 0)).float().mean(-1))
             add("cosine", functional.cosine_similarity(torch.sigmoid(y), torch.sigmoid(teacher_y), dim=-1))
+            add("mse", losses)
         else:
             add("agreement", (decide(y) == decide(teacher_y)).float())
         if labelled and task.name != "regress":
             name = "teacher_forced_accuracy" if task.name == "transduce" else "accuracy"
-            if not (kind == "bernoulli" and not task.binary_output):
-                add(name, (decide(y) == prepared.targets).float())
+            add(name, (decide(y) == prepared.targets).float())
         if task.name == "match" and kind == "categorical":
             add("cosine", functional.cosine_similarity(y.softmax(-1), teacher_y.softmax(-1), dim=-1))
             add("mse", losses)
@@ -317,7 +374,8 @@ def measure(task: Task, prepared: Prepared, network: Network, teacher_y: Tensor,
 def _free_running(task: Task, prepared: Prepared, network: Network, mode: Discretize, walk: Walk) -> dict[str, tuple[Tensor, Tensor]]:
     """Words right and token error rate of greedy decoding, against the targets of the batch."""
     decode = task.spec.decode
-    assert decode is not None and prepared.targets is not None
+    assert decode is not None
+    assert prepared.targets is not None
     written = network.generate(prepared.inputs, lengths=prepared.lengths, mode=mode, walk=walk).t().tolist()
     references = prepared.targets.t().tolist()
     right, edits, lengths = [], [], []
@@ -349,8 +407,6 @@ def merge(parts: list[Measurement]) -> Measurement:
     """Batches of one part -> the part."""
     weights = torch.tensor([float(p.counts.sum()) for p in parts])
     losses = torch.tensor([p.loss for p in parts])
-    extra = {
-        name: (torch.cat([p.extra[name][0] for p in parts]), torch.cat([p.extra[name][1] for p in parts])) for name in parts[0].extra
-    }
+    extra = {name: (torch.cat([p.extra[name][0] for p in parts]), torch.cat([p.extra[name][1] for p in parts])) for name in parts[0].extra}
     mean = float((losses * weights).sum() / weights.sum().clamp_min(1e-12))
     return Measurement(parts[0].metric, torch.cat([p.totals for p in parts]), torch.cat([p.counts for p in parts]), mean, extra)

@@ -47,11 +47,16 @@ Walk = Callable[[Cell, Tensor, CellState, Discretize], Trace]
 
 
 def walk(cell: Cell, x: Tensor, state: CellState, mode: Discretize) -> Trace:
-    """The oracle: the cell's equations, step by step. x (T,B,I)."""
+    """The oracle: the cell's equations, step by step. x (T,B,I).
+
+    What a product reads is copied first: the sums of a matrix product depend on where in memory its operands begin, and a stream,
+    a window and a whole sequence must agree bit for bit.
+    """
     step, weights, gate = STEPS[cell.layer.cell], cell.weights(), cell.gate(mode)
     states, pres = [], []
+    state = tuple(s.clone() for s in state)
     for x_t in x:
-        state, pre = step(x_t, state, weights, gate)
+        state, pre = step(x_t.clone(), state, weights, gate)
         states.append(state)
         pres.append(pre)
     return Trace(tuple(torch.stack(s) for s in zip(*states, strict=True)), torch.stack(pres))
@@ -108,7 +113,7 @@ class Section(nn.Module):
         if self.spec.embedding is None:
             return x
         if self.spec.embedding.one_hot:
-            return functional.one_hot(x, self.spec.embedding.num_embeddings).to(self.layers[0]["fwd"].weights().gates_ih.dtype)
+            return functional.one_hot(x.long(), self.spec.embedding.num_embeddings).to(self.layers[0]["fwd"].weights().gates_ih.dtype)
         return functional.embedding(x, self.embedding.weight)
 
     def forward(
@@ -143,8 +148,8 @@ class Section(nn.Module):
             new_state.append(states)
         y = self.read(x, new_state[-1], lengths)
         if walk is _oracle and y.ndim == 3:
-            # One product a step, as a stream does it: a product over all steps may round differently.
-            y = torch.stack([self.apply_head(y_t, logits=logits) for y_t in y])
+            # One product a step on memory of its own, as a stream does it: other shapes and alignments may round differently.
+            y = torch.stack([self.apply_head(y_t.clone(), logits=logits) for y_t in y])
         else:
             y = self.apply_head(y, logits=logits)
         return Output(y, new_state, hidden, pres)

@@ -22,7 +22,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from rnn2bin import tasks
 from rnn2bin.cells.network import Network, Output, State
-from rnn2bin.data import Batches, Part
+from rnn2bin.cells.weights import Cell
+from rnn2bin.data import Batch, Batches, Part
 from rnn2bin.distill import losses
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DivergedError, InterruptedRunError
@@ -33,6 +34,7 @@ from rnn2bin.recipe import Gates, Recipe
 
 SELECTION_SEQUENCES = 1024  # the validation part is cut to these for the measurements during training
 SELECTION_TOKENS = 65_536
+CALIBRATION_BATCHES = 20
 COMPLETE = "distill.json"  # written last: a checkpoint without it is not resumed from
 
 
@@ -88,51 +90,177 @@ def selection_part(valid: Part) -> Part:
     return valid.take(torch.arange(min(keep, len(valid))))
 
 
-class DistillTrainer(Trainer):
-    """`model` is the student; `teacher` stays in eval and without gradients."""
+class AnnealTrainer(Trainer):
+    """What every distillation shares: schedules, the anneal's progress, selection by the hard metric, checkpoints, stopping.
 
-    def __init__(self, student: Network, teacher: Network, *, task: tasks.Task, recipe: Recipe, train: Part, valid: Part, out: Path, float_student: bool = False):
-        self.teacher, self.task, self.recipe = teacher, task, recipe
-        self.valid = selection_part(valid)
-        self.float_student = float_student
+    A subclass says what a batch's loss is (`compute_loss`, through `checked`) and how a student is measured (`measure`). `feed` gives
+    ready batches. `float_student`: the student's gates stay sigmoids, and it trains exactly `train.steps`.
+    """
+
+    def __init__(
+        self,
+        student: torch.nn.Module,
+        feed: torch.utils.data.Dataset,
+        *,
+        recipe: Recipe,
+        out: Path,
+        metric: str,
+        higher_is_better: bool,
+        float_student: bool = False,
+    ) -> None:
+        self.recipe, self.metric, self.higher_is_better, self.float_student = recipe, metric, higher_is_better, float_student
         self.progress, self.keeps_up = 0.0, True
         self.history: list[Point] = []
-        self.carried: tuple[State | None, State | None] = (None, None)  # teacher's, student's
         self.last_loss, self.tokens = math.nan, 0
         self.binarized = False
-        steps = recipe.train.steps if float_student else recipe.max_steps
+        super().__init__(
+            model=student,
+            args=arguments(recipe, out, steps=total_steps(recipe, float_student=float_student), higher_is_better=higher_is_better),
+            train_dataset=feed,
+            eval_dataset=feed,
+            data_collator=lambda items: {"batch": items[0]},
+        )
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Project(self))
+
+    def measure(self, hard_mode: Discretize, soft_mode: Discretize) -> tuple[float, float, float]:
+        """(hard metric, soft metric, saturation) of the student now, on the validation part."""
+        raise NotImplementedError
+
+    # -- what the Trainer asks for
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        train = self.recipe.train
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer,  # type: ignore[arg-type]
+            lambda step: schedules.learning_rate_factor(min(step / train.steps, 1.0), warmup=train.warmup, final=train.final_learning_rate),
+        )
+        return self.lr_scheduler
+
+    def checked(self, total: Tensor) -> Tensor:
+        """The loss, noted; DivergedError where it is not finite."""
+        self.last_loss = float(total.detach())
+        if not math.isfinite(self.last_loss):
+            raise DivergedError(
+                f"training diverged: the loss is {self.last_loss} at step {self.state.global_step}; "
+                f"the last good checkpoint stays in {self.args.output_dir}; lower train.learning_rate or train.clip"
+            )
+        return total
+
+    def training_mode(self) -> Discretize:
+        return FLOAT if self.float_student else mode_at(self.recipe.gates, self.progress)
+
+    def after_step(self) -> None:
+        """Moves the anneal on; levels back into bounds."""
+        for part in self.model.modules():  # type: ignore[union-attr]
+            if isinstance(part, Cell):
+                part.project_levels()
+        self.progress = schedules.advance(
+            self.progress, 1 / self.recipe.train.steps, closed_loop=self.recipe.gates.closed_loop, keeps_up=self.keeps_up
+        )
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Hard and soft metric on the selection part."""
+        soft_mode = FLOAT if self.float_student else soft_mode_at(self.recipe.gates, self.progress)
+        hard, soft, saturation = self.measure(FLOAT if self.float_student else BINARY, soft_mode)
+        point = Point(self.state.global_step, self.last_loss, hard, soft, soft_mode.temperature, soft_mode.slope, self.progress, saturation)
+        self.history.append(point)
+        self._judge(point)
+        metrics = {"eval_hard": hard, "eval_soft": soft}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _judge(self, point: Point) -> None:
+        """Whether the anneal may go on (closed loop), and whether the gates have binarized: then training ends."""
+        sign = 1 if self.higher_is_better else -1
+        scale = max(abs(point.hard), 1e-6)
+        best = max(sign * p.hard for p in self.history)
+        self.keeps_up = best - sign * point.hard <= 2 * self.recipe.train.tolerance * scale
+        agree = abs(point.hard - point.soft) <= self.recipe.train.tolerance * scale
+        self.binarized = agree and point.progress >= 1 - 1e-9
+        if self.binarized and not self.float_student:
+            self.control.should_training_stop = True
+
+    # -- checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            self.save_more(folder)
+            content = {
+                "progress": self.progress,
+                "keeps_up": self.keeps_up,
+                "tokens": self.tokens,
+                "last_loss": self.last_loss,
+                "history": [asdict(p) for p in self.history],
+            }
+            write_synced(folder / COMPLETE, json.dumps(content))
+
+    def save_more(self, folder: Path) -> None:
+        """What a subclass keeps beside; written before the mark that the checkpoint is complete."""
+
+    def restore(self, folder: Path) -> None:
+        content = json.loads((folder / COMPLETE).read_text())
+        self.progress, self.keeps_up, self.tokens = content["progress"], content["keeps_up"], content["tokens"]
+        self.last_loss = content["last_loss"]
+        self.history = [Point(**p) for p in content["history"]]
+
+
+def batches(part: Part, recipe: Recipe, task: tasks.Task, *, length: int) -> Batches:
+    """The training batches of a recipe, by index."""
+    train = recipe.train
+    return Batches(part, batch_size=train.batch_size, window=train.window, seed=recipe.seed, length=length, windowed=task.windowed)
+
+
+def calibration_batches(part: Part, recipe: Recipe, task: tasks.Task) -> Iterator[Batch]:
+    """The first batches of training, which levels and thresholds are fitted to."""
+    feed = batches(part, recipe, task, length=CALIBRATION_BATCHES)
+    return (feed[k] for k in range(CALIBRATION_BATCHES))
+
+
+class DistillTrainer(AnnealTrainer):
+    """`student` and `teacher` are Networks; the teacher stays in eval and without gradients. States are carried from window to window."""
+
+    def __init__(
+        self,
+        student: Network,
+        teacher: Network,
+        *,
+        task: tasks.Task,
+        recipe: Recipe,
+        train: Part,
+        valid: Part,
+        out: Path,
+        float_student: bool = False,
+    ) -> None:
+        self.teacher, self.task = teacher, task
+        self.valid = selection_part(valid)
+        self.carried: tuple[State | None, State | None] = (None, None)  # teacher's, student's
         feed = Batches(
             train,
             batch_size=recipe.train.batch_size,
             window=recipe.train.window,
             seed=recipe.seed,
-            length=steps * recipe.train.accumulation * 64,  # an index, not a store: long enough for any number of processes
+            # an index, not a store: long enough for any number of processes
+            length=total_steps(recipe, float_student=float_student) * recipe.train.accumulation * 64,
             windowed=task.windowed,
         )
         super().__init__(
-            model=student,
-            args=arguments(recipe, out, steps=steps, higher_is_better=task.higher_is_better),
-            train_dataset=feed,  # type: ignore[arg-type]
-            eval_dataset=feed,  # type: ignore[arg-type]
-            data_collator=lambda items: {"batch": items[0]},
-            callbacks=[_Project()],
+            student,
+            feed,  # type: ignore[arg-type]
+            recipe=recipe,
+            out=out,
+            metric=task.metric,
+            higher_is_better=task.higher_is_better,
+            float_student=float_student,
         )
-        self.remove_callback(PrinterCallback)
         self.teacher.to(self.args.device)
-
-    # -- what the Trainer asks for
 
     def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler:
         """In order: the batches themselves are shuffled, by seed."""
         return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        train = self.recipe.train
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer or self.optimizer,
-            lambda step: schedules.learning_rate_factor(min(step / train.steps, 1.0), warmup=train.warmup, final=train.final_learning_rate),
-        )
-        return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = inputs["batch"].to(self.args.device)
@@ -146,61 +274,20 @@ class DistillTrainer(Trainer):
         if self.task.windowed:
             self.carried = (target.state, detached(output))
         self.tokens += int(prepared.mask.sum())
-        total = losses.total(self.task, self.recipe, prepared, output, target, student=self.unwrapped(model), mode=mode)
-        self.last_loss = float(total.detach())
-        if not math.isfinite(self.last_loss):
-            raise DivergedError(
-                f"training diverged: the loss is {self.last_loss} at step {self.state.global_step}; "
-                f"the last good checkpoint stays in {self.args.output_dir}; lower train.learning_rate or train.clip"
-            )
+        total = self.checked(losses.total(self.task, self.recipe, prepared, output, target, student=self.student(), mode=mode))
         return (total, output) if return_outputs else total
 
-    def training_mode(self) -> Discretize:
-        return FLOAT if self.float_student else mode_at(self.recipe.gates, self.progress)
+    def student(self) -> Network:
+        return getattr(self.model, "module", self.model)  # type: ignore[return-value, arg-type]
 
-    @staticmethod
-    def unwrapped(model: torch.nn.Module) -> Network:
-        return getattr(model, "module", model)
-
-    def after_step(self) -> None:
-        """Moves the anneal on; levels back into bounds."""
-        self.unwrapped(self.model).project_levels()
-        self.progress = schedules.advance(
-            self.progress, 1 / self.recipe.train.steps, closed_loop=self.recipe.gates.closed_loop, keeps_up=self.keeps_up
-        )
-
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Hard and soft metric on the selection part."""
-        student = self.unwrapped(self.model)
-        soft_mode = FLOAT if self.float_student else soft_mode_at(self.recipe.gates, self.progress)
-        hard_mode = FLOAT if self.float_student else BINARY
-        hard, soft, saturation = self._hard_and_soft(student, hard_mode, soft_mode)
-        point = Point(self.state.global_step, self.last_loss, hard, soft, soft_mode.temperature, soft_mode.slope, self.progress, saturation)
-        self.history.append(point)
-        self._judge(point)
-        metrics = {"eval_hard": hard, "eval_soft": soft}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _judge(self, point: Point) -> None:
-        """Whether the anneal may go on (closed loop), and whether the gates have binarized: then training ends."""
-        sign = 1 if self.task.higher_is_better else -1
-        scale = max(abs(point.hard), 1e-6)
-        best = max(sign * p.hard for p in self.history)
-        self.keeps_up = best - sign * point.hard <= 2 * self.recipe.train.tolerance * scale
-        agree = abs(point.hard - point.soft) <= self.recipe.train.tolerance * scale
-        self.binarized = agree and point.progress >= 1 - 1e-9
-        if self.binarized and not self.float_student:
-            self.control.should_training_stop = True
-
-    def _hard_and_soft(self, student: Network, hard_mode: Discretize, soft_mode: Discretize) -> tuple[float, float, float]:
+    def measure(self, hard_mode: Discretize, soft_mode: Discretize) -> tuple[float, float, float]:
         saturated: list[float] = []
 
         def seen(name: str, _: tasks.Prepared, out: Output) -> None:
             if name == "soft":
                 saturated.extend(float(losses.saturation(soft_mode, pre)) for pre in out.pre)
 
+        student = self.student()
         found = compare(
             self.task,
             self.valid,
@@ -211,34 +298,23 @@ class DistillTrainer(Trainer):
         )
         return found["hard"].value, found["soft"].value, sum(saturated) / len(saturated)
 
-    # -- checkpoints
-
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            save_file(flatten_state(self.carried), folder / "carried.safetensors")
-            content = {
-                "progress": self.progress,
-                "keeps_up": self.keeps_up,
-                "tokens": self.tokens,
-                "last_loss": self.last_loss,
-                "history": [asdict(p) for p in self.history],
-            }
-            write_synced(folder / COMPLETE, json.dumps(content))
+    def save_more(self, folder: Path) -> None:
+        save_file(flatten_state(self.carried), folder / "carried.safetensors")
 
     def restore(self, folder: Path) -> None:
-        content = json.loads((folder / COMPLETE).read_text())
-        self.progress, self.keeps_up, self.tokens = content["progress"], content["keeps_up"], content["tokens"]
-        self.last_loss = content["last_loss"]
-        self.history = [Point(**p) for p in content["history"]]
+        super().restore(folder)
         self.carried = unflatten_state(load_file(folder / "carried.safetensors", device=str(self.args.device)), self.task.spec.entry.layers)
 
 
-class _Project(TrainerCallback):
-    """Calls the trainer back after each weight update; `trainer` is set by `train`."""
+def total_steps(recipe: Recipe, *, float_student: bool) -> int:
+    return recipe.train.steps if float_student else recipe.max_steps
 
-    trainer: DistillTrainer
+
+class _Project(TrainerCallback):
+    """Calls the trainer back after each weight update."""
+
+    def __init__(self, trainer: AnnealTrainer) -> None:
+        self.trainer = trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.after_step()
@@ -247,7 +323,7 @@ class _Project(TrainerCallback):
 class _Progress(TrainerCallback):
     """Reports every step to `report` and stops, with a checkpoint, when a signal came."""
 
-    def __init__(self, trainer: DistillTrainer, report: Callable[[dict[str, Any]], None] | None, stopped: list[int]) -> None:
+    def __init__(self, trainer: AnnealTrainer, report: Callable[[dict[str, Any]], None] | None, stopped: list[int]) -> None:
         self.trainer, self.report, self.stopped = trainer, report, stopped
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -263,7 +339,7 @@ class _Progress(TrainerCallback):
             "step": state.global_step,
             "steps": trainer.recipe.train.steps,
             "loss": trainer.last_loss,
-            "metric": trainer.task.metric,
+            "metric": trainer.metric,
             "hard": last.hard if last else None,
             "soft": last.soft if last else None,
             "temperature": mode.temperature,
@@ -296,6 +372,7 @@ def arguments(recipe: Recipe, out: Path, *, steps: int, higher_is_better: bool) 
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        accelerator_config={"dispatch_batches": False},  # batches are objects of ours: only tensors can be sent between processes
         remove_unused_columns=False,
         seed=recipe.seed,
         data_seed=recipe.seed,
@@ -328,15 +405,17 @@ def train(
     """
     torch.manual_seed(recipe.seed)
     trainer = DistillTrainer(student, teacher, task=task, recipe=recipe, train=train, valid=valid, out=out, float_student=float_student)
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, _Project):
-            callback.trainer = trainer
-    checkpoint = newest_checkpoint(out) if resume else None
+    return fit(trainer, resume=resume, report=report)
+
+
+def fit(trainer: AnnealTrainer, *, resume: bool = False, report: Callable[[dict[str, Any]], None] | None = None) -> Trained:
+    """Trains; afterwards the trainer's model holds the weights with the best hard metric. Raises as `train` does."""
+    checkpoint = newest_checkpoint(Path(str(trainer.args.output_dir))) if resume else None
     if checkpoint:
         trainer.restore(checkpoint)
     with stop_signals() as stopped:
         trainer.add_callback(_Progress(trainer, report, stopped))
-        student.train()
+        trainer.model.train()  # type: ignore[union-attr]
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stopped:
         raise InterruptedRunError(f"interrupted at step {trainer.state.global_step}; the same command with --resume goes on from there")
@@ -344,8 +423,7 @@ def train(
         trainer.evaluate()
     best = trainer.state.best_global_step or trainer.state.global_step
     at = next((p for p in trainer.history if p.step == best), trainer.history[-1])
-    gates = recipe.gates
-    soft = FLOAT if float_student else soft_mode_at(gates, at.progress)
+    soft = FLOAT if trainer.float_student else soft_mode_at(trainer.recipe.gates, at.progress)
     return Trained(trainer.history, soft, trainer.state.global_step, best, trainer.tokens, trainer.binarized)
 
 
@@ -353,11 +431,11 @@ def train(
 def stop_signals() -> Iterator[list[int]]:
     """SIGINT and SIGTERM are noted in the list instead of killing; a second one kills."""
     seen: list[int] = []
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
 
     def note(number: int, _: Any) -> None:
         seen.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -126,7 +126,7 @@ def _lstm(layer: LayerSpec, gate: dict[str, Tensor], binary: dict[str, bool], in
     full = torch.full_like(mask, hidden)
     read = gate["o"].sum(-1) if binary["o"] else full
     rows = gate["i"].sum(-1) if binary["i"] else full
-    columns = torch.full_like(mask, layer.recurrent_size) if layer.proj_size else _before(read)
+    columns = _before(torch.full_like(mask, layer.recurrent_size) if layer.proj_size else read)
     recurrent = float(((3 * hidden + rows) * columns * mask).sum())
     recurrent_dense = 4 * hidden * layer.recurrent_size * steps
     touched, dense = recurrent, recurrent_dense

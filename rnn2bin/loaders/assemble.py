@@ -103,6 +103,29 @@ def _joins(spec: RnnSpec) -> list[str]:
     return reasons
 
 
+def split_direction(
+    cell: str, ih: torch.Tensor, hh: torch.Tensor, b_ih: torch.Tensor, b_hh: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """PyTorch's tensors of one direction under the names of `LayerSpec.tensors`: gates in canonical order, the candidate aside.
+
+    ih (G*H, I), hh (G*H, R), b_ih and b_hh (G*H,); G counts the candidate block too. The results may be views.
+    """
+    import torch
+
+    def split(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks = dict(zip(BLOCKS[cell], values.chunk(len(BLOCKS[cell])), strict=True))
+        return torch.cat([blocks[gate] for gate in CELLS[cell].gate_names]), blocks[CANDIDATE]
+
+    found = {}
+    for name, values in (("weight_ih", ih), ("weight_hh", hh)):
+        found[f"gates.{name}"], found[f"candidate.{name}"] = split(values)
+    (gates_ih, candidate_ih), (gates_hh, candidate_hh) = split(b_ih), split(b_hh)
+    found["gates.bias"] = gates_ih + gates_hh
+    if CELLS[cell].candidate_bias_hh:  # the reset gate multiplies b_hn: it cannot be added to b_in
+        return {**found, "candidate.bias": candidate_ih, "candidate.bias_hh": candidate_hh}
+    return {**found, "candidate.bias": candidate_ih + candidate_hh}
+
+
 class _Work:
     """Takes tensors by name, collecting reasons instead of stopping at the first."""
 
@@ -224,24 +247,8 @@ class _Work:
         return LayerSpec(cell, ih.shape[1], hidden, 1, projection.shape[0] if projection is not None else 0)
 
     def permute(self, prefix: str, cell: str, ih: torch.Tensor, hh: torch.Tensor, b_ih: torch.Tensor, b_hh: torch.Tensor) -> None:
-        """Split PyTorch's row blocks; put the gates in canonical order, the candidate aside."""
-        import torch
-
-        def split(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            blocks = dict(zip(BLOCKS[cell], values.chunk(len(BLOCKS[cell])), strict=True))
-            return torch.cat([blocks[gate] for gate in CELLS[cell].gate_names]), blocks[CANDIDATE]
-
-        for name, values in (("weight_ih", ih), ("weight_hh", hh)):
-            gates, candidate = split(values)
-            self.keep(f"{prefix}.gates.{name}", gates)
-            self.keep(f"{prefix}.candidate.{name}", candidate)
-        (gates_ih, candidate_ih), (gates_hh, candidate_hh) = split(b_ih), split(b_hh)
-        self.keep(f"{prefix}.gates.bias", gates_ih + gates_hh)
-        if CELLS[cell].candidate_bias_hh:  # the reset gate multiplies b_hn: it cannot be added to b_in
-            self.keep(f"{prefix}.candidate.bias", candidate_ih)
-            self.keep(f"{prefix}.candidate.bias_hh", candidate_hh)
-        else:
-            self.keep(f"{prefix}.candidate.bias", candidate_ih + candidate_hh)
+        for name, values in split_direction(cell, ih, hh, b_ih, b_hh).items():
+            self.keep(f"{prefix}.{name}", values)
 
     def keep(self, name: str, values: torch.Tensor) -> None:
         import torch

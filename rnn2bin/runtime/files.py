@@ -33,7 +33,7 @@ def run_file(model: Model, path: Path, target: Path | None) -> dict[str, Any]:
         y, _ = model(batch.inputs, lengths=batch.lengths)
         pieces.append(y.transpose(0, 1) if y.ndim == 3 or model.spec.decode else y)
     outputs = _joined(pieces, fill=model.spec.decode.end if model.spec.decode else 0)
-    arrays = {"outputs": outputs.numpy(), **({"lengths": part.lengths.numpy()} if part.lengths is not None else {})}
+    arrays: dict[str, Any] = {"outputs": outputs.numpy(), **({"lengths": part.lengths.numpy()} if part.lengths is not None else {})}
     if target is not None:
         with target.open("xb") as stream:
             np.savez(stream, **arrays)

@@ -37,6 +37,8 @@ class Model:
         sequence; y is computed from zero states at pads. Raises UsageError where x does not fit.
         """
         check_input(x, self.spec)
+        if x.is_floating_point():
+            x = x.float()
         if self.spec.decode and decoder_input is None:
             return self.network.generate(x, lengths=lengths), None
         out = self.network(x, state, lengths=lengths, decoder_input=decoder_input)

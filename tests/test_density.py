@@ -1,0 +1,213 @@
+"""Density against a walk over every weight of a tiny network that asks of each whether the step must touch it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rnn2bin import tasks
+from rnn2bin.cells.network import Network
+from rnn2bin.data import Batch
+from rnn2bin.evaluation.density import DensityCounter
+from rnn2bin.spec import EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
+
+T, B, I, H = 5, 3, 3, 5
+LENGTHS = torch.tensor([5, 2, 4])
+CASES = {
+    "lstm": {"cell": "lstm"},
+    "lstm-bi": {"cell": "lstm", "directions": 2},
+    "lstm-projection": {"cell": "lstm", "proj_size": 3},
+    "lstm-projection-bi": {"cell": "lstm", "proj_size": 3, "directions": 2},
+    "gru": {"cell": "gru"},
+    "gru-bi": {"cell": "gru", "directions": 2},
+    "gru_reset_before": {"cell": "gru_reset_before"},
+    "gru_reset_before-bi": {"cell": "gru_reset_before", "directions": 2},
+}
+
+
+def network_of(cell: str, *, directions: int = 1, proj_size: int = 0, tokens: bool = False, soft: int | None = None, readout: str = "all") -> Network:
+    """Two layers and two linear ones; `soft`: the gate left a sigmoid."""
+    first = LayerSpec(cell, I, H, directions, proj_size)
+    second = LayerSpec(cell, first.output_size, H, directions, proj_size)
+    head = (LinearSpec(second.output_size, 4, activation="relu"), LinearSpec(4, 2))
+    spec = RnnSpec({"main": SectionSpec((first, second), EmbeddingSpec(6, I) if tokens else None, head, readout)})
+    plan = {name: tuple(k != soft for k in range(len(layer.kind.gates))) for name, layer in spec.cell_names()}
+    network = Network(spec, plan)
+    with torch.no_grad():
+        for seed, p in enumerate(network.parameters()):
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+        for cell_ in network.cells().values():
+            cell_.levels.lo.zero_()
+            cell_.levels.hi.fill_(1.0)
+    return network.requires_grad_(False)
+
+
+def inputs_of(network: Network) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    if network.spec.main.embedding:
+        return torch.randint(6, (T, B), generator=generator)
+    x = torch.randn(T, B, I, generator=generator)
+    return x * (torch.rand(T, B, I, generator=generator) < 0.7)  # zeros in the input save their columns
+
+
+def counted(network: Network, *, lengths: torch.Tensor | None) -> tuple[DensityCounter, Any]:
+    x = inputs_of(network)
+    batch = Batch(x, lengths, None, None)
+    task = tasks.Task("match", "cosine", network.spec)
+    prepared = tasks.prepare(task, batch, network)
+    out = network(x, lengths=lengths)
+    counter = DensityCounter(network)
+    counter.add(prepared, out)
+    return counter, out
+
+
+def brute_force(network: Network, out: Any, lengths: torch.Tensor | None) -> dict[str, int]:
+    """Every weight of every real step of every sequence: must it be read? Written from the equations, not from the counter."""
+    total = {"touched": 0, "dense": 0, "recurrent": 0, "recurrent_dense": 0, "rows": 0, "rows_dense": 0}
+
+    def count(must: bool, *, recurrent: bool = False) -> None:
+        total["touched"] += must
+        total["dense"] += 1
+        total["recurrent"] += must and recurrent
+        total["recurrent_dense"] += recurrent
+
+    main, x = network.spec.main, inputs_of(network)
+    pres = iter(out.pre)
+    below = None if main.embedding else x
+    for index, layer in enumerate(main.layers):
+        for direction in ("fwd", "bwd")[: layer.directions]:
+            pre = next(pres)
+            binary = network.cells()[f"main.layers.{index}.{direction}"].binary
+            for b in range(B):
+                steps = T if lengths is None else int(lengths[b])
+                for t in range(steps):
+                    at = steps - 1 - t if direction == "bwd" else t
+                    # bit(g, j): may the gate be open? A soft gate always is.
+                    bit = lambda g, j, t=t, b=b, pre=pre, binary=binary: not binary[g] or bool(pre[t, b, g, j] > 0)
+                    before = lambda g, j, t=t, b=b, pre=pre, binary=binary: t > 0 and (not binary[g] or bool(pre[t - 1, b, g, j] > 0))
+                    lstm = layer.cell == "lstm"
+                    keeps = lambda j, t=t, b=b, pre=pre, binary=binary: binary[1] and bool(pre[t, b, 1, j] > 0)
+                    admits = [bit(0, j) if lstm else not keeps(j) for j in range(H)]
+                    total["rows"] += sum(admits)
+                    total["rows_dense"] += H
+                    for k in range(layer.input_size if below is not None else 0):
+                        for _ in range(len(binary) * H):
+                            count(bool(below[at, b, k] != 0))
+                        for j in range(H):
+                            count(admits[j] and bool(below[at, b, k] != 0))
+                    for k in range(layer.recurrent_size):
+                        if lstm:
+                            there = t > 0 if layer.proj_size else before(2, k)
+                        else:
+                            there = t > 0
+                        for _ in range(len(binary) * H):
+                            count(there, recurrent=True)
+                        for j in range(H):
+                            reads = True if lstm else bit(0, j) if layer.cell == "gru" else bit(0, k)
+                            count(admits[j] and there and reads, recurrent=True)
+                    for j in range(H if layer.proj_size else 0):
+                        for _ in range(layer.proj_size):
+                            count(bit(2, j))
+        below = out.hidden[index]
+    if main.readout == "all":
+        for b in range(B):
+            for t in range(T if lengths is None else int(lengths[b])):
+                for k in range(below.shape[2]):
+                    for _ in range(4):
+                        count(bool(below[t, b, k] != 0))
+                for _ in range(4 * 2):
+                    count(True)
+    return total
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["whole", "lengths"])
+@pytest.mark.parametrize("tokens", [False, True], ids=["floats", "tokens"])
+@pytest.mark.parametrize("name", CASES)
+def test_counts_equal_a_walk_over_every_weight(name, tokens, ragged):
+    network = network_of(**CASES[name], tokens=tokens)
+    lengths = LENGTHS if ragged else None
+    counter, out = counted(network, lengths=lengths)
+    total, result = brute_force(network, out, lengths), counter.result()
+    assert 0 < total["touched"] < total["dense"]
+    assert result["weights_touched"] == pytest.approx(total["touched"] / total["dense"])
+    assert result["recurrent"] == pytest.approx(total["recurrent"] / total["recurrent_dense"])
+    assert result["candidate_rows"] == pytest.approx(total["rows"] / total["rows_dense"])
+    steps = int(lengths.sum()) if lengths is not None else T * B
+    assert result["bytes_per_step"] == pytest.approx(2 * total["touched"] / steps)
+    assert result["dense_bytes_per_step"] == pytest.approx(2 * total["dense"] / steps)
+
+
+@pytest.mark.parametrize("soft", [0, 1, 2])
+@pytest.mark.parametrize("name", ["lstm", "lstm-projection", "gru", "gru_reset_before"])
+def test_a_soft_gate_saves_nothing(name, soft):
+    if soft == 2 and "gru" in name:
+        soft = 0
+    network = network_of(**CASES[name], soft=soft)
+    counter, out = counted(network, lengths=LENGTHS)
+    total = brute_force(network, out, LENGTHS)
+    assert counter.result()["weights_touched"] == pytest.approx(total["touched"] / total["dense"])
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "gru_reset_before"])
+def test_what_is_not_counted_is_really_not_read(name):
+    """Columns of h that are counted as skipped are exactly zero; units counted as kept are unchanged."""
+    network = network_of(**CASES[name])
+    _, out = counted(network, lengths=None)
+    for pre, h in zip(out.pre, out.hidden, strict=True):
+        if name == "lstm":
+            assert (h[pre[:, :, 2] <= 0] == 0).all()
+        else:
+            kept = pre[1:, :, 1] > 0
+            assert torch.equal(h[1:][kept], h[:-1][kept])
+
+
+def test_open_rates_are_shares_of_ones_over_real_steps():
+    network = network_of("lstm", directions=2)
+    counter, out = counted(network, lengths=LENGTHS)
+    for name, pre in zip(network.cells(), out.pre, strict=True):
+        real = torch.cat([pre[:steps, b] for b, steps in enumerate(LENGTHS.tolist())])
+        assert counter.open_rate(name) == pytest.approx((real > 0).float().mean((0, 2)).tolist())
+
+
+def test_batches_add_up():
+    network = network_of("gru")
+    counter, out = counted(network, lengths=LENGTHS)
+    once = counter.result()
+    prepared = tasks.prepare(tasks.Task("match", "cosine", network.spec), Batch(inputs_of(network), LENGTHS, None, None), network)
+    counter.add(prepared, out)
+    twice = counter.result()
+    assert twice.pop("layers").keys() == once.pop("layers").keys() == {*network.cells(), "main"}
+    assert twice == pytest.approx(once)
+
+
+def test_a_network_that_never_closes_a_gate_touches_everything_but_the_zero_start():
+    network = network_of("lstm")
+    with torch.no_grad():
+        for cell in network.cells().values():
+            cell.get_submodule("gates").bias.fill_(1e3)
+    counter, _ = counted(network, lengths=None)
+    assert counter.result()["candidate_rows"] == 1
+    assert counter.result()["columns"] == pytest.approx((T - 1) / T)
+    assert counter.result()["recurrent"] == pytest.approx((T - 1) / T)
+
+
+def test_incremental_counts_changed_columns_of_gates_alone():
+    network = network_of("gru", tokens=True, readout="last")
+    counter, out = counted(network, lengths=None)
+    touched = dense = 0
+    for pre in out.pre:
+        update, read = pre[:, :, 1] <= 0, pre[:, :, 0] > 0
+        for t in range(T):
+            for b in range(B):
+                changed = int(update[t - 1, b].sum()) if t else 0
+                touched += 2 * H * changed + (H * int((update[t, b] & read[t, b]).sum()) if t else 0)
+                dense += 3 * H * H
+    # The second layer also reads the first one's output.
+    second, below = out.pre[1], out.hidden[0]
+    for t in range(T):
+        for b in range(B):
+            touched += (2 * H + int((second[t, b, 1] <= 0).sum())) * int((below[t, b] != 0).sum())
+            dense += 3 * H * H
+    assert counter.result()["incremental"] == pytest.approx(touched / dense)
