@@ -1,4 +1,4 @@
-"""The oracle's equations against torch.nn and hand-written loops: T > 1, odd sizes, two layers, both directions, non-zero biases everywhere."""
+"""The oracle's equations against torch.nn and hand-written loops: T > 1, odd sizes, two layers, both directions, non-zero biases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rnn2bin.errors import UnsupportedError
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
 from rnn2bin.spec import CELLS, DecodeSpec, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec, check
 
-T, B, I, H = 7, 3, 3, 5
+T, B, I, H = 7, 3, 3, 5  # noqa: E741
 KINDS = list(CELLS)
 LENGTHS = torch.tensor([4, 7, 1])
 
@@ -93,7 +93,10 @@ def test_float_mode_equals_torch(name, count, bidirectional, started, ragged, wa
     x = torch.randn(T, B, I, generator=torch.Generator().manual_seed(1))
     state, theirs = None, None
     if started:
-        state = [[tuple(torch.randn_like(s) for s in zero_state(layer, B, x)) for _ in range(layer.directions)] for layer in ours.spec.main.layers]
+        state = [
+            [tuple(torch.randn_like(s) for s in zero_state(layer, B, x)) for _ in range(layer.directions)]
+            for layer in ours.spec.main.layers
+        ]
         theirs = torch_state(state, 0) if name == "gru" else (torch_state(state, 0), torch_state(state, 1))
     lengths = LENGTHS if ragged else None
     with torch.no_grad():
@@ -262,7 +265,9 @@ def test_an_encoder_decoder_needs_a_decoder_input_and_only_it_generates():
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("name", KINDS)
 def test_no_pad_reaches_a_state_or_an_output(name, directions, readout, walking):
-    network = binary_network(single(*layers_of(name, count=2, directions=directions), head=(LinearSpec(directions * H, 2),), readout=readout))
+    network = binary_network(
+        single(*layers_of(name, count=2, directions=directions), head=(LinearSpec(directions * H, 2),), readout=readout)
+    )
     x = torch.randn(T, B, I)
     dirty = x.clone()
     for b, steps in enumerate(LENGTHS.tolist()):
@@ -272,7 +277,12 @@ def test_no_pad_reaches_a_state_or_an_output(name, directions, readout, walking)
     for a, b in zip(clean.hidden, ours.hidden, strict=True):
         assert torch.equal(a, b)
         assert all((b[steps:, at] == 0).all() for at, steps in enumerate(LENGTHS.tolist()))
-    assert all(torch.equal(a, b) for p, q in zip(clean.state, ours.state, strict=True) for u, v in zip(p, q, strict=True) for a, b in zip(u, v, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for p, q in zip(clean.state, ours.state, strict=True)
+        for u, v in zip(p, q, strict=True)
+        for a, b in zip(u, v, strict=True)
+    )
 
 
 def test_a_sequence_of_length_zero_keeps_its_state():
@@ -303,10 +313,18 @@ def test_one_hot_equals_embedding_with_identity(dtype):
 
 
 def test_parts_that_do_not_join_are_all_named():
-    spec = RnnSpec({"main": SectionSpec((LayerSpec("lstm", 3, 4), LayerSpec("ltsm", 5, 4)), head=(LinearSpec(9, 1, activation="gelu"),), readout="first")})
+    spec = RnnSpec(
+        {
+            "main": SectionSpec(
+                (LayerSpec("lstm", 3, 4), LayerSpec("ltsm", 5, 4)), head=(LinearSpec(9, 1, activation="gelu"),), readout="first"
+            )
+        }
+    )
     with pytest.raises(UnsupportedError) as caught:
         check(spec)
-    assert [any(word in reason for reason in caught.value.reasons) for word in ("ltsm", "reads 5", "reads 9", "gelu", "first")] == [True] * 5
+    assert [any(word in reason for reason in caught.value.reasons) for word in ("ltsm", "reads 5", "reads 9", "gelu", "first")] == [
+        True
+    ] * 5
 
 
 # ---------------------------------------------------------------------------------------------- bits and levels

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +108,12 @@ def test_all_reasons_at_once(tmp_path):
 
 
 def test_refused_files(tmp_path):
-    for name, text, word in (("d.csv", "1,2", "give .npz"), ("d.npz", "no zip", "npz"), ("d.safetensors", "x" * 50, "safetensors"), ("d.pt", "?", "d.pt")):
+    for name, text, word in (
+        ("d.csv", "1,2", "give .npz"),
+        ("d.npz", "no zip", "npz"),
+        ("d.safetensors", "x" * 50, "safetensors"),
+        ("d.pt", "?", "d.pt"),
+    ):
         path = tmp_path / name
         path.write_text(text)
         assert any(str(path) in reason and word in reason for reason in reasons(data.read_tensors, path))
@@ -132,7 +139,10 @@ def test_no_data_is_none():
 
 
 def test_parts_given_apart_are_taken_as_they_are(tmp_path):
-    paths = {name: write(tmp_path / f"{name}.npz", {"inputs": torch.full((k, 3, 3), float(k))}) for k, name in enumerate(("train", "valid", "test"), 2)}
+    paths = {
+        name: write(tmp_path / f"{name}.npz", {"inputs": torch.full((k, 3, 3), float(k))})
+        for k, name in enumerate(("train", "valid", "test"), 2)
+    }
     for parts in (
         load([f"{name}={path}" for name, path in paths.items()], floats()),
         load(None, floats(), train=str(paths["train"]), valid_path=str(paths["valid"]), test_path=str(paths["test"])),
@@ -193,7 +203,7 @@ def test_splits_never_overlap_and_leave_nothing_out(n, valid, test, seed):
         assert max(1, round(n * valid)) + max(1, round(n * test)) >= n
         return
     members = [p.targets.tolist() for p in (parts.train, parts.valid, parts.test)]
-    assert sorted(sum(members, [])) == list(range(n))
+    assert sorted(functools.reduce(operator.iadd, members, [])) == list(range(n))
     assert all(members)
     assert all(torch.equal(p.inputs[:, 0], p.targets) for p in (parts.train, parts.valid, parts.test))
     again = data.split(whole, recipe)
@@ -345,6 +355,10 @@ def test_evaluation_of_a_stream_predicts_every_token_but_the_first():
 def test_the_digest_sees_every_tensor():
     part = Part(torch.zeros(2, 3), torch.ones(2), torch.zeros(2))
     parts = data.Parts(part, part, part)
-    changes = [Part(torch.ones(2, 3), part.lengths, part.targets), Part(part.inputs, torch.zeros(2), part.targets), Part(part.inputs, part.lengths, torch.ones(2))]
+    changes = [
+        Part(torch.ones(2, 3), part.lengths, part.targets),
+        Part(part.inputs, torch.zeros(2), part.targets),
+        Part(part.inputs, part.lengths, torch.ones(2)),
+    ]
     digests = {data.digest(parts), *(data.digest(data.Parts(part, change, part)) for change in changes)}
     assert len(digests) == 4

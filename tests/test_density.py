@@ -13,7 +13,7 @@ from rnn2bin.data import Batch
 from rnn2bin.evaluation.density import DensityCounter
 from rnn2bin.spec import EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
 
-T, B, I, H = 5, 3, 3, 5
+T, B, I, H = 5, 3, 3, 5  # noqa: E741
 LENGTHS = torch.tensor([5, 2, 4])
 CASES = {
     "lstm": {"cell": "lstm"},
@@ -27,7 +27,9 @@ CASES = {
 }
 
 
-def network_of(cell: str, *, directions: int = 1, proj_size: int = 0, tokens: bool = False, soft: int | None = None, readout: str = "all") -> Network:
+def network_of(
+    cell: str, *, directions: int = 1, proj_size: int = 0, tokens: bool = False, soft: int | None = None, readout: str = "all"
+) -> Network:
     """Two layers and two linear ones; `soft`: the gate left a sigmoid."""
     first = LayerSpec(cell, I, H, directions, proj_size)
     second = LayerSpec(cell, first.output_size, H, directions, proj_size)

@@ -197,9 +197,7 @@ def test_between_its_ends_and_monotone(s, a, b):
     assert (late - early) * (s.end - s.start) >= -1e-9 * high * abs(s.end - s.start)
 
 
-@pytest.mark.parametrize(
-    ("kind", "wanted"), [("linear", 2.5), ("exponential", 2.0), ("cosine", 2.5), ("step", 2.5), ("constant", 1.0)]
-)
+@pytest.mark.parametrize(("kind", "wanted"), [("linear", 2.5), ("exponential", 2.0), ("cosine", 2.5), ("step", 2.5), ("constant", 1.0)])
 def test_half_way(kind, wanted):
     assert schedules.value(Schedule(schedule=kind, start=1, end=4, until=0.5, steps=2), 0.25) == pytest.approx(wanted)
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import rnn2bin
-from rnn2bin import module_pipeline, modules
+from rnn2bin import modules
 from rnn2bin.cells.network import walk
-from rnn2bin.distill.module_trainer import forward
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import BudgetError, DataError, RecipeError, UnsupportedError, UsageError
 from rnn2bin.gates.estimators import BINARY, FLOAT
-from rnn2bin.modules import BinaryCell, BinaryRnn, binarize, gate_mode
+from rnn2bin.modules import BinaryCell, BinaryRnn, binarize, conversion, gate_mode
+from rnn2bin.modules.training import forward
 from rnn2bin.recipe import Recipe, parse
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -255,13 +255,13 @@ def test_what_a_batch_gives_to_the_module() -> None:
 
 def test_splits_do_not_overlap_and_refuse_what_does_not_fit() -> None:
     batches = [torch.tensor([float(k)]) for k in range(20)]
-    parts = module_pipeline.split(iter(batches), RECIPE)
+    parts = conversion.split(iter(batches), RECIPE)
     numbers = [int(t) for part in (parts.train, parts.valid, parts.test) for t in part]
     assert sorted(numbers) == list(range(20))
     assert (len(parts.valid), len(parts.test)) == (2, 2)
     for bad in (None, "file.npz", batches[:2], {"train": batches}, {"train": [], "valid": batches, "test": batches}):
         with pytest.raises(DataError):
-            module_pipeline.split(bad, RECIPE)
+            conversion.split(bad, RECIPE)
 
 
 # --- conversion ----------------------------------------------------------------------------------------------------------

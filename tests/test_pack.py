@@ -91,7 +91,7 @@ def test_the_spec_survives_json():
 def test_a_failure_leaves_the_old_directory(tmp_path, error):
     out = write(tmp_path / "out")
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    with pytest.raises(error), pack.staging(out, force=True) as partial:
+    with pytest.raises(error), pack.staging(out, force=True) as partial:  # noqa: PT012
         (partial / pack.CONFIG).write_text("half")
         raise error("stop")
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
@@ -99,7 +99,7 @@ def test_a_failure_leaves_the_old_directory(tmp_path, error):
 
 
 def test_a_failure_without_an_old_directory_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), pack.staging(tmp_path / "out") as partial:
+    with pytest.raises(RuntimeError), pack.staging(tmp_path / "out") as partial:  # noqa: PT012
         (partial / "x").write_text("half")
         raise RuntimeError
     assert left(tmp_path) == []
@@ -217,7 +217,12 @@ def test_every_misfit_of_the_weights_is_named(tmp_path):
     save_file(tensors, folder / pack.WEIGHTS)
     with pytest.raises(UnsupportedError) as caught:
         runtime.load(folder, backend="torch")
-    words = ["levels.lo is missing", "unknown tensor extra", "main.embedding.weight has shape (6, 3) F32", "main.head.0.bias has shape (7,) F16; wanted (6,)"]
+    words = [
+        "levels.lo is missing",
+        "unknown tensor extra",
+        "main.embedding.weight has shape (6, 3) F32",
+        "main.head.0.bias has shape (7,) F16; wanted (6,)",
+    ]
     assert len(caught.value.reasons) == 4
     assert all(word in reason for word, reason in zip(words, caught.value.reasons, strict=True))
 

@@ -13,10 +13,19 @@ from rnn2bin.errors import UnsupportedError, UsageError
 from rnn2bin.runtime.torch_backend import Model
 from rnn2bin.spec import DecodeSpec, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
 
-T, B, I, H, V = 19, 3, 5, 33, 7
+T, B, I, H, V = 19, 3, 5, 33, 7  # noqa: E741
 
 
-def model_of(cell: str = "lstm", *, count: int = 2, directions: int = 1, proj: int = 0, tokens: str = "", levels: str = "strict", readout: str = "all") -> Model:
+def model_of(
+    cell: str = "lstm",
+    *,
+    count: int = 2,
+    directions: int = 1,
+    proj: int = 0,
+    tokens: str = "",
+    levels: str = "strict",
+    readout: str = "all",
+) -> Model:
     width = {"": I, "embedding": I, "one_hot": V}[tokens]
     layers = []
     for _ in range(count):

@@ -23,7 +23,7 @@ from rnn2bin.measure import Candidate, compare
 from rnn2bin.recipe import Loss, parse
 from rnn2bin.spec import DecodeSpec, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
 
-N, T, I, H, C = 5, 7, 2, 4, 3
+N, T, I, H, C = 5, 7, 2, 4, 3  # noqa: E741
 LENGTHS = torch.tensor([7, 1, 4, 2, 6])
 
 
@@ -238,7 +238,12 @@ def test_the_teachers_own_output_stands_in_for_missing_targets():
     teacher = transducer(29)
     part = replace(part, targets=None)
     task = tasks.resolve(parse({}), teacher.spec, part)
-    found = compare(task, tasks.settled(task, part), Candidate(teacher, FLOAT), {"same": Candidate(teacher, FLOAT), "other": Candidate(transducer(12), FLOAT)})
+    found = compare(
+        task,
+        tasks.settled(task, part),
+        Candidate(teacher, FLOAT),
+        {"same": Candidate(teacher, FLOAT), "other": Candidate(transducer(12), FLOAT)},
+    )
     assert found["same"].value == 1
     assert found["same"].extra_values()["token_error_rate"] == 0
     assert found["other"].value < 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 from dataclasses import replace
@@ -46,7 +47,9 @@ def stream(steps: int = 60, *, rows: int = 4, seed: int = 2) -> Part:
 
 def sequences(n: int = 12, *, steps: int = 9, seed: int = 3) -> Part:
     lengths = torch.randint(2, steps + 1, (n,), generator=seeded(seed))
-    return Part(torch.randint(WORDS, (n, steps), generator=seeded(seed + 1)), lengths, torch.randint(WORDS, (n,), generator=seeded(seed + 2)))
+    return Part(
+        torch.randint(WORDS, (n, steps), generator=seeded(seed + 1)), lengths, torch.randint(WORDS, (n,), generator=seeded(seed + 2))
+    )
 
 
 def recipe_of(**parts: Any) -> Recipe:
@@ -78,7 +81,9 @@ def run(case: dict[str, Any], out: Path, *, train: Part | None = None, valid: Pa
 def test_states_carried_across_windows_equal_one_long_window(cell, labelled, tmp_path, monkeypatch):
     """Read from the trainer itself: the outputs of its windows side by side are those of the whole, for teacher and student."""
     teacher = teacher_of(cell)
-    recipe = recipe_of(task="next-token", gates={"estimator": "straight-through"}, train={"steps": 3, "max_steps": 3, "learning_rate": 1e-30})
+    recipe = recipe_of(
+        task="next-token", gates={"estimator": "straight-through"}, train={"steps": 3, "max_steps": 3, "learning_rate": 1e-30}
+    )
     part = stream(49, rows=1) if labelled == "stream" else replace(sequences(2, steps=12), targets=None, lengths=None)
     task = tasks.resolve(recipe, teacher.spec, part)
     part = tasks.settled(task, part)
@@ -138,7 +143,9 @@ def test_item_k_is_the_same_whatever_was_asked_before(part, windowed):
         assert torch.equal(again.inputs, forward[k].inputs)
         assert again.first == forward[k].first
     other = Batches(part, batch_size=4, window=5, seed=4, length=40, windowed=windowed)
-    assert part.stream or any(other[k].inputs.shape != f.inputs.shape or not torch.equal(other[k].inputs, f.inputs) for k, f in enumerate(forward))
+    assert part.stream or any(
+        other[k].inputs.shape != f.inputs.shape or not torch.equal(other[k].inputs, f.inputs) for k, f in enumerate(forward)
+    )
 
 
 @pytest.mark.parametrize("lengths", [None, "ragged"])
@@ -270,14 +277,17 @@ def test_closed_loop_waits_while_the_hard_metric_lags(tmp_path):
     progress: list[float] = []
     _, trained = run(RUINOUS | {"gates": {"closed_loop": True}}, tmp_path, train=ZEROS, report=lambda now: progress.append(now["progress"]))
     worse = [p.hard > min(q.hard for q in trained.history[: k + 1]) for k, p in enumerate(trained.history)]
-    moved = [b > a for a, b in zip(progress, progress[1:], strict=False)]
+    moved = [b > a for a, b in itertools.pairwise(progress)]
     assert any(worse)
     assert moved == [not w for w in worse[:-1]]
 
 
 def test_selection_sees_a_share_of_the_validation_part_and_nothing_else(tmp_path, monkeypatch):
     """Every part that is measured during training is the validation part: train and test tokens have other numbers."""
-    train, valid = Part(torch.randint(0, 3, (4, 60), generator=seeded()), stream=True), Part(torch.randint(3, 5, (4, 60), generator=seeded(1)), stream=True)
+    train, valid = (
+        Part(torch.randint(0, 3, (4, 60), generator=seeded()), stream=True),
+        Part(torch.randint(3, 5, (4, 60), generator=seeded(1)), stream=True),
+    )
     seen: list[Part] = []
     plain = trainer.compare
 

@@ -160,7 +160,9 @@ class Section(nn.Module):
             case "all":
                 return x
             case "last":
-                return x[-1] if lengths is None else x.gather(0, (lengths - 1).clamp_min(0)[None, :, None].expand(1, -1, x.shape[2]))[0]
+                if lengths is None:
+                    return x[-1].clone()
+                return x.gather(0, (lengths - 1).clamp_min(0)[None, :, None].expand(1, -1, x.shape[2]))[0]
             case "final":
                 return torch.cat([s[0] for s in last], -1)
             case "mean":

@@ -71,22 +71,31 @@ def hard_sigmoid(x: Tensor, slope: float) -> Tensor:
 
 def sample(mode: Discretize, pre: Tensor, noise: Tensor | None = None) -> Tensor:
     """The gate's sample in [0, 1], of the shape of `pre`; `noise` is logistic, for the estimators that draw."""
-    shifted = mode.slope * pre
     match mode.estimator:
         case "float":
             return torch.sigmoid(pre)
         case "binary" | "straight-through":
-            return (pre > 0).to(pre.dtype)
+            return _bits(pre)
         case "sigmoid":
-            return torch.sigmoid(shifted / mode.temperature)
+            return (pre * (mode.slope / mode.temperature)).sigmoid_()
         case "hard-sigmoid":
             return hard_sigmoid(pre, mode.slope / mode.temperature)
         case "gumbel":
-            return torch.sigmoid((shifted if noise is None else shifted + noise) / mode.temperature)
+            return _noisy(mode, pre, noise).div_(mode.temperature).sigmoid_()
         case "gumbel-hard":
-            return ((shifted if noise is None else shifted + noise) > 0).to(pre.dtype)
+            return _bits(_noisy(mode, pre, noise))
         case "stochastic":
             return _bernoulli(mode, pre, noise)
+
+
+def _noisy(mode: Discretize, pre: Tensor, noise: Tensor | None) -> Tensor:
+    """s·pre + L."""
+    return pre * mode.slope if noise is None else torch.add(noise, pre, alpha=mode.slope)
+
+
+def _bits(pre: Tensor) -> Tensor:
+    """1[pre > 0] in the dtype of `pre`; several times faster than comparing and converting."""
+    return pre.sign().clamp_(min=0)
 
 
 def _bernoulli(mode: Discretize, pre: Tensor, noise: Tensor | None) -> Tensor:

@@ -64,10 +64,10 @@ class Rnn2binModel(PreTrainedModel):
         options.setdefault("dtype", torch.float32)
         return super().from_pretrained(*args, **options)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # type: ignore[override]
         """As in transformers, rounded to fp16: what was loaded from fp16 is written back exactly, and rnn2bin.load reads it too."""
         state = options.pop("state_dict", None) or self.state_dict()
-        super().save_pretrained(save_directory, *args, state_dict={name: t.to(torch.float16) for name, t in state.items()}, **options)
+        super().save_pretrained(save_directory, state_dict={name: t.to(torch.float16) for name, t in state.items()}, **options)
         self.config.dtype = torch.float16
         self.config.save_pretrained(Path(save_directory))
 

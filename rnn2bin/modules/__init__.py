@@ -36,7 +36,7 @@ from rnn2bin.recipe import Recipe
 from rnn2bin.spec import DIRECTIONS, LayerSpec, RnnSpec
 
 if TYPE_CHECKING:
-    from rnn2bin.module_pipeline import ModuleResult
+    from rnn2bin.modules.conversion import ModuleResult
 
 KIND = "module"
 LAYERS: tuple[type[nn.Module], ...] = (nn.LSTM, nn.GRU)
@@ -438,10 +438,10 @@ def convert_module(
     force: bool = False,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> ModuleResult:
-    """Distil `module` into its binary-gated copy and pack that; see `rnn2bin.module_pipeline.convert`."""
-    from rnn2bin import module_pipeline  # transformers' Trainer comes with it: binarizing and loading do without
+    """Distil `module` into its binary-gated copy and pack that; see `rnn2bin.modules.conversion.convert`."""
+    from rnn2bin.modules import conversion  # transformers' Trainer comes with it: binarizing and loading do without
 
     options = {"forward": forward} if forward else {}
-    return module_pipeline.convert(
+    return conversion.convert(
         module, recipe=recipe, data=data, out=out, loss=loss, metric=metric, force=force, progress=progress, **options
     )

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from rnn2bin import evaluation, modules, pack, pipeline, recipe_yaml
 from rnn2bin.distill import trainer as distiller
-from rnn2bin.distill.module_trainer import Forward, Gated, Job, Loss, Measured, Metric, ModuleTrainer, forward, measure, variances
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DataError, DivergedError, InterruptedRunError
 from rnn2bin.evaluation import controls as control
@@ -28,6 +27,7 @@ from rnn2bin.evaluation.bootstrap import paired_drop
 from rnn2bin.evaluation.density import DensityCounter
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize, sample
 from rnn2bin.modules import Call, Cells
+from rnn2bin.modules.training import Forward, Gated, Job, Loss, Measured, Metric, ModuleTrainer, forward, measure, variances
 from rnn2bin.recipe import Recipe
 
 
@@ -66,7 +66,7 @@ def convert(
 ) -> ModuleResult:
     """Distil `module` into its binary-gated copy, packed into `out` (default: the class's name + ".rnn2bin"). `module` is not changed.
 
-    `data`: an iterable of batches (tensors, tuples or dicts; see `module_trainer.forward`), split by seed into train, valid and test with
+    `data`: an iterable of batches (tensors, tuples or dicts; see `training.forward`), split by seed into train, valid and test with
     the recipe's shares, or a dict of three iterables under these names. `loss(output, batch)` is added to the match of the teacher's
     outputs. `metric(module, batches)` chooses the checkpoint and is reported; higher is better unless its `higher_is_better` is False.
     Without one it is the mean squared error in units of the teacher's variance. An interrupted run cannot be resumed.
