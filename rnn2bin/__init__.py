@@ -56,15 +56,12 @@ def load(path: str | Path, *, backend: str = "torch", device: str = "cpu", modul
     What `convert` made of an nn.Module is loaded with `module`, the float module (its code is not packed), and is such a module again.
     Raises UsageError where one is given and the other packed.
     """
-    from rnn2bin import pack, runtime
-    from rnn2bin.errors import UsageError
+    from rnn2bin import runtime
 
     if module is not None:
         from rnn2bin import modules
 
         return modules.load_module(path, module).to(device)
-    if pack.read_config(Path(path)).get("kind") == "module":
-        raise UsageError(f"{path}: made from an nn.Module, whose code is not packed; load it with module=, that float module")
     return runtime.load(path, backend=backend, device=device)
 
 

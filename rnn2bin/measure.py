@@ -56,7 +56,7 @@ def compare(
 
 
 def infer_readout(task_of: Callable[[Network], tasks.Task], part: Part, readouts: Sequence[Network]) -> Network:
-    """Of networks that differ in what their head reads, the one whose metric on `part` is best: the file does not say how it was trained."""
+    """Of networks that differ in what their head reads, the one whose metric on `part` is best: the file does not say which it was."""
     best: tuple[float, Network] | None = None
     for network in readouts:
         task = task_of(network)

@@ -38,7 +38,9 @@ def staging(out: Path, *, force: bool = False) -> Iterator[Path]:
         sync(folder)
         replace(folder, out)
     except OSError as error:
-        raise ResourceError(f"{out}: cannot write ({error.strerror or error}); nothing was changed; free space or choose another --out") from error
+        raise ResourceError(
+            f"{out}: cannot write ({error.strerror or error}); nothing was changed; free space or choose another --out"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -111,7 +113,7 @@ def config_of(student: Network, *, provenance: dict[str, Any], task: dict[str, A
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a packed directory; UsageError where there is none, UnsupportedError where it is not ours or newer than this version."""
+    """config.json of a packed directory; UsageError where there is none, UnsupportedError where it is not ours or too new."""
     file = path / CONFIG
     if not file.is_file():
         raise UsageError(f"{path}: not a packed directory (no {CONFIG}); make one with: rnn2bin convert MODEL --out {path}")

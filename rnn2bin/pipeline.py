@@ -113,20 +113,25 @@ def convert(
     force: bool = False,
     loss: Callable[..., torch.Tensor] | None = None,
     metric: Callable[..., float] | None = None,
+    forward: Callable[..., Any] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Convert a pretrained network to binary gates and write the packed directory `out` (default: the source's name + ".rnn2bin").
 
     `source`: a file, a Hugging Face directory, or any nn.Module with LSTM or GRU layers; a module takes `data` as an iterable of batches,
-    `loss(output, batch)` and optionally `metric(module, batches)`. `data`: see docs/data.md. Raises the errors of rnn2bin.errors.
+    and optionally `loss(output, batch)`, `metric(module, batches)` and `forward(module, batch)`. `data`: see docs/data.md.
+    Raises the errors of rnn2bin.errors.
     """
     chosen = resolve_recipe(recipe, overrides, seed=seed, max_drop=max_drop)
     if isinstance(source, torch.nn.Module):
         from rnn2bin import modules
 
-        return modules.convert_module(source, recipe=chosen, data=data, out=out, loss=loss, metric=metric, force=force, progress=progress)
-    if loss is not None or metric is not None:
-        raise UsageError("convert: loss and metric go with an nn.Module; a file's task follows from the recipe and the data")
+        given = {"forward": forward} if forward is not None else {}
+        return modules.convert_module(
+            source, recipe=chosen, data=data, out=out, loss=loss, metric=metric, force=force, progress=progress, **given
+        )
+    if loss is not None or metric is not None or forward is not None:
+        raise UsageError("convert: loss, metric and forward go with an nn.Module; a file's task follows from the recipe and the data")
     folder = Path(out) if out is not None else Path(Path(source).name + ".rnn2bin")
     return run(source, chosen, data, folder, resume=resume, force=force, progress=progress)
 

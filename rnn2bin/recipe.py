@@ -1,6 +1,6 @@
 """The recipe: what a conversion does, as closed, frozen data. This module touches no model.
 
-The pydantic models below are the one home of every knob, its default and its bounds; YAML reading with positions stands in `rnn2bin.recipe_yaml`.
+The pydantic models below are the one home of every knob, its default and its bounds; `rnn2bin.recipe_yaml` reads YAML with positions.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Source(Closed):
         hints = [name for name in ("cell", "readout", "activations") if getattr(self, name) is not None]
         if self.automatic:
             return self
-        if self.main is not None and any(pair) or self.main is None and not all(pair):
+        if (self.main is not None and any(pair)) or (self.main is None and not all(pair)):
             raise ValueError("give either `main`, or `encoder`, `decoder` and `decode`")
         if hints:
             raise ValueError(f"`{hints[0]}` belongs to a network recognised automatically; here, write it into the section it is about")
@@ -161,9 +161,13 @@ class Gates(Closed):
     soft: list[str] = Field(
         default_factory=list, description="gates left as sigmoids: `o`, or one layer's `main.layers.0.o`; every other gate becomes binary"
     )
-    levels: Literal["learned", "strict"] = Field("learned", description="learned: each unit learns what its open gate lets through; strict: exactly 0 and 1")
+    levels: Literal["learned", "strict"] = Field(
+        "learned", description="learned: each unit learns what its open gate lets through; strict: exactly 0 and 1"
+    )
     estimator: Literal["gumbel", "gumbel-hard", "sigmoid", "hard-sigmoid", "straight-through", "stochastic"] = "gumbel"
-    backward: Literal["sigmoid", "hard-sigmoid", "identity"] = Field("sigmoid", description="gradient of the estimators whose forward is a bit")
+    backward: Literal["sigmoid", "hard-sigmoid", "identity"] = Field(
+        "sigmoid", description="gradient of the estimators whose forward is a bit"
+    )
     noise: Share = Field(0.2, description="share of gates that receive Gumbel noise at each step; 0: none")
     temperature: Schedule = Schedule(start=1.0, end=0.1)
     slope: Schedule = Schedule(schedule="linear", start=2.0, end=3.0)

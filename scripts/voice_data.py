@@ -1,10 +1,10 @@
 """Mel windows of real speech for Resemblyzer's voice encoder, from Debian's asterisk-core-sounds-*-wav packages.
 
-    python scripts/voice_data.py /usr/share/asterisk/sounds/{en_US_f_Allison,es_MX_f_Allison,fr_CA_f_June,it_IT_m_Carlo,ru_RU_f_IvrvoiceRU} --out DIR
+    python scripts/voice_data.py /usr/share/asterisk/sounds/??_??_?_* --out DIR
 
-The features are the encoder's own front end: 16 kHz, volume raised to -30 dBFS, 40 mel bands (slaney), window 400, hop 160, power 2, not log;
-windows of 160 frames (1.6 s) every 80. Silences are not cut. A recording stands on one side of the split only. No labels: the task is `match`.
-Needs numpy and scipy.
+The features are the encoder's own front end: 16 kHz, volume raised to -30 dBFS, 40 mel bands (slaney), window 400, hop 160, power 2, not
+log; windows of 160 frames (1.6 s) every 80. Silences are not cut. A recording stands on one side of the split only. No labels: the task
+is `match`. Needs numpy and scipy.
 """
 
 import argparse

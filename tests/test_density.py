@@ -213,3 +213,18 @@ def test_incremental_counts_changed_columns_of_gates_alone():
             touched += (2 * H + int((second[t, b, 1] <= 0).sum())) * int((below[t, b] != 0).sum())
             dense += 3 * H * H
     assert counter.result()["incremental"] == pytest.approx(touched / dense)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
+def test_a_window_that_continues_counts_its_first_step_as_dense(cell):
+    """What the step before left open is not in the batch: the count may be too high there, never too low."""
+    network = network_of(cell)
+    x = inputs_of(network)
+    columns = []
+    for first in (True, False):
+        batch = Batch(x, None, None, None, first=first)
+        prepared = tasks.prepare(tasks.Task("match", "cosine", network.spec), batch, network)
+        counter = DensityCounter(network)
+        counter.add(prepared, network(x))
+        columns.append(counter.cells["main.layers.0.fwd"].columns)
+    assert columns[1] - columns[0] == B * H

@@ -260,7 +260,7 @@ def test_overrides_are_set_in_order() -> None:
 
 def test_half_a_schedule_keeps_the_other_half() -> None:
     slope = read("smoke", overrides=["gates.slope.end=7"]).gates.slope
-    assert (slope.schedule, slope.start, slope.end) == ("linear", 1.0, 7.0)
+    assert (slope.schedule, slope.start, slope.end) == ("linear", 2.0, 7.0)
     assert read("smoke", overrides=["gates.slope={start: 1, end: 3}"]).gates.slope.end == 3
 
 

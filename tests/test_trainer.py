@@ -311,7 +311,6 @@ def test_selection_part_is_cut_and_keeps_its_order():
 # ---------------------------------------------------------------------------------------------- modes and losses
 
 
-@pytest.mark.xfail(strict=True, reason="mode_at: progress 1 reaches straight_through_from 1, which is said to mean never; reported")
 def test_straight_through_from_one_means_never():
     gates = recipe_of(gates={"straight_through_from": 1.0}).gates
     assert [trainer.mode_at(gates, p).estimator for p in (0.0, 0.99, 1.0)] == ["gumbel"] * 3

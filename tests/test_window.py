@@ -10,7 +10,7 @@ from rnn2bin.gates import estimators
 from rnn2bin.gates.estimators import Discretize
 from rnn2bin.spec import LayerSpec
 
-T, B, I, H = 5, 3, 4, 6
+T, B, I, H = 5, 3, 4, 6  # noqa: E741
 LAYERS = {
     "lstm": LayerSpec("lstm", I, H),
     "lstm-projection": LayerSpec("lstm", I, H, proj_size=4),

@@ -13,6 +13,7 @@ def step_reset_after(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate:
     (h,) = state
     pre = w.gate_pre(x, h)  # (B,2,H)
     r, z = gate(pre).unbind(1)
+    assert w.candidate_bias_hh is not None  # spec.CellKind.candidate_bias_hh
     recurrent = h @ w.candidate_hh.t() + w.candidate_bias_hh
     n = torch.tanh(x @ w.candidate_ih.t() + w.candidate_bias + r * recurrent)
     return (z * h + (1 - z) * n,), pre

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rnn2bin.cells import gru, lstm
-from rnn2bin.cells.weights import Cell
+from rnn2bin.cells.weights import Cell, Tensors
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
 from rnn2bin.spec import DIRECTIONS, LayerSpec, RnnSpec, SectionSpec
 
@@ -100,7 +100,7 @@ class Section(nn.Module):
         super().__init__()
         self.spec = spec
         if spec.embedding and not spec.embedding.one_hot:
-            self.embedding = nn.Module()
+            self.embedding = Tensors()
             self.embedding.weight = nn.Parameter(torch.zeros(spec.embedding.num_embeddings, spec.embedding.embedding_dim))
         plan = iter(binary or [()] * sum(layer.directions for layer in spec.layers))
         self.layers = nn.ModuleList(
@@ -108,12 +108,15 @@ class Section(nn.Module):
         )
         self.head = nn.ModuleList(nn.Linear(linear.in_features, linear.out_features, bias=linear.bias) for linear in spec.head)
 
+    def cell(self, index: int, direction: str) -> Cell:
+        return self.get_submodule(f"layers.{index}.{direction}")  # type: ignore[return-value]
+
     def embed(self, x: Tensor) -> Tensor:
         """Tokens (T,B) -> (T,B,E); float input (T,B,I) as it is."""
         if self.spec.embedding is None:
             return x
         if self.spec.embedding.one_hot:
-            return functional.one_hot(x.long(), self.spec.embedding.num_embeddings).to(self.layers[0]["fwd"].weights().gates_ih.dtype)
+            return functional.one_hot(x.long(), self.spec.embedding.num_embeddings).to(self.cell(0, "fwd").weights().gates_ih.dtype)
         return functional.embedding(x, self.embedding.weight)
 
     def forward(
@@ -137,7 +140,7 @@ class Section(nn.Module):
             for at, direction in enumerate(DIRECTIONS[: layer.directions]):
                 backward = direction == "bwd"
                 start = state[index][at] if state is not None else zero_state(layer, x.shape[1], x)
-                trace = walk(self.layers[index][direction], reverse(x, lengths) if backward else x, start, mode)
+                trace = walk(self.cell(index, direction), reverse(x, lengths) if backward else x, start, mode)
                 outs.append(reverse(trace.states[0], lengths) if backward else trace.states[0])
                 states.append(state_after(trace, start, lengths))
                 pres.append(trace.pre)

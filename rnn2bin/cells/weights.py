@@ -33,6 +33,13 @@ class CellWeights:
         return pre.unflatten(1, (-1, self.candidate_hh.shape[0]))
 
 
+class Tensors(nn.Module):
+    """Parameters by name: one part of a cell (`gates`, `candidate`, `projection`, `levels`)."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        return super().__getattr__(name)  # type: ignore[return-value]
+
+
 class Cell(nn.Module):
     """One direction of one layer: its weights under canonical names, which gates are binary, and the levels they select.
 
@@ -47,14 +54,22 @@ class Cell(nn.Module):
         for name, shape in layer.tensors().items():
             part, leaf = name.split(".")
             if part not in self._modules:
-                self.add_module(part, nn.Module())
-            self.get_submodule(part).register_parameter(leaf, nn.Parameter(torch.zeros(shape)))
+                self.add_module(part, Tensors())
+            self.part(part).register_parameter(leaf, nn.Parameter(torch.zeros(shape)))
         if any(self.binary):
             self._add_levels(learned=levels == "learned")
 
+    _lo_free: Tensor
+    _hi_free: Tensor
+    _ceiling: Tensor
+
+    def part(self, name: str) -> Tensors:
+        """`gates`, `candidate` or `projection`."""
+        return self.get_submodule(name)  # type: ignore[return-value]
+
     def _add_levels(self, *, learned: bool) -> None:
         gates, hidden = self.layer.kind.gates, self.layer.hidden_size
-        self.levels = nn.Module()
+        self.levels = Tensors()
         self.learned = learned
         for side, start in (("lo", 0.0), ("hi", 1.0)):
             self.levels.register_parameter(side, nn.Parameter(torch.full((len(gates), hidden), start), requires_grad=learned))
@@ -64,7 +79,7 @@ class Cell(nn.Module):
         self.register_buffer("_ceiling", ceiling, persistent=False)
 
     def weights(self) -> CellWeights:
-        gates, candidate = self.get_submodule("gates"), self.get_submodule("candidate")
+        gates, candidate = self.part("gates"), self.part("candidate")
         return CellWeights(
             gates.weight_ih,
             gates.weight_hh,
@@ -73,14 +88,14 @@ class Cell(nn.Module):
             candidate.weight_hh,
             candidate.bias,
             getattr(candidate, "bias_hh", None),
-            self.get_submodule("projection").weight if self.layer.proj_size else None,
+            self.part("projection").weight if self.layer.proj_size else None,
         )
 
     def level_values(self) -> tuple[Tensor, Tensor]:
         """(lo, hi), each (G,H); what is not learned is exactly 0 and exactly 1."""
         if not any(self.binary):
             shape = (len(self.binary), self.layer.hidden_size)
-            like = self.get_submodule("gates").bias
+            like = self.part("gates").bias
             return like.new_zeros(shape), like.new_ones(shape)
         lo = torch.where(self._lo_free, self.levels.lo, torch.zeros_like(self.levels.lo))
         hi = torch.where(self._hi_free, self.levels.hi, torch.ones_like(self.levels.hi))

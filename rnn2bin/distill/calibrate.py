@@ -1,8 +1,8 @@
 """Before training: each unit's threshold and levels, fitted to the values its gate takes in the teacher.
 
-A two-level quantizer for every unit (Lloyd 1982), with the levels that a skip depends on held fixed: given the levels, the best threshold is
-their middle; given the threshold, the best level is the weighted mean of the values on its side. A value counts by the square of what it
-multiplies (the candidate for i, the old cell for f, φ(c) for o, h − n for z), since that is its share of the error in the state.
+A two-level quantizer for every unit (Lloyd 1982), with the levels that a skip depends on held fixed: given the levels, the best
+threshold is their middle; given the threshold, the best level is the weighted mean of the values on its side. A value counts by the
+square of what it multiplies (the candidate for i, the old cell for f, φ(c) for o, h − n for z): its share of the error in the state.
 The threshold is folded into the gate's bias, so that a bit stays 1[pre > 0].
 """
 
@@ -94,7 +94,7 @@ def fit(cell: Cell, mass: Tensor) -> None:
                 hi = _mean(mass[k], centres, above, hi)
         cell.levels.lo[k], cell.levels.hi[k] = lo, hi
         shift[k] = torch.logit(((lo + hi) / 2).clamp(_EDGE, 1 - _EDGE))
-    cell.get_submodule("gates").bias.sub_(shift.flatten())
+    cell.part("gates").bias.sub_(shift.flatten())
 
 
 def _mean(mass: Tensor, centres: Tensor, where: Tensor, otherwise: Tensor) -> Tensor:

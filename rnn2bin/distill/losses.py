@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from rnn2bin import tasks
 from rnn2bin.cells.network import Network, Output, valid_steps
@@ -22,14 +21,26 @@ def total(
     weights = recipe.loss
     value = tasks.loss(task, weights, prepared, output.y, target.y)
     if weights.hidden:
-        pairs = zip(output.hidden, target.hidden, strict=True)
-        value = value + weights.hidden * sum(functional.mse_loss(a, b) for a, b in pairs)
+        value = value + weights.hidden * hidden_match(student, prepared, output, target)
     masks = step_masks(student, prepared, output)
     if weights.gate and mode.estimator != "float":
         value = value + weights.gate * gate_match(output, target, masks)
     if recipe.budget.open and recipe.budget.weight and mode.estimator != "float":
         value = value + recipe.budget.weight * budget(student, output, masks, recipe.budget.open)
     return value
+
+
+def hidden_match(student: Network, prepared: tasks.Prepared, output: Output, target: Output) -> Tensor:
+    """Σ over layers of the mean squared error between the layers' outputs, over real steps (both are zero at pads)."""
+    terms, at = [], 0
+    for section, spec in student.spec.sections.items():
+        lengths = prepared.decoder_lengths if section == "decoder" else prepared.lengths
+        for _ in spec.layers:
+            ours, theirs = output.hidden[at], target.hidden[at]
+            steps = ours.shape[0] * ours.shape[1] if lengths is None else lengths.sum().clamp_min(1)
+            terms.append((ours - theirs).square().sum() / (steps * ours.shape[2]))
+            at += 1
+    return torch.stack(terms).sum()
 
 
 def step_masks(student: Network, prepared: tasks.Prepared, output: Output) -> list[Tensor]:

@@ -66,7 +66,7 @@ class Trained:
 
 def mode_at(gates: Gates, progress: float) -> Discretize:
     """How binary gates are sampled in training at this progress."""
-    straight = progress >= gates.straight_through_from
+    straight = gates.straight_through_from < 1 and progress >= gates.straight_through_from
     return Discretize(
         "straight-through" if straight else gates.estimator,
         temperature=schedules.value(gates.temperature, progress),

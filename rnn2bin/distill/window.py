@@ -16,9 +16,6 @@ from rnn2bin.cells.network import CellState, Trace
 from rnn2bin.cells.weights import Cell
 from rnn2bin.gates.estimators import Discretize, derivative, logistic_noise, sample
 
-
-
-
 Modes = tuple[Discretize, ...]
 
 
@@ -38,7 +35,7 @@ def _derivative(modes: Modes, pre: Tensor, value: Tensor, noise: Tensor | None) 
 
 
 def _tanh(x: Tensor, out: Tensor) -> Tensor:
-    """tanh x as 2σ(2x) − 1: on CPUs torch's sigmoid takes a sixth of the time of its tanh, and 1e-7 of error does not matter in training."""
+    """tanh x as 2σ(2x) − 1: on CPUs torch's sigmoid takes a sixth of the time of its tanh; the error, 1e-7, does not matter here."""
     return torch.sigmoid(torch.mul(x, 2, out=out), out=out).mul_(2).sub_(1)
 
 

@@ -75,9 +75,9 @@ class Watch:
             self.heat_tokens = prepared.inputs[:HEATMAP_STEPS, 0].cpu()
 
     def figures(self, names: tuple[str, ...] | None) -> Figures:
-        edges = torch.linspace(0, 1, BINS + 1).tolist()
+        edges = torch.linspace(0, 1, BINS + 1).numpy()
         histograms = [
-            Histogram(prefix.rpartition(".")[0], _direction(prefix), gate, edges, before.tolist(), self.after[prefix, gate].tolist())
+            Histogram(prefix.rpartition(".")[0], _direction(prefix), gate, edges, before.numpy(), self.after[prefix, gate].numpy())
             for (prefix, gate), before in self.before.items()
         ]
         main = self.student.spec.decode is None
@@ -105,7 +105,7 @@ def evaluate_parts(
     vocabulary: tuple[str, ...] | None = None,
     seed: int = 0,
 ) -> tuple[dict[str, Any], Figures]:
-    """The measured fields of report.json, and the figures of report.html. `binary` is the packed model on the torch backend: bits, by the oracle."""
+    """The measured fields of report.json, and the figures of report.html. `binary` is the packed model on the torch backend: bits."""
     watch = Watch(model.network, soft_mode, DensityCounter(model.network))
     # Controls need the open rates, so they run in a second pass over the same part.
     first = compare(
@@ -139,7 +139,10 @@ def evaluate_parts(
 def drop(task: tasks.Task, teacher: tasks.Measurement, binary: tasks.Measurement) -> dict[str, Any]:
     """Paired bootstrap over held-out sequences; positive is worse."""
     found = paired_drop(
-        teacher.totals.double().numpy(), binary.totals.double().numpy(), weights=teacher.counts.double().numpy(), higher_is_better=task.higher_is_better
+        teacher.totals.double().numpy(),
+        binary.totals.double().numpy(),
+        weights=teacher.counts.double().numpy(),
+        higher_is_better=task.higher_is_better,
     )
     return {"value": found.value, "relative": found.relative, "ci95": list(found.ci95), "n": found.n}
 
@@ -161,9 +164,11 @@ def gate_table(network: Network, rates: dict[str, list[float]]) -> list[dict[str
     ]
 
 
-def worst(task: tasks.Task, part: Part, teacher: tasks.Measurement, binary: tasks.Measurement, names: tuple[str, ...] | None) -> list[dict[str, Any]]:
+def worst(
+    task: tasks.Task, part: Part, teacher: tasks.Measurement, binary: tasks.Measurement, names: tuple[str, ...] | None
+) -> list[dict[str, Any]]:
     """The sequences on which the binary network loses most against the teacher."""
-    of = lambda m: m.totals.double() / m.counts.double().clamp_min(1)  # noqa: E731
+    of = lambda m: m.totals.double() / m.counts.double().clamp_min(1)
     lost = (of(teacher) - of(binary)) * (1 if task.higher_is_better else -1)
     rows = []
     for index in lost.argsort(descending=True, stable=True)[:WORST].tolist():

@@ -51,6 +51,7 @@ class DensityCounter:
         for section, spec in self.network.spec.sections.items():
             decoder = section == "decoder"
             lengths = prepared.decoder_lengths if decoder else prepared.lengths
+            rested = prepared.batch.first and not decoder
             below: Tensor | None = None if spec.embedding else (prepared.inputs if not decoder else prepared.decoder_input)
             for index, layer in enumerate(spec.layers):
                 x = None if index == 0 and spec.embedding else below
@@ -58,12 +59,14 @@ class DensityCounter:
                     name = f"{section}.layers.{index}.{direction}"
                     backward = direction == "bwd"
                     seen = None if x is None else (reverse(x, lengths) if backward else x)
-                    self._add_cell(name, layer, next(pre), seen, lengths)
+                    self.add_cell(name, layer, next(pre), seen, lengths, rested=rested)
                 below = next(hidden)
             if spec.head and spec.readout == "all" and below is not None:
                 self._add_head(section, below, lengths)
 
-    def _add_cell(self, name: str, layer: LayerSpec, pre: Tensor, x: Tensor | None, lengths: Tensor | None) -> None:
+    def add_cell(self, name: str, layer: LayerSpec, pre: Tensor, x: Tensor | None, lengths: Tensor | None, *, rested: bool) -> None:
+        """`rested`: the state before the first step is zero. Where it is not (a decoder, a later window of a text) the first step counts as
+        dense, since what the step before left open is not in this batch."""
         cell = self.network.cells()[name]
         steps, rows = pre.shape[:2]
         mask = (pre.new_ones(steps, rows) if lengths is None else valid_steps(lengths, steps)[..., 0].to(pre.dtype)).double()
@@ -71,9 +74,11 @@ class DensityCounter:
         gate = {g: bits[:, :, k] for k, g in enumerate(layer.kind.gate_names)}
         binary = dict(zip(layer.kind.gate_names, cell.binary, strict=True))
         inputs = None if x is None else (x != 0).sum(-1).double()
-        count = (_lstm if layer.cell == "lstm" else _gru)(layer, gate, binary, inputs, mask)
+        count = (_lstm if layer.cell == "lstm" else _gru)(layer, gate, binary, inputs, mask, rested)
         _accumulate(self.cells.setdefault(name, Count()), count)
-        self.opened[name] = self.opened.get(name, torch.zeros(len(cell.binary), dtype=torch.float64)) + (bits.mean(-1) * mask[..., None]).sum((0, 1)).cpu()
+        self.opened[name] = (
+            self.opened.get(name, torch.zeros(len(cell.binary), dtype=torch.float64)) + (bits.mean(-1) * mask[..., None]).sum((0, 1)).cpu()
+        )
         self.steps[name] = self.steps.get(name, 0.0) + float(mask.sum())
 
     def _add_head(self, section: str, below: Tensor, lengths: Tensor | None) -> None:
@@ -94,8 +99,8 @@ class DensityCounter:
         """The `density` object of report.json."""
         cells = list(self.cells.values())
         both = cells + list(self.heads.values())
-        total = lambda name, over: sum(getattr(c, name) for c in over)  # noqa: E731
-        share = lambda a, b, over: total(a, over) / max(total(b, over), 1e-12)  # noqa: E731
+        total = lambda name, over: sum(getattr(c, name) for c in over)
+        share = lambda a, b, over: total(a, over) / max(total(b, over), 1e-12)
         longest = max(self.steps.values())
         per_step = BYTES / longest
         return {
@@ -115,18 +120,18 @@ def _accumulate(into: Count, count: Count) -> None:
         setattr(into, name, getattr(into, name) + getattr(count, name))
 
 
-def _before(values: Tensor) -> Tensor:
-    """values (T,B) one step later, zero at the start: the state begins at zero."""
-    return torch.cat([torch.zeros_like(values[:1]), values[:-1]])
+def _before(values: Tensor, start: float) -> Tensor:
+    """values (T,B) one step later, `start` before the first."""
+    return torch.cat([torch.full_like(values[:1], start), values[:-1]])
 
 
-def _lstm(layer: LayerSpec, gate: dict[str, Tensor], binary: dict[str, bool], inputs: Tensor | None, mask: Tensor) -> Count:
-    """Per step: 3H gate rows over the non-zero columns; one candidate row for each open input gate; columns of the projection for open o."""
+def _lstm(layer: LayerSpec, gate: dict[str, Tensor], binary: dict[str, bool], inputs: Tensor | None, mask: Tensor, rested: bool) -> Count:
+    """Per step: 3H gate rows over the non-zero columns; a candidate row for each open input gate; the projection's columns for open o."""
     hidden, steps = layer.hidden_size, float(mask.sum())
     full = torch.full_like(mask, hidden)
     read = gate["o"].sum(-1) if binary["o"] else full
     rows = gate["i"].sum(-1) if binary["i"] else full
-    columns = _before(torch.full_like(mask, layer.recurrent_size) if layer.proj_size else read)
+    columns = _before(torch.full_like(mask, layer.recurrent_size) if layer.proj_size else read, 0 if rested else layer.recurrent_size)
     recurrent = float(((3 * hidden + rows) * columns * mask).sum())
     recurrent_dense = 4 * hidden * layer.recurrent_size * steps
     touched, dense = recurrent, recurrent_dense
@@ -137,24 +142,33 @@ def _lstm(layer: LayerSpec, gate: dict[str, Tensor], binary: dict[str, bool], in
         touched += float((read * layer.proj_size * mask).sum())
         dense += hidden * layer.proj_size * steps
     return Count(
-        touched, touched, dense, recurrent, recurrent_dense, float((columns * mask).sum()), layer.recurrent_size * steps, float((rows * mask).sum()), hidden * steps
+        touched,
+        touched,
+        dense,
+        recurrent,
+        recurrent_dense,
+        float((columns * mask).sum()),
+        layer.recurrent_size * steps,
+        float((rows * mask).sum()),
+        hidden * steps,
     )
 
 
-def _gru(layer: LayerSpec, gate: dict[str, Tensor], binary: dict[str, bool], inputs: Tensor | None, mask: Tensor) -> Count:
+def _gru(layer: LayerSpec, gate: dict[str, Tensor], binary: dict[str, bool], inputs: Tensor | None, mask: Tensor, rested: bool) -> Count:
     """Per step: 2H gate rows over all of h; candidate rows of units that are updated (z = 0), their recurrent half only where r = 1."""
     hidden, steps = layer.hidden_size, float(mask.sum())
     ones = torch.ones_like(gate["z"])
     updated = 1 - gate["z"] if binary["z"] else ones
     reads = gate["r"] if binary["r"] else ones
     rows = updated.sum(-1)
-    first = (torch.arange(len(mask)) > 0).to(mask)[:, None]  # the state before the first step is zero
+    state = _before(torch.ones_like(mask), 0 if rested else 1)  # 0 where the state before the step is zero
     if layer.cell == "gru":
-        candidate = (updated * reads).sum(-1) * hidden * first
+        candidate = (updated * reads).sum(-1) * hidden * state
     else:
-        candidate = rows * reads.sum(-1) * first
-    gates = 2 * hidden * hidden * first.expand_as(mask)
-    changed = 2 * hidden * _before(rows)
+        candidate = rows * reads.sum(-1) * state
+    before = _before(rows, 0 if rested else hidden)  # units that changed in the step before
+    gates = 2 * hidden * hidden * state
+    changed = 2 * hidden * before
     recurrent = float(((gates + candidate) * mask).sum())
     incremental = float(((changed + candidate) * mask).sum())
     recurrent_dense = 3 * hidden * hidden * steps
@@ -162,5 +176,7 @@ def _gru(layer: LayerSpec, gate: dict[str, Tensor], binary: dict[str, bool], inp
     if inputs is not None:
         extra = float(((2 * hidden + rows) * inputs * mask).sum())
         touched, incremental, dense = touched + extra, incremental + extra, dense + 3 * hidden * layer.input_size * steps
-    columns = float((_before(rows) * mask).sum())
-    return Count(touched, incremental, dense, recurrent, recurrent_dense, columns, hidden * steps, float((rows * mask).sum()), hidden * steps)
+    columns = float((before * mask).sum())
+    return Count(
+        touched, incremental, dense, recurrent, recurrent_dense, columns, hidden * steps, float((rows * mask).sum()), hidden * steps
+    )

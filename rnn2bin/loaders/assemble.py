@@ -103,9 +103,7 @@ def _joins(spec: RnnSpec) -> list[str]:
     return reasons
 
 
-def split_direction(
-    cell: str, ih: torch.Tensor, hh: torch.Tensor, b_ih: torch.Tensor, b_hh: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def split_direction(cell: str, ih: torch.Tensor, hh: torch.Tensor, b_ih: torch.Tensor, b_hh: torch.Tensor) -> dict[str, torch.Tensor]:
     """PyTorch's tensors of one direction under the names of `LayerSpec.tensors`: gates in canonical order, the candidate aside.
 
     ih (G*H, I), hh (G*H, R), b_ih and b_hh (G*H,); G counts the candidate block too. The results may be views.

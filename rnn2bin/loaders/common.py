@@ -34,7 +34,7 @@ def members(path: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
-    except Exception:  # noqa: BLE001 - a damaged archive raises nearly anything: BadZipFile, struct.error, UnicodeDecodeError, ...
+    except Exception:
         raise UnsupportedError(f"{path}: truncated or corrupt archive; copy or download it again") from None
     size, total = path.stat().st_size, sum(info.file_size for info in infos)
     if total > max(EXPANSION * size, FREE_BYTES):

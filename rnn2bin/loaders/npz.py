@@ -32,7 +32,7 @@ def read(path: Path, *, ignore: Sequence[str] = ()) -> dict[str, torch.Tensor]:
         raise
     except TypeError as error:  # text, structured and other arrays that are not numbers
         raise UnsupportedError(f"{path}: array {name!r} does not hold numbers ({error})") from None
-    except Exception as error:  # noqa: BLE001 - numpy and zipfile raise nearly anything on damaged bytes
+    except Exception as error:
         raise UnsupportedError(f"{path}: not a readable npz file, or truncated ({type(error).__name__})") from None
     return tensors
 
@@ -43,7 +43,7 @@ def _check_member(path: Path, info: zipfile.ZipInfo) -> None:
         with zipfile.ZipFile(path) as archive, archive.open(info) as stream:
             shape, dtype = _header(stream)
             begins = stream.tell()
-    except Exception:  # noqa: BLE001 - damaged bytes raise nearly anything
+    except Exception:
         raise UnsupportedError(f"{path}: {info.filename!r} is not a NumPy array, or it is damaged") from None
     if dtype.hasobject:
         raise UnsafeError(

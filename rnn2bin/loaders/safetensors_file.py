@@ -21,7 +21,7 @@ def read(path: Path, *, ignore: Sequence[str] = ()) -> dict[str, torch.Tensor]:
             return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  (not a dict)
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - the Rust side raises its own type, torch others
+    except Exception as error:
         raise UnsupportedError(f"{path}: not a readable safetensors file, or truncated ({_line(error)})") from None
 
 

@@ -187,7 +187,7 @@ class Watch:
         self.ones[name] = self.ones.get(name, torch.zeros_like(ones)) + ones
         self.steps[name] = self.steps.get(name, 0.0) + float(mask.sum())
         if call.whole and self.mode == BINARY:  # the count takes the state before the first step as zero
-            self.density._add_cell(name, call.cell.layer, pre, call.x, call.lengths)
+            self.density.add_cell(name, call.cell.layer, pre, call.x, call.lengths, rested=True)
         real = pre[mask[..., 0, 0] > 0]  # (N,G,H)
         for k, gate in enumerate(call.cell.layer.kind.gate_names):
             counts = torch.histc(sample(call.cell.modes(self.mode)[k], real[:, k]).float().cpu(), evaluation.BINS, 0.0, 1.0)
@@ -351,4 +351,3 @@ module = rnn2bin.load("OUT", module=float_module)  # this directory, and an inst
 
 def _card(report: pipeline.Report) -> str:
     return CARD.format(source=report["provenance"]["source"], sentence=html.sentence(report), table=html.render_table(report))
-

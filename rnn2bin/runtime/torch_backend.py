@@ -33,8 +33,8 @@ class Model:
         """x (T,B,I) float or (T,B) tokens -> y and the state after it.
 
         y is (T,B,O), or (B,O) where the network reads out one value a sequence: outputs of the head, or of the last layer. An
-        encoder–decoder without `decoder_input` (U,B) runs free and gives the tokens (U,B), with no state. `lengths` (B,): real steps of each
-        sequence; y is computed from zero states at pads. Raises UsageError where x does not fit.
+        encoder–decoder without `decoder_input` (U,B) runs free and gives the tokens (U,B), with no state. `lengths` (B,): real steps of
+        each sequence; y is computed from zero states at pads. Raises UsageError where x does not fit.
         """
         check_input(x, self.spec)
         if x.is_floating_point():
