@@ -210,7 +210,7 @@ class Train(Closed):
     batch_size: Count = 64
     window: Count = Field(64, description="steps of truncated backpropagation; longer inputs carry their state")
     accumulation: Count = Field(1, description="batches a weight update is averaged over")
-    learning_rate: Positive = 3e-3
+    learning_rate: Positive = 2e-3
     final_learning_rate: Share = Field(0.02, description="share of the learning rate left at the end (cosine)")
     warmup: Share = Field(0.02, description="share of the steps over which the learning rate rises")
     clip: Positive = Field(1.0, description="largest norm of the gradient")
