@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -299,6 +299,8 @@ def write_report(
     }
     report["size"] = evaluation.sizes(job.loaded.provenance["bytes"], folder)
     report["training"] = [vars(point) for point in trained.history]
+    validation = distiller.selection_part(job.parts.valid)
+    report["training_teacher"] = measure.compare(job.task, validation, Candidate(job.teacher, FLOAT, run_cell), {})["teacher"].value
     report["provenance"] = {**provenance, "recipe": job.recipe.model_dump(mode="json")}
     write_files(folder, report, figures)
     return report
@@ -311,11 +313,17 @@ def write_files(folder: Path, report: Report, figures: evaluation.Figures) -> No
 
 
 def teacher_speed(job: Job) -> float:
-    """Tokens a second of the float network's forward pass, on the batches that distillation used."""
-    small = distiller.selection_part(job.parts.valid)
+    """Steps a second of the float network's forward pass (teacher-forced, by the training kernels) on the selection part."""
+    prepared = [tasks.prepare(job.task, batch, job.teacher, walk=run_cell) for batch in selection_batches(job)]
     began = time.perf_counter()
-    counted = measure.compare(job.task, small, Candidate(job.teacher, FLOAT, run_cell), {})["teacher"]
-    return float(counted.counts.sum()) / (time.perf_counter() - began)
+    with torch.no_grad():
+        for one in prepared:
+            one.forward(job.teacher, mode=FLOAT, walk=run_cell)
+    return sum(one.steps for one in prepared) / (time.perf_counter() - began)
+
+
+def selection_batches(job: Job) -> Iterator[data.Batch]:
+    return data.evaluation_batches(distiller.selection_part(job.parts.valid))
 
 
 def refuse_over_budget(report: Report, recipe: Recipe) -> None:

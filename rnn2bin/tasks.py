@@ -191,6 +191,14 @@ class Prepared:
     decoder_lengths: Tensor | None = None
     logits: bool = True  # values to regress are compared behind the last activation
 
+    @property
+    def steps(self) -> int:
+        """Real steps of the batch: what the network reads, the decoder's included."""
+        pairs = [(self.inputs, self.lengths)]
+        if self.decoder_input is not None:
+            pairs.append((self.decoder_input, self.decoder_lengths))
+        return sum(x.shape[0] * x.shape[1] if lengths is None else int(lengths.sum()) for x, lengths in pairs)
+
     def forward(self, network: Network, *, mode: Discretize, walk: Walk, state=None) -> Output:
         return network(
             self.inputs,

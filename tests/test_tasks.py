@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from rnn2bin import tasks
 from rnn2bin.cells.network import Network
-from rnn2bin.data import IGNORE, Part, collate
+from rnn2bin.data import IGNORE, Batch, Part, collate
 from rnn2bin.errors import DataError
 from rnn2bin.gates.estimators import FLOAT
 from rnn2bin.measure import Candidate, compare
@@ -349,3 +349,12 @@ def test_every_metric_a_task_offers_is_measured(name, activation):
         found = compare(task, tasks.settled(task, part), Candidate(network, FLOAT), {})["teacher"]
         assert math.isfinite(found.value)
         assert found.metric == metric
+
+
+@pytest.mark.parametrize(("lengths", "wanted"), [(None, 12), ([4, 1, 2], 7)])
+def test_steps_are_counted_not_sequences(lengths, wanted):
+    """One target a sequence is still many steps of work."""
+    spec = RnnSpec({"main": SectionSpec((LayerSpec("lstm", 2, 3),), None, (), "last")})
+    network = Network(spec)
+    batch = Batch(torch.zeros(4, 3, 2), None if lengths is None else torch.tensor(lengths), None, None)
+    assert tasks.prepare(tasks.Task("match", "cosine", spec), batch, network).steps == wanted

@@ -223,6 +223,16 @@ def test_resuming_without_a_whole_checkpoint_starts_anew(tmp_path):
     assert steps[0] == 1
 
 
+def test_checkpoints_that_will_be_written_again_go_first(tmp_path):
+    """A stale checkpoint with a higher number made the Trainer's rotation delete the folder that was being written."""
+    for number in (4, 8, 100):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    trainer.discard_newer(tmp_path, tmp_path / "checkpoint-4")
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-4"]
+    trainer.discard_newer(tmp_path, None)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("at", [1, 6])
 def test_a_loss_that_is_not_finite_stops_at_once_and_keeps_the_last_checkpoint(at, tmp_path, monkeypatch):
     plain, calls = losses.total, []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -273,7 +274,7 @@ class DistillTrainer(AnnealTrainer):
         output = prepared.forward(model, mode=mode, walk=run_cell, state=self.carried[1])
         if self.task.windowed:
             self.carried = (target.state, detached(output))
-        self.tokens += int(prepared.mask.sum())
+        self.tokens += prepared.steps
         total = self.checked(losses.total(self.task, self.recipe, prepared, output, target, student=self.student(), mode=mode))
         return (total, output) if return_outputs else total
 
@@ -385,6 +386,16 @@ def newest_checkpoint(out: Path) -> Path | None:
     return max(found, key=lambda f: int(f.name.rpartition("-")[2]), default=None)
 
 
+def discard_newer(out: Path, checkpoint: Path | None) -> None:
+    """Remove checkpoints that this run will write again (all of them where it starts anew): as the newest by number they would make the
+    Trainer's rotation delete the ones that are being written."""
+    kept = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    for folder in out.glob("checkpoint-*"):
+        number = folder.name.rpartition("-")[2]
+        if number.isdigit() and int(number) > kept:
+            shutil.rmtree(folder)
+
+
 def train(
     student: Network,
     teacher: Network,
@@ -410,7 +421,9 @@ def train(
 
 def fit(trainer: AnnealTrainer, *, resume: bool = False, report: Callable[[dict[str, Any]], None] | None = None) -> Trained:
     """Trains; afterwards the trainer's model holds the weights with the best hard metric. Raises as `train` does."""
-    checkpoint = newest_checkpoint(Path(str(trainer.args.output_dir))) if resume else None
+    out = Path(str(trainer.args.output_dir))
+    checkpoint = newest_checkpoint(out) if resume else None
+    discard_newer(out, checkpoint)
     if checkpoint:
         trainer.restore(checkpoint)
     with stop_signals() as stopped:

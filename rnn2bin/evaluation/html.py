@@ -417,7 +417,7 @@ def _steps(step: float) -> str:
 
 def _charts(report: Report) -> list[_Chart]:
     training, scale = report.get("training") or [], _Scale.of(report)
-    teacher = _get(report, "teacher", "metric")
+    teacher = report.get("training_teacher")  # on the validation data the curves are measured on
     unit = "%" if scale.factor == 100 else ""
     metric = _chart(
         scale.label[:1].upper() + scale.label[1:],
