@@ -275,11 +275,20 @@ def _rich_bar():
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn(), TextColumn("{task.description}"))
+    # 80 columns must do: the metric's name stands above the bar, once.
+    columns = (MofNCompleteColumn(), BarColumn(bar_width=12), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as bar:
         row = bar.add_task("preparing", total=None)
 
         def report(now: dict[str, Any]) -> None:
-            bar.update(row, completed=now["step"], total=max(now["steps"], now["step"]), description=describe(now))
+            if bar.tasks[0].total is None:
+                bar.console.print(f"hard: {now['metric']} on validation data, with hard gates")
+            bar.update(row, completed=now["step"], total=max(now["steps"], now["step"]), description=short(now))
 
         yield report
+
+
+def short(now: dict[str, Any]) -> str:
+    """`describe` for the bar."""
+    hard = "…" if now["hard"] is None else f"{now['hard']:.4f}"
+    return f"hard {hard} τ {now['temperature']:.2f} slope {now['slope']:.2f} loss {now['loss']:.3f}"

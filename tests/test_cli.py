@@ -487,3 +487,9 @@ def test_interrupted_and_resumed(tmp_path, save_model):
     assert begun_at > first["step"]
     assert report["cost"]["steps"] == 600
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["OUT", "model.pt"]
+
+
+def test_the_bar_fits_a_terminal():
+    """At 80 columns rich cut the step and the time left away."""
+    now = {"metric": "sequence_accuracy", "hard": 12.3456, "temperature": 0.1, "slope": 10.5, "loss": 12.345}
+    assert len("100000/100000 ━━━━━━━━━━━━ 0:00:00 ") + len(cli.short(now)) <= 80
