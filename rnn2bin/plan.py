@@ -256,7 +256,7 @@ def probe_training(job: Any, network: Network) -> tuple[int, float]:
     half straight-through. The student is not changed: its copy is trained."""
     recipe, task = job.recipe, job.task
     trained = student.student(job.teacher, recipe.gates)
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=recipe.train.learning_rate)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=recipe.train.learning_rate, fused=True)
     train = recipe.train
     feed = data.Batches(
         job.parts.train,
@@ -266,18 +266,19 @@ def probe_training(job: Any, network: Network) -> tuple[int, float]:
         length=WARM_UP + PROBE_STEPS,
         windowed=task.windowed,
     )
+    walk = distiller.training_walk(recipe)
     carried: tuple[State | None, State | None] = (None, None)
     seconds: list[float] = []
     for k in range(WARM_UP + PROBE_STEPS):
         mode = distiller.mode_at(recipe.gates, k % 2)
         began = time.perf_counter()
         batch = feed[k]
-        prepared = tasks.prepare(task, batch, job.teacher, walk=run_cell)
+        prepared = tasks.prepare(task, batch, job.teacher, walk=walk)
         if batch.first or not task.windowed:
             carried = (None, None)
         with torch.no_grad():
-            target = prepared.forward(job.teacher, mode=FLOAT, walk=run_cell, state=carried[0])
-        output = prepared.forward(trained, mode=mode, walk=run_cell, state=carried[1])
+            target = prepared.forward(job.teacher, mode=FLOAT, walk=walk, state=carried[0])
+        output = prepared.forward(trained, mode=mode, walk=walk, state=carried[1])
         carried = (target.state, distiller.detached(output)) if task.windowed else (None, None)
         losses.total(task, recipe, prepared, output, target, student=trained, mode=mode).backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), train.clip)

@@ -164,6 +164,11 @@ class Gates(Closed):
     levels: Literal["learned", "strict"] = Field(
         "learned", description="learned: each unit learns what its open gate lets through; strict: exactly 0 and 1"
     )
+    copies: Annotated[int, Field(ge=1, le=8)] = Field(
+        1,
+        description="units for each unit of the float network, with thresholds of their own: their mean tells more than two values apart; "
+        "recurrent weights grow with its square",
+    )
     estimator: Literal["gumbel", "gumbel-hard", "sigmoid", "hard-sigmoid", "straight-through", "stochastic"] = "gumbel"
     backward: Literal["sigmoid", "hard-sigmoid", "identity"] = Field(
         "sigmoid", description="gradient of the estimators whose forward is a bit"
@@ -215,6 +220,9 @@ class Train(Closed):
     warmup: Share = Field(0.02, description="share of the steps over which the learning rate rises")
     clip: Positive = Field(1.0, description="largest norm of the gradient")
     weight_decay: NotNegative = 0.0
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of matrix products in training; auto: bfloat16 where the processor multiplies it natively"
+    )
     evaluate_every: Count = Field(250, description="steps between measurements with hard gates")
     tolerance: NotNegative = Field(0.005, description="gates count as binarized when soft and hard metric differ by at most this share")
 

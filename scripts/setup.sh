@@ -7,8 +7,8 @@ if [ ! -x "$venv/bin/python" ]; then
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rnn2bin needs Python 3.11 or newer" >&2; exit 1; }
   "$python" -m venv "$venv"
 fi
-# Again only when the requirements changed.
-stamp="$venv/.rnn2bin-$(cksum < pyproject.toml | tr -d ' ')"
+# Again only when the requirements or the C sources changed.
+stamp="$venv/.rnn2bin-$(cat pyproject.toml CMakeLists.txt rnn2bin/distill/csrc/* | cksum | tr -d ' ')"
 if [ ! -e "$stamp" ]; then
   echo "installing into $venv (a few minutes the first time)"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "torch==2.13.0"

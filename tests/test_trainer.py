@@ -82,7 +82,9 @@ def test_states_carried_across_windows_equal_one_long_window(cell, labelled, tmp
     """Read from the trainer itself: the outputs of its windows side by side are those of the whole, for teacher and student."""
     teacher = teacher_of(cell)
     recipe = recipe_of(
-        task="next-token", gates={"estimator": "straight-through"}, train={"steps": 3, "max_steps": 3, "learning_rate": 1e-30}
+        task="next-token",
+        gates={"estimator": "straight-through"},
+        train={"steps": 3, "max_steps": 3, "learning_rate": 1e-30, "precision": "float32"},
     )
     part = stream(49, rows=1) if labelled == "stream" else replace(sequences(2, steps=12), targets=None, lengths=None)
     task = tasks.resolve(recipe, teacher.spec, part)

@@ -7,7 +7,7 @@ around it (directions, lengths, states, heads) is written once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +43,34 @@ class Output:
     pre: list[Tensor]
 
 
-Walk = Callable[[Cell, Tensor, CellState, Discretize], Trace]
+@dataclass(frozen=True)
+class Lookup:
+    """Token input before it is looked up: index (T,B) into `table` (V,E), or into one-hot vectors of width `size` where there is no table.
+    Kernels may multiply the table instead of its rows."""
+
+    index: Tensor
+    table: Tensor | None
+    size: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.index.shape, self.size if self.table is None else self.table.shape[1]))
+
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        """(T,B,E)."""
+        if self.table is None:
+            return functional.one_hot(self.index.long(), self.size).to(dtype)
+        return functional.embedding(self.index, self.table)
+
+    def reversed(self, lengths: Tensor | None) -> Lookup:
+        return replace(self, index=reverse(self.index.unsqueeze(-1), lengths).squeeze(-1))
 
 
-def walk(cell: Cell, x: Tensor, state: CellState, mode: Discretize) -> Trace:
-    """The oracle: the cell's equations, step by step. x (T,B,I).
+Walk = Callable[[Cell, Tensor | Lookup, CellState, Discretize], Trace]
+
+
+def walk(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize) -> Trace:
+    """The oracle: the cell's equations, step by step. x (T,B,I) or tokens.
 
     What a product reads is copied first: the sums of a matrix product depend on where in memory its operands begin, and a stream,
     a window and a whole sequence must agree bit for bit.
@@ -55,7 +78,7 @@ def walk(cell: Cell, x: Tensor, state: CellState, mode: Discretize) -> Trace:
     step, weights, gate = STEPS[cell.layer.cell], cell.weights(), cell.gate(mode)
     states, pres = [], []
     state = tuple(s.clone() for s in state)
-    for x_t in x:
+    for x_t in x.rows(weights.gates_ih.dtype) if isinstance(x, Lookup) else x:
         state, pre = step(x_t.clone(), state, weights, gate)
         states.append(state)
         pres.append(pre)
@@ -82,6 +105,10 @@ def reverse(x: Tensor, lengths: Tensor | None) -> Tensor:
     at = torch.arange(x.shape[0], device=x.device)[:, None]
     index = torch.where(at < lengths[None], lengths[None] - 1 - at, at)
     return x.gather(0, index.unsqueeze(-1).expand_as(x))
+
+
+def _reversed(x: Tensor | Lookup, lengths: Tensor | None) -> Tensor | Lookup:
+    return x.reversed(lengths) if isinstance(x, Lookup) else reverse(x, lengths)
 
 
 def state_after(trace: Trace, start: CellState, lengths: Tensor | None) -> CellState:
@@ -111,13 +138,11 @@ class Section(nn.Module):
     def cell(self, index: int, direction: str) -> Cell:
         return self.get_submodule(f"layers.{index}.{direction}")  # type: ignore[return-value]
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Tokens (T,B) -> (T,B,E); float input (T,B,I) as it is."""
+    def embed(self, x: Tensor) -> Tensor | Lookup:
+        """Tokens (T,B) -> what looks them up; float input (T,B,I) as it is."""
         if self.spec.embedding is None:
             return x
-        if self.spec.embedding.one_hot:
-            return functional.one_hot(x.long(), self.spec.embedding.num_embeddings).to(self.cell(0, "fwd").weights().gates_ih.dtype)
-        return functional.embedding(x, self.embedding.weight)
+        return Lookup(x, None if self.spec.embedding.one_hot else self.embedding.weight, self.spec.embedding.num_embeddings)
 
     def forward(
         self,
@@ -130,26 +155,27 @@ class Section(nn.Module):
         logits: bool = False,
     ) -> Output:
         """x (T,B) tokens or (T,B,I) float; lengths (B,). No pad reaches a state or an output."""
-        x = self.embed(x)
-        mask = None if lengths is None else valid_steps(lengths, x.shape[0])
-        if mask is not None:
-            x = torch.where(mask, x, x.new_zeros(()))
+        inputs = self.embed(x)
+        mask = None if lengths is None else valid_steps(lengths, inputs.shape[0])
+        if mask is not None and isinstance(inputs, Tensor):
+            inputs = torch.where(mask, inputs, inputs.new_zeros(()))
         new_state, hidden, pres = [], [], []
         for index, layer in enumerate(self.spec.layers):
             outs, states = [], []
             for at, direction in enumerate(DIRECTIONS[: layer.directions]):
-                backward = direction == "bwd"
-                start = state[index][at] if state is not None else zero_state(layer, x.shape[1], x)
-                trace = walk(self.cell(index, direction), reverse(x, lengths) if backward else x, start, mode)
+                cell, backward = self.cell(index, direction), direction == "bwd"
+                start = state[index][at] if state is not None else zero_state(layer, inputs.shape[1], cell.weights().gates_bias)
+                trace = walk(cell, _reversed(inputs, lengths) if backward else inputs, start, mode)
                 outs.append(reverse(trace.states[0], lengths) if backward else trace.states[0])
                 states.append(state_after(trace, start, lengths))
                 pres.append(trace.pre)
-            x = torch.cat(outs, -1) if len(outs) > 1 else outs[0]
+            out = torch.cat(outs, -1) if len(outs) > 1 else outs[0]
             if mask is not None:
-                x = torch.where(mask, x, x.new_zeros(()))
-            hidden.append(x)
+                out = torch.where(mask, out, out.new_zeros(()))
+            hidden.append(out)
             new_state.append(states)
-        y = self.read(x, new_state[-1], lengths)
+            inputs = out
+        y = self.read(hidden[-1], new_state[-1], lengths)
         if walk is _oracle and y.ndim == 3:
             # One product a step on memory of its own, as a stream does it: other shapes and alignments may round differently.
             y = torch.stack([self.apply_head(y_t.clone(), logits=logits) for y_t in y])

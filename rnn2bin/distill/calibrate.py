@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rnn2bin import tasks
-from rnn2bin.cells.network import Network, valid_steps
+from rnn2bin.cells.network import Lookup, Network, valid_steps
 from rnn2bin.cells.weights import Cell
 from rnn2bin.data import Batch
 from rnn2bin.distill.window import run_cell
@@ -27,17 +27,14 @@ _EDGE = 0.02  # thresholds stay within [edge, 1 − edge]: beyond, a unit's bit 
 
 @torch.no_grad()
 def calibrate(student: Network, teacher: Network, task: tasks.Task, batches: Iterable[Batch]) -> None:
-    """Set levels and gate biases of `student` in place from the teacher's gates on `batches`. Strict students are left as they are: between
-    levels 0 and 1 the teacher's own threshold is the best one."""
-    if student.levels == "strict":
-        return
+    """Set levels and gate biases of `student` in place from the teacher's gates on `batches`."""
     mass = {name: torch.zeros(len(cell.binary), cell.layer.hidden_size, BINS) for name, cell in teacher.cells().items()}
     state = None
     for batch in batches:
         prepared = tasks.prepare(task, batch, teacher, walk=run_cell)
         traces: list[tuple[Tensor, Tensor]] = []
 
-        def walk(cell: Cell, x: Tensor, start: tuple[Tensor, ...], mode, traces=traces):
+        def walk(cell: Cell, x: Tensor | Lookup, start: tuple[Tensor, ...], mode, traces=traces):
             trace = run_cell(cell, x, start, mode)
             values = torch.sigmoid(trace.pre)
             traces.append((values, importance(cell, values, start, trace.states)))
@@ -78,23 +75,48 @@ def histogram(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def fit(cell: Cell, mass: Tensor) -> None:
-    """mass (G,H,BINS) -> the cell's levels and shifted gate biases."""
-    centres = (torch.arange(BINS, device=mass.device) + 0.5) / BINS
-    shift = torch.zeros(mass.shape[:2], device=mass.device)
+    """mass (G,H,BINS) of the teacher's units -> levels and shifted gate biases of a cell that has each of them n times, n ≥ 1.
+
+    The mean of n copies takes n + 1 values; copy k opens between the k-th and the next. What a level may not be stays as it is: strict
+    gates are fitted by their thresholds alone.
+    """
+    hidden = mass.shape[1]
+    copies = cell.layer.hidden_size // hidden
+    shift = torch.zeros(len(cell.binary), cell.layer.hidden_size, device=mass.device)
     for k, gate in enumerate(cell.layer.kind.gates):
         if not cell.binary[k]:
             continue
-        lo, hi = torch.zeros_like(shift[k]), torch.ones_like(shift[k])
-        for _ in range(ROUNDS):
-            threshold = ((lo + hi) / 2).clamp(_EDGE, 1 - _EDGE)
-            above = centres > threshold[:, None]
-            if "lo" in gate.learns:
-                lo = _mean(mass[k], centres, ~above, lo)
-            if "hi" in gate.learns:
-                hi = _mean(mass[k], centres, above, hi)
-        cell.levels.lo[k], cell.levels.hi[k] = lo, hi
-        shift[k] = torch.logit(((lo + hi) / 2).clamp(_EDGE, 1 - _EDGE))
+        learns = gate.learns if cell.learned else ()
+        values, thresholds = quantizer(mass[k], copies + 1, free_lowest="lo" in learns, free_highest="hi" in learns)
+        steps = copies * values.diff(dim=0)  # (copies, H): what opening a copy adds, of its own value
+        if "hi" in learns:
+            lo = (values[:1] if "lo" in learns else torch.zeros_like(values[:1])).expand_as(steps)
+            hi = lo + steps
+        elif "lo" in learns:
+            hi = torch.ones_like(steps)
+            lo = hi - steps
+        else:
+            lo, hi = torch.zeros_like(steps), torch.ones_like(steps)
+        if cell.learned:
+            cell.levels.lo[k], cell.levels.hi[k] = lo.flatten(), hi.flatten()
+        shift[k] = torch.logit(thresholds).flatten()
     cell.part("gates").bias.sub_(shift.flatten())
+    cell.project_levels()
+
+
+def quantizer(mass: Tensor, levels: int, *, free_lowest: bool, free_highest: bool) -> tuple[Tensor, Tensor]:
+    """mass (H,BINS) over [0, 1] -> the values (levels, H) and thresholds (levels − 1, H) that lose least; the lowest value stays 0 and the
+    highest 1 where they are not free, and with neither free all values are evenly spaced."""
+    centres = (torch.arange(BINS, device=mass.device) + 0.5) / BINS
+    values = torch.linspace(0, 1, levels, device=mass.device)[:, None].repeat(1, mass.shape[0])
+    middle = lambda v: ((v[1:] + v[:-1]) / 2).clamp(_EDGE, 1 - _EDGE)
+    for _ in range(ROUNDS if free_lowest or free_highest else 0):
+        bounds = torch.cat([values.new_full((1, mass.shape[0]), -1.0), middle(values), values.new_full((1, mass.shape[0]), 2.0)])
+        for at in range(levels):
+            if (at > 0 or free_lowest) and (at < levels - 1 or free_highest):
+                inside = (centres > bounds[at][:, None]) & (centres <= bounds[at + 1][:, None])
+                values[at] = _mean(mass, centres, inside, values[at])
+    return values, middle(values)
 
 
 def _mean(mass: Tensor, centres: Tensor, where: Tensor, otherwise: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from rnn2bin import tasks
-from rnn2bin.cells.network import Network, Output, State
+from rnn2bin.cells.network import Network, Output, State, Walk
 from rnn2bin.cells.weights import Cell
 from rnn2bin.data import Batch, Batches, Part
 from rnn2bin.distill import losses
@@ -237,6 +238,7 @@ class DistillTrainer(AnnealTrainer):
         float_student: bool = False,
     ) -> None:
         self.teacher, self.task = teacher, task
+        self.walk = training_walk(recipe)
         self.valid = selection_part(valid)
         self.carried: tuple[State | None, State | None] = (None, None)  # teacher's, student's
         feed = Batches(
@@ -265,13 +267,13 @@ class DistillTrainer(AnnealTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = inputs["batch"].to(self.args.device)
-        prepared = tasks.prepare(self.task, batch, self.teacher, walk=run_cell)
+        prepared = tasks.prepare(self.task, batch, self.teacher, walk=self.walk)
         if batch.first or not self.task.windowed:
             self.carried = (None, None)
         with torch.no_grad():
-            target = prepared.forward(self.teacher, mode=FLOAT, walk=run_cell, state=self.carried[0])
+            target = prepared.forward(self.teacher, mode=FLOAT, walk=self.walk, state=self.carried[0])
         mode = self.training_mode()
-        output = prepared.forward(model, mode=mode, walk=run_cell, state=self.carried[1])
+        output = prepared.forward(model, mode=mode, walk=self.walk, state=self.carried[1])
         if self.task.windowed:
             self.carried = (target.state, detached(output))
         self.tokens += prepared.steps
@@ -305,6 +307,12 @@ class DistillTrainer(AnnealTrainer):
     def restore(self, folder: Path) -> None:
         super().restore(folder)
         self.carried = unflatten_state(load_file(folder / "carried.safetensors", device=str(self.args.device)), self.task.spec.entry.layers)
+
+
+def training_walk(recipe: Recipe) -> Walk:
+    """The kernels of training; measurements run in float32."""
+    precision = recipe.train.precision
+    return partial(run_cell, precision="bfloat16" if precision == "auto" else precision)
 
 
 def total_steps(recipe: Recipe, *, float_student: bool) -> int:
@@ -359,7 +367,7 @@ def arguments(recipe: Recipe, out: Path, *, steps: int, higher_is_better: bool) 
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
         max_grad_norm=train.clip,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         eval_strategy="steps",
         eval_steps=train.evaluate_every,
         save_strategy="steps",

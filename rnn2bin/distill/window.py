@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rnn2bin.cells.network import CellState, Trace
+from rnn2bin.cells.network import CellState, Lookup, Trace
 from rnn2bin.cells.weights import Cell
+from rnn2bin.distill import native
 from rnn2bin.gates.estimators import Discretize, derivative, logistic_noise, sample
 
 Modes = tuple[Discretize, ...]
+ONE_HOT_LIMIT = 512  # tokens: beyond, adding rows one by one beats the product with one-hot rows
 
 
 def _sample(modes: Modes, pre: Tensor, noise: Tensor | None) -> Tensor:
@@ -263,16 +265,60 @@ def _gru_level_grads(ctx: Any, lo_at: int, bits: Tensor, d_r: Tensor, d_z: Tenso
     return d_value.sum((0, 1)) - d_hi, d_hi
 
 
-def run_cell(cell: Cell, x: Tensor, state: CellState, mode: Discretize) -> Trace:
-    """x (T,B,I) and the state before it -> the trace of the window. Differentiable in x, state, weights and levels."""
+class Rows(torch.autograd.Function):
+    """table (V,M), index (N,) -> table[index] (N,M). The gradient is one product with one-hot rows: for the small tables this is used
+    with, several times faster than adding row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor, precision: str) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(index)
+        ctx.size, ctx.precision = table.shape[0], precision
+        return table.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        if ctx.size > ONE_HOT_LIMIT:
+            return grad.new_zeros(ctx.size, grad.shape[1]).index_add_(0, index, grad), None, None
+        kind = torch.bfloat16 if ctx.precision == "bfloat16" else grad.dtype
+        one_hot = torch.zeros(ctx.size, len(index), dtype=kind, device=grad.device).scatter_(0, index[None], 1)
+        return (one_hot @ grad.to(kind)).to(grad.dtype), None, None
+
+
+def input_product(x: Tensor | Lookup, weight: Tensor, bias: Tensor, precision: str) -> Tensor:
+    """x (T,B,I) · weightᵀ + bias -> (T,B,M). For tokens of a small vocabulary the product is made once for each token, not
+    for each step."""
+    if isinstance(x, Lookup) and x.size <= x.index.numel():
+        table = bias + weight.t() if x.table is None else torch.addmm(bias, x.table, weight.t())
+        return Rows.apply(table, x.index.flatten(), precision).view(*x.index.shape, -1)
+    rows = x.rows(weight.dtype) if isinstance(x, Lookup) else x
+    flat = rows.flatten(0, 1)
+    product = native.LowProduct.apply(flat, weight, bias) if precision == "bfloat16" else torch.addmm(bias, flat, weight.t())
+    return product.view(*rows.shape[:2], -1)
+
+
+def run_cell(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize, *, precision: str = "float32") -> Trace:
+    """x (T,B,I) or tokens, and the state before it -> the trace of the window. Differentiable in x, state, weights and levels.
+
+    `precision`: "bfloat16" rounds the operands of products where the native kernels run (`native.takes`); elsewhere it changes nothing.
+    """
     w, kind = cell.weights(), cell.layer.kind
     modes, (lo, hi) = cell.modes(mode), cell.level_values()
     gates, hidden = len(kind.gates), cell.layer.hidden_size
     weight_ih = torch.cat([w.gates_ih, w.candidate_ih])
     bias = torch.cat([w.gates_bias, w.candidate_bias])
-    x_pre = torch.addmm(bias, x.flatten(0, 1), weight_ih.t()).view(*x.shape[:2], gates + 1, hidden)
-    noise = logistic_noise((*x.shape[:2], gates, hidden), mode, x_pre) if mode.draws and any(cell.binary) else None
+    fast = native.takes(cell, weight_ih, modes)
+    precision = precision if fast and native.has_bfloat16() else "float32"
+    x_pre = input_product(x, weight_ih, bias, precision).unflatten(2, (gates + 1, hidden))
+    noise = logistic_noise((*x_pre.shape[:2], gates, hidden), mode, x_pre) if mode.draws and any(cell.binary) else None
     weight_hh = torch.cat([w.gates_hh, w.candidate_hh])
+    if fast:
+        c0 = state[1] if kind.name == "lstm" else None
+        h, c, pre = native.NativeWindow.apply(
+            x_pre, weight_hh, w.candidate_bias_hh, state[0], c0, lo, hi, noise, kind.name, modes, precision
+        )
+        return Trace((h,) if c0 is None else (h, c), pre)
     match kind.name:
         case "lstm":
             h, c, pre = LstmWindow.apply(x_pre, weight_hh, w.projection, state[0], state[1], lo, hi, noise, modes)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rnn2bin import student as students
-from rnn2bin.cells.network import STEPS, CellState, Network, Trace
+from rnn2bin.cells.network import STEPS, CellState, Lookup, Network, Trace
 from rnn2bin.cells.weights import Cell, select
 from rnn2bin.gates.estimators import BINARY, Discretize
 from rnn2bin.measure import Candidate
@@ -18,7 +18,7 @@ SHARP = 0.2  # temperature of the sharpened sigmoid, the control value of public
 def controls(teacher: Network, student: Network, gates: Gates, open_rates: dict[str, list[float]], *, seed: int) -> dict[str, Candidate]:
     """threshold_only: the teacher's weights, gates cut at 0, strict levels. sharpened_sigmoid: its gates σ(pre/0.2).
     random_gates: the student with bits drawn at its own open rates."""
-    cut = students.student(teacher, gates.model_copy(update={"levels": "strict"})).eval()
+    cut = students.student(teacher, gates.model_copy(update={"levels": "strict", "copies": 1})).eval()
     return {
         "threshold_only": Candidate(cut, BINARY),
         "sharpened_sigmoid": Candidate(cut, Discretize("sigmoid", temperature=SHARP)),
@@ -31,7 +31,7 @@ def random_walk(student: Network, open_rates: dict[str, list[float]], *, seed: i
     generator = torch.Generator().manual_seed(seed)
     names = {id(cell): name for name, cell in student.cells().items()}
 
-    def walk(cell: Cell, x: Tensor, state: CellState, mode: Discretize) -> Trace:
+    def walk(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize) -> Trace:
         rates = torch.tensor(open_rates[names[id(cell)]])[:, None]
         lo, hi = cell.level_values()
         binary = torch.tensor(cell.binary)[:, None]
@@ -41,7 +41,7 @@ def random_walk(student: Network, open_rates: dict[str, list[float]], *, seed: i
             return torch.where(binary, select(bits, lo, hi), torch.sigmoid(pre))
 
         states, pres = [], []
-        for x_t in x:
+        for x_t in x.rows(cell.weights().gates_ih.dtype) if isinstance(x, Lookup) else x:
             state, pre = STEPS[cell.layer.cell](x_t, state, cell.weights(), gate)
             states.append(state)
             pres.append(pre)

@@ -29,7 +29,7 @@ from rnn2bin import student as students
 from rnn2bin.cells.network import CellState, Trace, Walk, reverse, state_after, valid_steps, walk, zero_state
 from rnn2bin.cells.weights import Cell
 from rnn2bin.distill.window import run_cell
-from rnn2bin.errors import DivergedError, UnsupportedError, UsageError
+from rnn2bin.errors import DivergedError, RecipeError, UnsupportedError, UsageError
 from rnn2bin.gates.estimators import BINARY, Discretize
 from rnn2bin.loaders.assemble import split_direction
 from rnn2bin.recipe import Recipe
@@ -287,6 +287,8 @@ def binarize(module: nn.Module, *, recipe: str | Path | Recipe = "anneal.yaml") 
     have no gates and stay. Raises UnsupportedError with every reason, RecipeError for a soft gate that is not there.
     """
     gates = recipe.gates if isinstance(recipe, Recipe) else recipe_yaml.read(recipe).gates
+    if gates.copies > 1:
+        raise RecipeError("gates.copies: a module's other layers would have to grow too; give 1, or convert the network from a file")
     return surgery(module, students.plan(cast(RnnSpec, Cells(surgery(module))), gates), levels=gates.levels)
 
 

@@ -1,0 +1,2 @@
+#define NAME(x) r2b_avx2_##x
+#include "body.h"

@@ -1,0 +1,2 @@
+#define NAME(x) r2b_avx512_##x
+#include "body.h"

@@ -1,0 +1,166 @@
+/* Chooses the instruction set once, splits rows over threads, adds up what the threads found. */
+
+#include "window.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "parts.h"
+
+extern const isa_kernels r2b_generic_kernels;
+#if defined(__x86_64__)
+extern const isa_kernels r2b_avx2_kernels, r2b_avx512_kernels, r2b_avx512bf16_kernels;
+#endif
+
+typedef struct {
+  const char *name;
+  const isa_kernels *kernels;
+} choice;
+
+static choice best(void) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return (choice){"avx512bf16", &r2b_avx512bf16_kernels};
+  if (avx512) return (choice){"avx512", &r2b_avx512_kernels};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return (choice){"avx2", &r2b_avx2_kernels};
+#endif
+  return (choice){"generic", &r2b_generic_kernels};
+}
+
+/* RNN2BIN_ISA names an instruction set to use instead of the best one; what the processor lacks is not used. */
+static choice chosen(void) {
+  const char *wanted = getenv("RNN2BIN_ISA");
+  choice found = best();
+  if (!wanted) return found;
+  if (!strcmp(wanted, "generic")) return (choice){"generic", &r2b_generic_kernels};
+#if defined(__x86_64__)
+  int rank = !strcmp(found.name, "avx512bf16") ? 3 : !strcmp(found.name, "avx512") ? 2 : !strcmp(found.name, "avx2") ? 1 : 0;
+  if (!strcmp(wanted, "avx2") && rank >= 1) return (choice){"avx2", &r2b_avx2_kernels};
+  if (!strcmp(wanted, "avx512") && rank >= 2) return (choice){"avx512", &r2b_avx512_kernels};
+#endif
+  return found;
+}
+
+int r2b_has_bfloat16(void) { return chosen().kernels->bfloat16; }
+const char *r2b_isa(void) { return chosen().name; }
+
+typedef struct {
+  const isa_kernels *kernels;
+  const r2b_window *window;
+  const void *packed;
+  const float *x, *bias; /* linear */
+  float *y, *d_levels;
+  int k, n, first, count, failed;
+} job;
+
+static void *run_forward(void *given) {
+  job *j = given;
+  j->failed = j->kernels->forward(j->window, j->packed, j->first, j->count);
+  return NULL;
+}
+static void *run_backward(void *given) {
+  job *j = given;
+  j->failed = j->kernels->backward(j->window, j->packed, j->first, j->count, j->d_levels);
+  return NULL;
+}
+static void *run_linear(void *given) {
+  job *j = given;
+  j->failed = j->kernels->linear(j->x, j->packed, j->bias, j->y, j->k, j->n, j->first, j->count);
+  return NULL;
+}
+
+enum { MOST_THREADS = 64 };
+
+/* `rows` in shares of whole blocks; returns how many shares there are. */
+static int shares(int rows, int threads, int block, int *first, int *count) {
+  int blocks = (rows + block - 1) / block, used = 0, at = 0;
+  if (threads > MOST_THREADS) threads = MOST_THREADS;
+  if (threads > blocks) threads = blocks;
+  if (threads < 1) threads = 1;
+  for (int k = 0; k < threads; k++) {
+    int end = (int)((long)blocks * (k + 1) / threads) * block;
+    if (end > rows) end = rows;
+    if (end == at) continue;
+    first[used] = at;
+    count[used++] = end - at;
+    at = end;
+  }
+  return used;
+}
+
+/* The first job runs here, the others in threads of their own; one that cannot be started runs here too. */
+static int run_all(void *(*run)(void *), job *jobs, int n) {
+  pthread_t threads[MOST_THREADS];
+  int started[MOST_THREADS] = {0}, failed = 0;
+  for (int k = 1; k < n; k++) started[k] = pthread_create(&threads[k], NULL, run, &jobs[k]) == 0;
+  run(&jobs[0]);
+  for (int k = 1; k < n; k++) {
+    if (started[k])
+      pthread_join(threads[k], NULL);
+    else
+      run(&jobs[k]);
+  }
+  for (int k = 0; k < n; k++) failed |= jobs[k].failed;
+  return failed ? -1 : 0;
+}
+
+int r2b_forward(const r2b_window *w) {
+  const isa_kernels *kernels = chosen().kernels;
+  int blocks = (w->cell == R2B_LSTM ? 4 : 3) * w->hidden, first[MOST_THREADS], count[MOST_THREADS];
+  void *packed = malloc(kernels->packed_bytes(w->hidden, blocks, w->precision));
+  if (!packed) return -1;
+  kernels->pack(w->weight, 1, (size_t)w->hidden, w->hidden, blocks, w->precision, packed);
+  int n = shares(w->batch, w->threads, kernels->block, first, count);
+  job jobs[MOST_THREADS];
+  for (int k = 0; k < n; k++)
+    jobs[k] = (job){.kernels = kernels, .window = w, .packed = packed, .first = first[k], .count = count[k]};
+  int failed = run_all(run_forward, jobs, n);
+  free(packed);
+  return failed;
+}
+
+int r2b_backward(const r2b_window *w) {
+  const isa_kernels *kernels = chosen().kernels;
+  int gates = w->cell == R2B_LSTM ? 3 : 2, blocks = (gates + 1) * w->hidden, first[MOST_THREADS], count[MOST_THREADS];
+  size_t levels = (size_t)(2 * gates * w->hidden);
+  int n = shares(w->batch, w->threads, kernels->block, first, count);
+  void *packed = malloc(kernels->packed_bytes(blocks, w->hidden, w->precision));
+  float *d_levels = calloc(levels * (size_t)n, 4);
+  if (!packed || !d_levels) {
+    free(packed), free(d_levels);
+    return -1;
+  }
+  kernels->pack(w->weight, (size_t)w->hidden, 1, blocks, w->hidden, w->precision, packed);
+  job jobs[MOST_THREADS];
+  for (int k = 0; k < n; k++)
+    jobs[k] = (job){
+        .kernels = kernels, .window = w, .packed = packed, .first = first[k], .count = count[k], .d_levels = d_levels + levels * (size_t)k};
+  int failed = run_all(run_backward, jobs, n);
+  if (w->grad_lo && w->grad_hi)
+    for (int k = 0; k < n; k++)
+      for (size_t j = 0; j < levels / 2; j++) {
+        w->grad_lo[j] += d_levels[levels * (size_t)k + j];
+        w->grad_hi[j] += d_levels[levels * (size_t)k + levels / 2 + j];
+      }
+  free(packed), free(d_levels);
+  return failed;
+}
+
+int r2b_linear(const float *x, const float *weight, const float *bias, float *y, int32_t rows, int32_t k, int32_t n, int32_t threads) {
+  const isa_kernels *kernels = chosen().kernels;
+  int first[MOST_THREADS], count[MOST_THREADS];
+  if (!kernels->bfloat16) return -1;
+  void *packed = malloc(kernels->packed_bytes(k, n, R2B_BFLOAT16));
+  if (!packed) return -1;
+  kernels->pack(weight, 1, (size_t)k, k, n, R2B_BFLOAT16, packed);
+  int parts = shares(rows, threads, kernels->block, first, count);
+  job jobs[MOST_THREADS];
+  for (int p = 0; p < parts; p++)
+    jobs[p] = (job){.kernels = kernels, .packed = packed, .x = x, .bias = bias, .y = y, .k = k, .n = n, .first = first[p], .count = count[p]};
+  int failed = run_all(run_linear, jobs, parts);
+  free(packed);
+  return failed;
+}

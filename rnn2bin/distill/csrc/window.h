@@ -1,0 +1,60 @@
+/* Training kernels: a window of a gated layer, forward and backward, step by step for many sequences side by side.
+ *
+ * Plain C11, knows no Python. All arrays are dense and row-major, time first; shapes stand beside the fields: T steps, B rows (sequences),
+ * H hidden, G gates (LSTM 3: i,f,o; GRU 2: r,z), P = G + 1 blocks of pre-activations (the candidate's last).
+ * Rows never meet, so each thread walks through time with its own rows and nobody waits.
+ */
+#ifndef RNN2BIN_WINDOW_H
+#define RNN2BIN_WINDOW_H
+
+#include <stdint.h>
+
+enum { R2B_LSTM = 0, R2B_GRU = 1 };
+enum { R2B_FLOAT32 = 0, R2B_BFLOAT16 = 1 };
+/* How a gate's sample follows from a = scale * pre + noise: soft is sigmoid(a * sharpness), a bit is 1[a > 0]. */
+enum { R2B_SOFT = 0, R2B_BIT = 1 };
+/* What stands for a sample's derivative: that of sigmoid(sharpness * a), a box where |pre| < 1/slope, or 1. */
+enum { R2B_BY_SIGMOID = 0, R2B_BY_WINDOW = 1, R2B_BY_IDENTITY = 2 };
+
+typedef struct {
+  int32_t sample, by;
+  float scale, sharpness; /* of the sample */
+  float slope;            /* of the derivative of a bit without noise: sigmoid(slope * pre), or the box */
+  int32_t noisy;          /* the derivative of a bit sees the noise (Gumbel, hard) */
+} r2b_mode;
+
+typedef struct {
+  int32_t cell, precision, threads;
+  int32_t steps, batch, hidden;
+  r2b_mode modes[3];
+  const float *weight;    /* (P*H, H) recurrent */
+  const float *bias;      /* GRU: (H) of the recurrent candidate; else null */
+  const float *lo, *hi;   /* (G, H) */
+  const float *x_pre;     /* (T, B, P, H) input products with biases */
+  const float *noise;     /* (T, B, G, H) logistic, or null */
+  const float *h0, *c0;   /* (B, H); c0 of the LSTM alone */
+  float *h, *c;           /* (T, B, H); c of the LSTM alone */
+  float *pre;             /* (T, B, G, H) */
+  float *candidate;       /* (T, B, H) g or n; may be null where no backward follows */
+  float *inner;           /* GRU: (T, B, H) U_n h + b; may be null where no backward follows */
+  uint16_t *h_before;     /* bfloat16: (T, B, H) the state before each step; may be null */
+  /* backward */
+  const float *grad_h, *grad_c, *grad_pre; /* (T, B, H), (T, B, H), (T, B, G, H); each may be null */
+  float *grad_x;                           /* (T, B, P, H) */
+  void *grad_product;                      /* (T, B, P, H) in the precision: gradient of the recurrent product; LSTM float32: null */
+  float *grad_h0, *grad_c0;                /* (B, H) */
+  float *grad_lo, *grad_hi;                /* (G, H), added to; may be null */
+} r2b_window;
+
+#define R2B_API __attribute__((visibility("default")))
+
+/* Each returns 0, or -1 where memory or threads ran out. */
+R2B_API int r2b_forward(const r2b_window *window);
+R2B_API int r2b_backward(const r2b_window *window);
+/* y (rows, n) = x (rows, k) * weight (n, k)^T + bias (n) or nothing where null, products in bfloat16, sums in float32. */
+R2B_API int r2b_linear(const float *x, const float *weight, const float *bias, float *y, int32_t rows, int32_t k, int32_t n, int32_t threads);
+/* Whether this processor multiplies bfloat16 natively, and the name of the instruction set in use. */
+R2B_API int r2b_has_bfloat16(void);
+R2B_API const char *r2b_isa(void);
+
+#endif

@@ -1,0 +1,191 @@
+"""The C kernels against the torch kernels, which the oracle's autograd checks: every instruction set at hand, odd sizes, all modes."""
+
+import pytest
+import torch
+
+from rnn2bin.cells.network import Lookup, zero_state
+from rnn2bin.cells.weights import Cell
+from rnn2bin.distill import native, window
+from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
+from rnn2bin.spec import LayerSpec
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
+
+SIZES = {"odd": (7, 3, 5), "one": (1, 1, 1), "blocks": (3, 17, 50), "wide": (2, 9, 131)}  # T, B, H
+MODES = {
+    "float": FLOAT,
+    "binary": BINARY,
+    "sigmoid": Discretize("sigmoid", temperature=0.7, slope=2.0),
+    "gumbel": Discretize("gumbel", temperature=0.5, slope=1.5, noise=0.5),
+    "gumbel-hard": Discretize("gumbel-hard", temperature=0.5, slope=1.5),
+    "straight-through-sigmoid": Discretize("straight-through", slope=2.0, backward="sigmoid"),
+    "straight-through-window": Discretize("straight-through", slope=1.5),
+    "straight-through-identity": Discretize("straight-through", backward="identity"),
+}
+
+
+def cell_of(kind: str, hidden: int, *, binary: bool = True, scale: float = 0.4) -> Cell:
+    torch.manual_seed(0)
+    layer = LayerSpec(kind, 6, hidden)
+    cell = Cell(layer, (binary,) * len(layer.kind.gates), levels="learned")
+    with torch.no_grad():
+        for name, p in cell.named_parameters():
+            p.copy_(torch.rand_like(p) * 0.5 + 0.25 if "levels" in name else torch.randn_like(p) * scale)
+    return cell
+
+
+def everything(cell: Cell, x, mode: Discretize, *, precision: str = "float32") -> dict[str, torch.Tensor]:
+    """Outputs and the gradients of all inputs, parameters, states and pre-activations."""
+    torch.manual_seed(1)
+    rows = x if isinstance(x, Lookup) else x.clone().requires_grad_()
+    state = tuple(torch.randn_like(s).requires_grad_() for s in zero_state(cell.layer, x.shape[1], cell.part("gates").bias))
+    cell.zero_grad()
+    trace = window.run_cell(cell, rows, state, mode, precision=precision)
+    outs = [*trace.states, trace.pre]
+    torch.manual_seed(2)
+    sum((o * torch.randn_like(o)).sum() for o in outs).backward()
+    found = {f"out {k}": o.detach() for k, o in enumerate(outs)} | {f"state {k}": s.grad for k, s in enumerate(state)}
+    found |= {name: p.grad.clone() for name, p in cell.named_parameters() if p.grad is not None}
+    if not isinstance(rows, Lookup):
+        found["x"] = rows.grad
+    elif rows.table is not None:
+        found["table"] = rows.table.grad.clone()
+        rows.table.grad = None
+    return found
+
+
+def in_torch(monkeypatch, *args, **kwargs):
+    with monkeypatch.context() as m:
+        m.setattr(native, "takes", lambda *_: False)
+        return everything(*args, **kwargs)
+
+
+def assert_same(ours, wanted, *, tolerance: float) -> None:
+    assert ours.keys() == wanted.keys()
+    for name, b in wanted.items():
+        error = float((ours[name] - b).abs().max() / b.abs().max().clamp_min(1e-3))
+        assert error < tolerance, (name, error)
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "best"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_float32_equals_the_torch_kernels(kind, size, mode, isa, monkeypatch):
+    if isa != "best":
+        monkeypatch.setenv("RNN2BIN_ISA", isa)
+        if native.isa() != isa:
+            pytest.skip(f"this processor has no {isa}")
+    steps, batch, hidden = SIZES[size]
+    cell, x = cell_of(kind, hidden), torch.randn(steps, batch, 6, generator=torch.Generator().manual_seed(3))
+    assert native.takes(cell, x, cell.modes(MODES[mode]))
+    assert_same(everything(cell, x, MODES[mode]), in_torch(monkeypatch, cell, x, MODES[mode]), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_one_thread_and_many_give_the_same_bits(kind):
+    cell, x = cell_of(kind, 33), torch.randn(4, 29, 6)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = everything(cell, x, MODES["straight-through-sigmoid"])
+        torch.set_num_threads(3)
+        three = everything(cell, x, MODES["straight-through-sigmoid"])
+    finally:
+        torch.set_num_threads(before)
+    for name in ("out 0", "out 1", "state 0"):  # rows never meet; sums over rows (weights, levels) depend on the split
+        assert torch.equal(one[name], three[name]), name
+
+
+@pytest.mark.skipif(not native.has_bfloat16(), reason="this processor multiplies no bfloat16")
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_bfloat16_is_float32_but_for_the_rounding_of_operands(kind):
+    """Soft gates: a bit may flip where a pre-activation is near zero, and then nothing is close."""
+    cell, x = cell_of(kind, 64, scale=0.1), torch.randn(6, 16, 6)
+    exact, low = everything(cell, x, FLOAT), everything(cell, x, FLOAT, precision="bfloat16")
+    assert_same(low, exact, tolerance=2e-2)
+    assert any(not torch.equal(low[name], exact[name]) for name in exact)
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+@pytest.mark.parametrize("vocabulary", [3, 100])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_tokens_equal_their_rows(kind, vocabulary, one_hot):
+    """3 tokens take the product of the table, 100 that of the rows."""
+    cell = cell_of(kind, 10)
+    width = vocabulary if one_hot else 6
+    if one_hot:
+        cell = Cell(LayerSpec(kind, width, 10), (True,) * len(cell.binary), levels="learned")
+        torch.manual_seed(4)
+        with torch.no_grad():
+            for name, p in cell.named_parameters():
+                p.copy_(torch.rand_like(p) if "levels" in name else torch.randn_like(p) * 0.4)
+    index = torch.randint(vocabulary, (5, 4), generator=torch.Generator().manual_seed(5))
+    table = None if one_hot else torch.randn(vocabulary, 6, requires_grad=True)
+    lookup = Lookup(index, table, vocabulary)
+    mode = MODES["straight-through-sigmoid"]
+    ours, wanted = everything(cell, lookup, mode), everything(cell, lookup.rows(torch.float32).detach(), mode)
+    if table is not None:
+        rows = wanted["x"]
+        wanted["table"] = torch.zeros_like(table).index_add(0, index.flatten(), rows.flatten(0, 1))
+    del wanted["x"]
+    assert_same(ours, wanted, tolerance=2e-5)
+
+
+def test_a_large_vocabulary_adds_row_by_row(monkeypatch):
+    """Both ways of the table's gradient agree."""
+    grads = []
+    for limit in (512, 1):
+        monkeypatch.setattr(window, "ONE_HOT_LIMIT", limit)
+        table = torch.randn(4, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        index = torch.tensor([0, 3, 3, 1, 0, 0])
+        rows = window.Rows.apply(table, index, "float32")
+        (rows * torch.arange(42.0).view(6, 7)).sum().backward()
+        grads.append(table.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_what_the_kernels_do_not_take():
+    lstm = cell_of("lstm", 4)
+    x = torch.zeros(1, 1, 6)
+    assert not native.takes(lstm, x.double(), lstm.modes(BINARY))
+    assert not native.takes(lstm, x, lstm.modes(Discretize("stochastic")))
+    before = cell_of("gru_reset_before", 4)
+    assert not native.takes(before, x, before.modes(BINARY))
+    projected = Cell(LayerSpec("lstm", 6, 4, proj_size=2), (True,) * 3)
+    assert not native.takes(projected, x, projected.modes(BINARY))
+
+
+def test_without_the_extension_training_runs_in_torch_and_says_so_once(monkeypatch):
+    native.library.cache_clear()
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
+    try:
+        with pytest.warns(UserWarning, match="without its C kernels"):
+            assert native.isa() is None
+        assert not native.has_bfloat16()  # no second warning: warnings are errors here
+        cell = cell_of("gru", 5)
+        assert everything(cell, torch.randn(3, 2, 6), BINARY)["out 0"].shape == (3, 2, 5)
+    finally:
+        native.library.cache_clear()
+
+
+def test_nan_stays_nan():
+    """A diverged run must be seen: no kernel may turn what is not a number into one."""
+    for kind in ("lstm", "gru"):
+        cell = cell_of(kind, 20)
+        x = torch.randn(3, 2, 6)
+        x[1, 0, 0] = float("nan")
+        with torch.no_grad():
+            h = window.run_cell(cell, x, zero_state(cell.layer, 2, x), FLOAT).states[0]
+        assert torch.isnan(h[1:, 0]).all()
+        assert torch.isfinite(h[:, 1]).all()
+        assert torch.isfinite(h[0]).all()
+
+
+def test_saturated_values_stay_finite():
+    for kind in ("lstm", "gru"):
+        cell = cell_of(kind, 20)
+        x = torch.randn(3, 2, 6) * 1e4
+        found = everything(cell, x, FLOAT)
+        assert all(torch.isfinite(t).all() for t in found.values())
+        assert float(found["out 0"].abs().max()) < 10

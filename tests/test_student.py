@@ -1,0 +1,115 @@
+"""Students with several copies of each unit: the same function before training, thresholds apart, and what is matched with the teacher."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rnn2bin
+from rnn2bin import student
+from rnn2bin.cells.network import Network, teacher_network
+from rnn2bin.cells.weights import Cell
+from rnn2bin.distill import calibrate
+from rnn2bin.errors import RecipeError
+from rnn2bin.gates.estimators import FLOAT, Discretize
+from rnn2bin.recipe import Gates, Recipe
+from rnn2bin.spec import DecodeSpec, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
+
+SOFT = Discretize("sigmoid")  # temperature and slope 1, levels 0 and 1: the teacher's own gates
+
+
+def section(*layers: LayerSpec, tokens: int | None = None, readout="all", outputs: int = 3) -> SectionSpec:
+    embedding = EmbeddingSpec(tokens, layers[0].input_size) if tokens else None
+    return SectionSpec(layers, embedding, (LinearSpec(layers[-1].output_size, outputs),), readout=readout)
+
+
+FINAL = "final"
+SPECS = {
+    "lstm": RnnSpec({"main": section(LayerSpec("lstm", 4, 5), LayerSpec("lstm", 5, 6))}),
+    "gru": RnnSpec({"main": section(LayerSpec("gru", 4, 5))}),
+    "gru_reset_before": RnnSpec({"main": section(LayerSpec("gru_reset_before", 4, 5), LayerSpec("gru", 5, 3))}),
+    "projection": RnnSpec({"main": section(LayerSpec("lstm", 4, 6, proj_size=3), LayerSpec("lstm", 3, 5, proj_size=2))}),
+    "bidirectional": RnnSpec({"main": section(LayerSpec("gru", 4, 3, directions=2), LayerSpec("lstm", 6, 3, directions=2), readout=FINAL)}),
+    "tokens": RnnSpec({"main": section(LayerSpec("lstm", 4, 5), tokens=7, readout="mean")}),
+    "encoder-decoder": RnnSpec(
+        {"encoder": SectionSpec((LayerSpec("gru", 4, 5),), EmbeddingSpec(7, 4)), "decoder": section(LayerSpec("gru", 4, 5), tokens=7)},
+        decode=DecodeSpec(start=1, end=2, max_length=4),
+    ),
+}
+
+
+def teacher_of(name: str) -> Network:
+    torch.manual_seed(0)
+    spec = SPECS[name]
+    return teacher_network(spec, {key: torch.randn_like(t) * 0.5 for key, t in Network(spec).state_dict().items()})
+
+
+def inputs(name: str) -> dict:
+    tokens = torch.randint(7, (6, 3), generator=torch.Generator().manual_seed(1))
+    if name == "encoder-decoder":
+        return {"x": tokens, "decoder_input": tokens[:4]}
+    return {"x": tokens if name == "tokens" else torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(1))}
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+@pytest.mark.parametrize("name", SPECS)
+def test_copies_compute_what_the_teacher_does(name, copies):
+    teacher = teacher_of(name)
+    wide = student.student(teacher, Gates(copies=copies))
+    given_inputs = inputs(name) | {"lengths": torch.tensor([6, 2, 4])}
+    theirs, ours = teacher(**given_inputs, mode=FLOAT), wide(**given_inputs, mode=SOFT)
+    torch.testing.assert_close(ours.y, theirs.y, rtol=1e-4, atol=1e-5)
+    layers = [layer for s in teacher.spec.sections.values() for layer in s.layers]
+    for layer, a, b in zip(layers, ours.hidden, theirs.hidden, strict=True):
+        torch.testing.assert_close(student.folded(a, layer, copies), b, rtol=1e-4, atol=1e-5)
+    assert wide.spec == student.widened_spec(teacher.spec, copies)
+    assert all(
+        a.layer.hidden_size == copies * b.layer.hidden_size for a, b in zip(wide.cells().values(), teacher.cells().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("levels", ["learned", "strict"])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_calibration_sets_the_copies_thresholds_apart(kind, levels):
+    """Copies that open together would stay equal for ever: their gradients are the same."""
+    layer = LayerSpec(kind, 2, 8)
+    cell = Cell(LayerSpec(kind, 2, 4), (True,) * len(layer.kind.gates), levels=levels)
+    cell = Cell(layer, cell.binary, levels=levels)
+    mass = torch.rand(len(cell.binary), 4, calibrate.BINS, generator=torch.Generator().manual_seed(0)) + 0.1
+    with torch.no_grad():
+        calibrate.fit(cell, mass)
+    shift = -cell.part("gates").bias.detach().view(len(cell.binary), 2, 4)
+    assert (shift[:, 1] > shift[:, 0] + 0.1).all()
+    lo, hi = cell.level_values()
+    assert (lo >= 0).all()
+    for k, gate in enumerate(layer.kind.gates):
+        assert levels == "learned" or (torch.equal(lo[k], torch.zeros(8)) and torch.equal(hi[k], torch.ones(8)))
+        assert "lo" in gate.learns or not lo[k].any()
+        assert "hi" in gate.learns or (hi[k] == 1).all()
+
+
+@given(st.integers(2, 5), st.booleans(), st.booleans(), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_quantizer_laws(levels, free_lowest, free_highest, seed):
+    """Values ascend within [0, 1] with thresholds between them; what is fixed stays; no worse than evenly spaced values."""
+    mass = torch.rand(5, calibrate.BINS, generator=torch.Generator().manual_seed(seed)).pow(4)
+    values, thresholds = calibrate.quantizer(mass, levels, free_lowest=free_lowest, free_highest=free_highest)
+    assert (values.diff(dim=0) >= -1e-6).all()
+    assert (values >= 0).all()
+    assert (values <= 1).all()
+    assert free_lowest or not values[0].any()
+    assert free_highest or (values[-1] == 1).all()
+    assert ((thresholds >= values[:-1] - 0.021) & (thresholds <= values[1:] + 0.021)).all()  # kept off the edges by 0.02
+    even = torch.linspace(0, 1, levels)[:, None].repeat(1, 5)
+    assert (_error(mass, values) <= _error(mass, even) * (1 + 1e-4) + 1e-6).all()
+
+
+def _error(mass: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Squared error of each unit's mass (H,BINS) rounded to the nearest of its values (levels,H)."""
+    centres = (torch.arange(calibrate.BINS) + 0.5) / calibrate.BINS
+    return (mass * (centres - values[..., None]).square().amin(0)).sum(-1)
+
+
+def test_modules_take_no_copies():
+    with pytest.raises(RecipeError, match=r"gates\.copies"):
+        rnn2bin.binarize(torch.nn.LSTM(2, 3), recipe=Recipe(gates=Gates(copies=2)))
