@@ -197,7 +197,7 @@ def checkpoint_bytes(job: Any, network: Network) -> int:
     """fp32 weights, Adam's two moments, and the carried states of teacher and student."""
     weights = sum(t.numel() for t in network.state_dict().values())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    states = sum(layer.hidden_size + layer.recurrent_size for _, layer in network.spec.cell_names()) * job.recipe.train.batch_size
+    states = sum(sum(layer.state_sizes) for _, layer in network.spec.cell_names()) * job.recipe.train.batch_size
     return 4 * (weights + 2 * trained + 2 * states) + FIXED_BYTES
 
 
@@ -214,8 +214,8 @@ def memory(job: Any, network: Network) -> int:
     steps = min(part.inputs.shape[1], recipe.train.window) if windowed else part.inputs.shape[1]
     rows = recipe.train.batch_size if part.stream else min(recipe.train.batch_size, len(part))
     layers = [layer for _, layer in network.spec.cell_names()]
-    kept = sum((4 * len(layer.kind.gates) + 4) * layer.hidden_size + layer.input_size for layer in layers)
-    working = max(6 * (len(layer.kind.gates) + 1) * layer.hidden_size for layer in layers)
+    kept = sum((4 * len(layer.kind.gates) + 4) * layer.width + layer.input_size for layer in layers)
+    working = max(6 * (len(layer.kind.gates) + 1) * layer.width for layer in layers)
     activations = steps * rows * (kept + working + 6 * network.spec.main.output_size)
     held = sum(t.numel() * t.element_size() for p in _each(job) for t in (p.inputs, p.targets) if t is not None)
     return 4 * (fixed + 4 * trained + activations) + held

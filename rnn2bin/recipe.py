@@ -166,8 +166,8 @@ class Gates(Closed):
     )
     copies: Annotated[int, Field(ge=1, le=8)] = Field(
         1,
-        description="units for each unit of the float network, with thresholds of their own: their mean tells more than two values apart; "
-        "recurrent weights grow with its square",
+        description="decisions a unit takes for each gate, with a threshold, levels and a state each behind one row of weights: "
+        "their mean tells more than two values apart; fewer rows are skipped",
     )
     estimator: Literal["gumbel", "gumbel-hard", "sigmoid", "hard-sigmoid", "straight-through", "stochastic"] = "gumbel"
     backward: Literal["sigmoid", "hard-sigmoid", "identity"] = Field(

@@ -49,6 +49,15 @@ class _Dumper(yaml.SafeDumper):
         return True  # the reader refuses them
 
 
+def _quoted(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    """In double quotes where YAML takes a character for a line break that would not come back."""
+    style = '"' if any(c in value for c in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)  # type: ignore[no-any-return]
+
+
+_Dumper.add_representer(str, _quoted)
+
+
 # ---- the tree ----
 
 

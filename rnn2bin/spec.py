@@ -65,13 +65,27 @@ CELLS: dict[str, CellKind] = {
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One recurrent layer, one or two directions. Output width is `output_size` = D * R."""
+    """One recurrent layer, one or two directions. Output width is `output_size` = D * R.
+
+    `copies` n > 1: every unit takes n decisions for each gate, with n thresholds, levels and states behind one row of weights; what others
+    read of it is the mean over them. Vectors over the copies are `width` = n * H long, unit j of copy k at k * H + j.
+    """
 
     cell: str
     input_size: int
     hidden_size: int
     directions: int = 1
     proj_size: int = 0
+    copies: int = 1
+
+    @property
+    def width(self) -> int:
+        return self.copies * self.hidden_size
+
+    @property
+    def state_sizes(self) -> tuple[int, ...]:
+        """Of h, or of h and c: an LSTM's h is what others read, a GRU's h stands there for every copy."""
+        return (self.width,) if self.kind.states == ("h",) else (self.recurrent_size, self.width)
 
     @property
     def kind(self) -> CellKind:
@@ -91,7 +105,7 @@ class LayerSpec:
         shapes: dict[str, tuple[int, ...]] = {
             "gates.weight_ih": (gate_rows, self.input_size),
             "gates.weight_hh": (gate_rows, self.recurrent_size),
-            "gates.bias": (gate_rows,),
+            "gates.bias": (gate_rows * self.copies,),
             "candidate.weight_ih": (self.hidden_size, self.input_size),
             "candidate.weight_hh": (self.hidden_size, self.recurrent_size),
             "candidate.bias": (self.hidden_size,),
@@ -220,8 +234,8 @@ def check(spec: RnnSpec) -> None:
         if decoder.embedding is None:
             reasons.append("decoder: needs an embedding (or one-hot tokens): it reads the tokens it writes")
         pairs = (
-            [(e.cell, e.hidden_size, e.output_size) for e in encoder.layers],
-            [(d.cell, d.hidden_size, d.output_size) for d in decoder.layers],
+            [(e.cell, e.width, e.output_size) for e in encoder.layers],
+            [(d.cell, d.width, d.output_size) for d in decoder.layers],
         )
         if pairs[0] != pairs[1]:
             reasons.append("decoder: its layers must have the cells and sizes of the encoder's, whose last states start it")

@@ -10,7 +10,7 @@ from torch import Tensor
 from rnn2bin.cells.network import Network
 from rnn2bin.errors import RecipeError
 from rnn2bin.recipe import Gates
-from rnn2bin.spec import DIRECTIONS, LayerSpec, RnnSpec
+from rnn2bin.spec import RnnSpec
 
 
 def plan(spec: RnnSpec, gates: Gates) -> dict[str, tuple[bool, ...]]:
@@ -38,77 +38,23 @@ def _gate_list(spec: RnnSpec) -> str:
 
 def student(teacher: Network, gates: Gates) -> Network:
     """A trainable copy of the teacher whose gates are binary by `gates`; levels start strict, so that soft gates at temperature and slope 1
-    compute exactly the teacher. With `gates.copies` every unit stands there several times."""
-    wide = widened_spec(teacher.spec, gates.copies)
-    binary = {prefix: bits for (prefix, _), bits in zip(wide.cell_names(), plan(teacher.spec, gates).values(), strict=True)}
-    network = Network(wide, binary, levels=gates.levels).to(next(teacher.parameters()).device)
-    missing, unexpected = network.load_state_dict(widened_weights(teacher, gates.copies), strict=False)
+    compute exactly the teacher, with any number of copies."""
+    spec = with_copies(teacher.spec, gates.copies)
+    network = Network(spec, plan(teacher.spec, gates), levels=gates.levels).to(next(teacher.parameters()).device)
+    weights = dict(teacher.state_dict())
+    for prefix, layer in spec.cell_names():
+        bias = weights[f"{prefix}.gates.bias"].view(-1, 1, layer.hidden_size)
+        weights[f"{prefix}.gates.bias"] = bias.repeat(1, layer.copies, 1).flatten()
+    missing, unexpected = network.load_state_dict(weights, strict=False)
     assert not unexpected, unexpected
     assert all(".levels." in name for name in missing), missing
     return network
 
 
-def widened_spec(spec: RnnSpec, copies: int) -> RnnSpec:
-    """The same network with each recurrent unit `copies` times; a projection's output stays as wide as it is."""
-    sections = {}
-    for name, section in spec.sections.items():
-        layers: list[LayerSpec] = []
-        for layer in section.layers:
-            width = layers[-1].output_size if layers else layer.input_size
-            layers.append(replace(layer, hidden_size=layer.hidden_size * copies, input_size=width))
-        head = section.head
-        if head:
-            read = head[0].in_features // section.layers[-1].output_size * layers[-1].output_size
-            head = (replace(head[0], in_features=read), *head[1:])
-        sections[name] = replace(section, layers=tuple(layers), head=head)
-    return replace(spec, sections=sections)
-
-
-def widened_weights(teacher: Network, copies: int) -> dict[str, Tensor]:
-    """The teacher's weights for `widened_spec`: what a unit reads is copied, what reads it is shared out equally, so that the
-    function stays what it was (Chen et al. 2016, Net2Net, arXiv 1511.05641). Copies lie side by side: unit j of copy k at k·H + j."""
-    state = dict(teacher.state_dict())
-    if copies == 1:
-        return state
-    for name, section in teacher.spec.sections.items():
-        below: LayerSpec | None = None
-        for index, layer in enumerate(section.layers):
-            for direction in DIRECTIONS[: layer.directions]:
-                cell = f"{name}.layers.{index}.{direction}"
-                _widen_cell(state, cell, layer, below, copies)
-            below = layer
-        first = f"{name}.head.0.weight"
-        if first in state and below is not None:
-            state[first] = _share(state[first], below.directions, 1 if below.proj_size else copies)
-    return state
-
-
-def _widen_cell(state: dict[str, Tensor], cell: str, layer: LayerSpec, below: LayerSpec | None, copies: int) -> None:
-    """The tensors of one direction of one layer, in place; `below` is the layer it reads."""
-    for leaf in layer.tensors():
-        tensor = state[f"{cell}.{leaf}"]
-        if leaf == "projection.weight":
-            state[f"{cell}.{leaf}"] = _share(tensor, 1, copies)
-            continue
-        if leaf.endswith("weight_hh") and not layer.proj_size:
-            tensor = _share(tensor, 1, copies)
-        if leaf.endswith("weight_ih") and below is not None and not below.proj_size:
-            tensor = _share(tensor, below.directions, copies)
-        blocks = len(layer.kind.gates) if leaf.startswith("gates.") else 1
-        state[f"{cell}.{leaf}"] = torch.cat([block.repeat(copies, *[1] * (block.ndim - 1)) for block in tensor.chunk(blocks)])
-
-
-def _share(weight: Tensor, groups: int, copies: int) -> Tensor:
-    """Columns (R, groups·H) -> (R, groups·copies·H): each group of columns stands `copies` times, divided by `copies`."""
-    columns = weight.unflatten(1, (groups, 1, -1)).expand(-1, -1, copies, -1) / copies
-    return columns.flatten(1)
-
-
-def folded(hidden: Tensor, layer: LayerSpec, copies: int) -> Tensor:
-    """A student layer's output (…,D·R) -> the mean over copies, as wide as the teacher's. `layer` is the teacher's."""
-    if copies == 1 or layer.proj_size:
-        return hidden
-    return hidden.unflatten(-1, (layer.directions, copies, layer.hidden_size)).mean(-2).flatten(-2)
+def with_copies(spec: RnnSpec, copies: int) -> RnnSpec:
+    """The same network, each unit with that many decisions for each gate."""
+    layers = lambda section: tuple(replace(layer, copies=copies) for layer in section.layers)
+    return replace(spec, sections={name: replace(section, layers=layers(section)) for name, section in spec.sections.items()})
 
 
 @torch.no_grad()

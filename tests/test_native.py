@@ -24,10 +24,10 @@ MODES = {
 }
 
 
-def cell_of(kind: str, hidden: int, *, binary: bool = True, scale: float = 0.4) -> Cell:
+def cell_of(kind: str, hidden: int, *, copies: int = 1, scale: float = 0.4) -> Cell:
     torch.manual_seed(0)
-    layer = LayerSpec(kind, 6, hidden)
-    cell = Cell(layer, (binary,) * len(layer.kind.gates), levels="learned")
+    layer = LayerSpec(kind, 6, hidden, copies=copies)
+    cell = Cell(layer, (True,) * len(layer.kind.gates), levels="learned")
     with torch.no_grad():
         for name, p in cell.named_parameters():
             p.copy_(torch.rand_like(p) * 0.5 + 0.25 if "levels" in name else torch.randn_like(p) * scale)
@@ -70,21 +70,22 @@ def assert_same(ours, wanted, *, tolerance: float) -> None:
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "best"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("copies", [1, 3])
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_float32_equals_the_torch_kernels(kind, size, mode, isa, monkeypatch):
+def test_float32_equals_the_torch_kernels(kind, copies, size, mode, isa, monkeypatch):
     if isa != "best":
         monkeypatch.setenv("RNN2BIN_ISA", isa)
         if native.isa() != isa:
             pytest.skip(f"this processor has no {isa}")
     steps, batch, hidden = SIZES[size]
-    cell, x = cell_of(kind, hidden), torch.randn(steps, batch, 6, generator=torch.Generator().manual_seed(3))
+    cell, x = cell_of(kind, hidden, copies=copies), torch.randn(steps, batch, 6, generator=torch.Generator().manual_seed(3))
     assert native.takes(cell, x, cell.modes(MODES[mode]))
     assert_same(everything(cell, x, MODES[mode]), in_torch(monkeypatch, cell, x, MODES[mode]), tolerance=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_one_thread_and_many_give_the_same_bits(kind):
-    cell, x = cell_of(kind, 33), torch.randn(4, 29, 6)
+    cell, x = cell_of(kind, 33, copies=2), torch.randn(4, 29, 6)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -101,7 +102,7 @@ def test_one_thread_and_many_give_the_same_bits(kind):
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_bfloat16_is_float32_but_for_the_rounding_of_operands(kind):
     """Soft gates: a bit may flip where a pre-activation is near zero, and then nothing is close."""
-    cell, x = cell_of(kind, 64, scale=0.1), torch.randn(6, 16, 6)
+    cell, x = cell_of(kind, 64, copies=2, scale=0.1), torch.randn(6, 16, 6)
     exact, low = everything(cell, x, FLOAT), everything(cell, x, FLOAT, precision="bfloat16")
     assert_same(low, exact, tolerance=2e-2)
     assert any(not torch.equal(low[name], exact[name]) for name in exact)

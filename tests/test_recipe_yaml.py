@@ -351,7 +351,7 @@ def test_numbers_survive_override_and_dump(values: dict[str, float]) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(any_text | st.sampled_from(["1e4", "on", "null", "~", "0o7", "0x1", "", " a", "- a", "*a", "1_0", "true"]))
+@given(any_text | st.sampled_from(["1e4", "on", "null", "~", "0o7", "0x1", "", " a", "- a", "*a", "1_0", "true", "\x85", "a\u2028 b"]))
 def test_text_survives_dump(path: str) -> None:
     recipe = Recipe.model_validate({"data": {"path": path}})
     assert validate_text(dump(recipe), name="dumped") == recipe

@@ -1,4 +1,4 @@
-"""Students with several copies of each unit: the same function before training, thresholds apart, and what is matched with the teacher."""
+"""Students whose units take several decisions for each gate: the same function before training, thresholds apart after calibration."""
 
 import pytest
 import torch
@@ -10,8 +10,9 @@ from rnn2bin import student
 from rnn2bin.cells.network import Network, teacher_network
 from rnn2bin.cells.weights import Cell
 from rnn2bin.distill import calibrate
+from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import RecipeError
-from rnn2bin.gates.estimators import FLOAT, Discretize
+from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
 from rnn2bin.recipe import Gates, Recipe
 from rnn2bin.spec import DecodeSpec, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
 
@@ -59,22 +60,39 @@ def test_copies_compute_what_the_teacher_does(name, copies):
     given_inputs = inputs(name) | {"lengths": torch.tensor([6, 2, 4])}
     theirs, ours = teacher(**given_inputs, mode=FLOAT), wide(**given_inputs, mode=SOFT)
     torch.testing.assert_close(ours.y, theirs.y, rtol=1e-4, atol=1e-5)
-    layers = [layer for s in teacher.spec.sections.values() for layer in s.layers]
-    for layer, a, b in zip(layers, ours.hidden, theirs.hidden, strict=True):
-        torch.testing.assert_close(student.folded(a, layer, copies), b, rtol=1e-4, atol=1e-5)
-    assert wide.spec == student.widened_spec(teacher.spec, copies)
-    assert all(
-        a.layer.hidden_size == copies * b.layer.hidden_size for a, b in zip(wide.cells().values(), teacher.cells().values(), strict=True)
-    )
+    for a, b in zip(ours.hidden, theirs.hidden, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert wide.spec == student.with_copies(teacher.spec, copies)
+    for name, t in wide.state_dict().items():
+        if "bias" not in name and "levels" not in name:
+            assert t.shape == teacher.state_dict()[name].shape  # one row of weights for all copies
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_kernels_and_oracle_agree_on_copies(name):
+    """Bits, calibrated apart; the state walks on from a first half to a second."""
+    network = student.student(teacher_of(name), Gates(copies=2))
+    with torch.no_grad():
+        for cell in network.cells().values():
+            calibrate.fit(
+                cell, torch.rand(len(cell.binary), cell.layer.hidden_size, calibrate.BINS, generator=torch.Generator().manual_seed(0))
+            )
+    given_inputs = inputs(name)
+    oracle, kernels = network(**given_inputs, mode=BINARY), network(**given_inputs, mode=BINARY, walk=run_cell)
+    torch.testing.assert_close(kernels.y, oracle.y, rtol=1e-4, atol=1e-5)
+    if name in ("lstm", "gru", "gru_reset_before", "projection"):
+        x = given_inputs["x"]
+        first = network(x[:2], mode=BINARY)
+        second = network(x[2:], first.state, mode=BINARY)
+        torch.testing.assert_close(torch.cat([first.y, second.y]), oracle.y)
 
 
 @pytest.mark.parametrize("levels", ["learned", "strict"])
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_calibration_sets_the_copies_thresholds_apart(kind, levels):
     """Copies that open together would stay equal for ever: their gradients are the same."""
-    layer = LayerSpec(kind, 2, 8)
-    cell = Cell(LayerSpec(kind, 2, 4), (True,) * len(layer.kind.gates), levels=levels)
-    cell = Cell(layer, cell.binary, levels=levels)
+    layer = LayerSpec(kind, 2, 4, copies=2)
+    cell = Cell(layer, (True,) * len(layer.kind.gates), levels=levels)
     mass = torch.rand(len(cell.binary), 4, calibrate.BINS, generator=torch.Generator().manual_seed(0)) + 0.1
     with torch.no_grad():
         calibrate.fit(cell, mass)

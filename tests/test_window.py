@@ -16,6 +16,10 @@ LAYERS = {
     "lstm-projection": LayerSpec("lstm", I, H, proj_size=4),
     "gru": LayerSpec("gru", I, H),
     "gru_reset_before": LayerSpec("gru_reset_before", I, H),
+    "lstm-copies": LayerSpec("lstm", I, H, copies=3),
+    "lstm-projection-copies": LayerSpec("lstm", I, H, proj_size=4, copies=2),
+    "gru-copies": LayerSpec("gru", I, H, copies=3),
+    "gru_reset_before-copies": LayerSpec("gru_reset_before", I, H, copies=2),
 }
 
 
@@ -49,7 +53,7 @@ def test_window_equals_oracle(name, estimator, monkeypatch):
     cell = make_cell(layer, (True,) * (gates - 1) + (False,) if estimator == "gumbel" else (True,) * gates)
     x = torch.randn(T, B, I, dtype=torch.float64)
     state = tuple(torch.randn_like(s) for s in network.zero_state(layer, B, x))
-    noise = torch.randn(T, B, gates, H, dtype=torch.float64)
+    noise = torch.randn(T, B, gates, layer.width, dtype=torch.float64)
     mode = Discretize(estimator, temperature=0.7, slope=1.3, backward="sigmoid")
     ours, got = outputs_and_gradients(window.run_cell, cell, x, state, mode, noise, monkeypatch)
     oracle, wanted = outputs_and_gradients(network.walk, cell, x, state, mode, noise, monkeypatch)

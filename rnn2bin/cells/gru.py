@@ -5,24 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnn2bin.cells.weights import CellWeights, Gate
+from rnn2bin.cells.weights import CellWeights, Gate, fold
 
 
 def step_reset_after(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate: Gate) -> tuple[tuple[Tensor, ...], Tensor]:
-    """x (B,I), state h (B,H) -> new h, and the pre-activations (B,2,H) of r, z. z = 1 keeps h."""
+    """x (B,I), state h (B,n·H) -> new h, and the pre-activations (B,2,n·H) of r, z. z = 1 keeps h."""
     (h,) = state
-    pre = w.gate_pre(x, h)  # (B,2,H)
+    copies = h.shape[1] // w.candidate_hh.shape[0]
+    read = fold(h, copies)
+    pre = w.gate_pre(x, read)
     r, z = gate(pre).unbind(1)
     assert w.candidate_bias_hh is not None  # spec.CellKind.candidate_bias_hh
-    recurrent = h @ w.candidate_hh.t() + w.candidate_bias_hh
-    n = torch.tanh(x @ w.candidate_ih.t() + w.candidate_bias + r * recurrent)
+    recurrent = read @ w.candidate_hh.t() + w.candidate_bias_hh
+    n = torch.tanh((x @ w.candidate_ih.t() + w.candidate_bias).repeat(1, copies) + r * recurrent.repeat(1, copies))
     return (z * h + (1 - z) * n,), pre
 
 
 def step_reset_before(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate: Gate) -> tuple[tuple[Tensor, ...], Tensor]:
     """As `step_reset_after`, with r applied to h before the candidate's recurrent product."""
     (h,) = state
-    pre = w.gate_pre(x, h)
+    copies = h.shape[1] // w.candidate_hh.shape[0]
+    pre = w.gate_pre(x, fold(h, copies))
     r, z = gate(pre).unbind(1)
-    n = torch.tanh(x @ w.candidate_ih.t() + (r * h) @ w.candidate_hh.t() + w.candidate_bias)
+    n = torch.tanh(x @ w.candidate_ih.t() + fold(r * h, copies) @ w.candidate_hh.t() + w.candidate_bias).repeat(1, copies)
     return (z * h + (1 - z) * n,), pre

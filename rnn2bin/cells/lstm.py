@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnn2bin.cells.weights import CellWeights, Gate
+from rnn2bin.cells.weights import CellWeights, Gate, fold
 
 
 def step(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate: Gate) -> tuple[tuple[Tensor, ...], Tensor]:
-    """x (B,I), state h (B,R) and c (B,H) -> new (h, c), and the pre-activations (B,3,H) of i, f, o."""
+    """x (B,I), state h (B,R) and c (B,n·H) -> new (h, c), and the pre-activations (B,3,n·H) of i, f, o."""
     h, c = state
-    pre = w.gate_pre(x, h)  # (B,3,H)
+    pre = w.gate_pre(x, h)
+    copies = c.shape[1] // w.candidate_hh.shape[0]
     i, f, o = gate(pre).unbind(1)
     g = torch.tanh(x @ w.candidate_ih.t() + h @ w.candidate_hh.t() + w.candidate_bias)
-    c = f * c + i * g
-    h = o * torch.tanh(c)
+    c = f * c + i * g.repeat(1, copies)
+    h = fold(o * torch.tanh(c), copies)
     if w.projection is not None:
         h = h @ w.projection.t()
     return (h, c), pre

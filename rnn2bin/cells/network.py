@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rnn2bin.cells import gru, lstm
-from rnn2bin.cells.weights import Cell, Tensors
+from rnn2bin.cells.weights import Cell, Tensors, fold
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
 from rnn2bin.spec import DIRECTIONS, LayerSpec, RnnSpec, SectionSpec
 
@@ -89,8 +89,12 @@ _oracle = walk  # `walk` is also an argument's name below
 
 
 def zero_state(layer: LayerSpec, batch: int, like: Tensor) -> CellState:
-    sizes = {"h": layer.recurrent_size, "c": layer.hidden_size}
-    return tuple(like.new_zeros(batch, sizes[name]) for name in layer.kind.states)
+    return tuple(like.new_zeros(batch, size) for size in layer.state_sizes)
+
+
+def output_of(layer: LayerSpec, h: Tensor) -> Tensor:
+    """The state h (…,·) of a layer -> what others read of it (…,R)."""
+    return fold(h, layer.copies) if len(layer.kind.states) == 1 else h
 
 
 def valid_steps(lengths: Tensor, steps: int) -> Tensor:
@@ -166,7 +170,8 @@ class Section(nn.Module):
                 cell, backward = self.cell(index, direction), direction == "bwd"
                 start = state[index][at] if state is not None else zero_state(layer, inputs.shape[1], cell.weights().gates_bias)
                 trace = walk(cell, _reversed(inputs, lengths) if backward else inputs, start, mode)
-                outs.append(reverse(trace.states[0], lengths) if backward else trace.states[0])
+                out = output_of(layer, trace.states[0])
+                outs.append(reverse(out, lengths) if backward else out)
                 states.append(state_after(trace, start, lengths))
                 pres.append(trace.pre)
             out = torch.cat(outs, -1) if len(outs) > 1 else outs[0]
@@ -193,7 +198,7 @@ class Section(nn.Module):
                     return x[-1].clone()
                 return x.gather(0, (lengths - 1).clamp_min(0)[None, :, None].expand(1, -1, x.shape[2]))[0]
             case "final":
-                return torch.cat([s[0] for s in last], -1)
+                return torch.cat([output_of(self.spec.layers[-1], s[0]) for s in last], -1)
             case "mean":
                 return x.mean(0) if lengths is None else x.sum(0) / lengths.clamp_min(1)[:, None].to(x.dtype)
             case _:

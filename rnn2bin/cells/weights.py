@@ -28,9 +28,16 @@ class CellWeights:
     projection: Tensor | None = None
 
     def gate_pre(self, x: Tensor, h: Tensor) -> Tensor:
-        """x (B,I), h (B,R) -> pre-activations (B,G,H)."""
-        pre = x @ self.gates_ih.t() + h @ self.gates_hh.t() + self.gates_bias
-        return pre.unflatten(1, (-1, self.candidate_hh.shape[0]))
+        """x (B,I), h (B,R) -> pre-activations (B,G,n·H): one product a unit, one threshold a copy."""
+        product = x @ self.gates_ih.t() + h @ self.gates_hh.t()
+        hidden = self.candidate_hh.shape[0]
+        gates = product.shape[1] // hidden
+        return (product.view(-1, gates, 1, hidden) + self.gates_bias.view(gates, -1, hidden)).flatten(2)
+
+
+def fold(x: Tensor, copies: int) -> Tensor:
+    """(…,n·H) over copies -> their mean (…,H): what others read."""
+    return x if copies == 1 else x.unflatten(-1, (copies, -1)).mean(-2)
 
 
 class Tensors(nn.Module):
@@ -68,7 +75,7 @@ class Cell(nn.Module):
         return self.get_submodule(name)  # type: ignore[return-value]
 
     def _add_levels(self, *, learned: bool) -> None:
-        gates, hidden = self.layer.kind.gates, self.layer.hidden_size
+        gates, hidden = self.layer.kind.gates, self.layer.width
         self.levels = Tensors()
         self.learned = learned
         for side, start in (("lo", 0.0), ("hi", 1.0)):
@@ -92,9 +99,9 @@ class Cell(nn.Module):
         )
 
     def level_values(self) -> tuple[Tensor, Tensor]:
-        """(lo, hi), each (G,H); what is not learned is exactly 0 and exactly 1."""
+        """(lo, hi), each (G,n·H); what is not learned is exactly 0 and exactly 1."""
         if not any(self.binary):
-            shape = (len(self.binary), self.layer.hidden_size)
+            shape = (len(self.binary), self.layer.width)
             like = self.part("gates").bias
             return like.new_zeros(shape), like.new_ones(shape)
         lo = torch.where(self._lo_free, self.levels.lo, torch.zeros_like(self.levels.lo))

@@ -75,14 +75,13 @@ def histogram(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def fit(cell: Cell, mass: Tensor) -> None:
-    """mass (G,H,BINS) of the teacher's units -> levels and shifted gate biases of a cell that has each of them n times, n ≥ 1.
+    """mass (G,H,BINS) of the teacher's units -> levels and shifted gate biases of a cell with n ≥ 1 copies of each.
 
     The mean of n copies takes n + 1 values; copy k opens between the k-th and the next. What a level may not be stays as it is: strict
     gates are fitted by their thresholds alone.
     """
-    hidden = mass.shape[1]
-    copies = cell.layer.hidden_size // hidden
-    shift = torch.zeros(len(cell.binary), cell.layer.hidden_size, device=mass.device)
+    copies = cell.layer.copies
+    shift = torch.zeros(len(cell.binary), cell.layer.width, device=mass.device)
     for k, gate in enumerate(cell.layer.kind.gates):
         if not cell.binary[k]:
             continue

@@ -9,7 +9,6 @@ from rnn2bin import tasks
 from rnn2bin.cells.network import Network, Output, valid_steps
 from rnn2bin.gates.estimators import Discretize, Sample, sample
 from rnn2bin.recipe import Recipe
-from rnn2bin.student import folded
 
 # The open rate is counted in bits; its gradient is that of σ(pre), which reaches every unit and not only those near the threshold.
 _COUNT = Discretize("straight-through", slope=1.0, backward="sigmoid")
@@ -22,7 +21,7 @@ def total(
     weights = recipe.loss
     value = tasks.loss(task, weights, prepared, output.y, target.y)
     if weights.hidden:
-        value = value + weights.hidden * hidden_match(task, recipe.gates.copies, prepared, output, target)
+        value = value + weights.hidden * hidden_match(task, prepared, output, target)
     masks = step_masks(student, prepared, output)
     if weights.gate and mode.estimator != "float":
         value = value + weights.gate * gate_match(output, target, masks)
@@ -31,14 +30,13 @@ def total(
     return value
 
 
-def hidden_match(task: tasks.Task, copies: int, prepared: tasks.Prepared, output: Output, target: Output) -> Tensor:
-    """Σ over layers of the mean squared error between the layers' outputs, over real steps (both are zero at pads). Copies of a unit are
-    matched by their mean: each alone could only take two of the values that the teacher's gate takes."""
+def hidden_match(task: tasks.Task, prepared: tasks.Prepared, output: Output, target: Output) -> Tensor:
+    """Σ over layers of the mean squared error between the layers' outputs, over real steps (both are zero at pads)."""
     terms, at = [], 0
     for section, spec in task.spec.sections.items():
         lengths = prepared.decoder_lengths if section == "decoder" else prepared.lengths
-        for layer in spec.layers:
-            ours, theirs = folded(output.hidden[at], layer, copies), target.hidden[at]
+        for _ in spec.layers:
+            ours, theirs = output.hidden[at], target.hidden[at]
             steps = ours.shape[0] * ours.shape[1] if lengths is None else lengths.sum().clamp_min(1)
             terms.append((ours - theirs).square().sum() / (steps * ours.shape[2]))
             at += 1

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rnn2bin.cells.weights import Cell
+from rnn2bin.cells.weights import Cell, fold
 from rnn2bin.gates.estimators import Discretize
 
 PRECISIONS = {"float32": 0, "bfloat16": 1}
@@ -25,8 +25,8 @@ _CELLS = {"lstm": 0, "gru": 1}
 _SOFT, _BIT = 0, 1
 _BY = {"sigmoid": 0, "hard-sigmoid": 1, "identity": 2}
 _POINTERS = (
-    *("weight", "bias", "lo", "hi", "x_pre", "noise", "h0", "c0", "h", "c", "pre", "candidate", "inner", "h_before"),
-    *("grad_h", "grad_c", "grad_pre", "grad_x", "grad_product", "grad_h0", "grad_c0", "grad_lo", "grad_hi"),
+    *("weight", "gates_bias", "bias", "lo", "hi", "x_pre", "noise", "h0", "c0", "h", "c", "pre", "candidate", "inner", "h_before"),
+    *("grad_h", "grad_c", "grad_pre", "grad_x", "grad_product", "grad_h0", "grad_c0", "grad_bias", "grad_lo", "grad_hi"),
 )
 
 
@@ -43,7 +43,7 @@ class _Mode(ctypes.Structure):
 
 class _Window(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("cell", "precision", "threads", "steps", "batch", "hidden")),
+        *((name, ctypes.c_int32) for name in ("cell", "precision", "threads", "steps", "batch", "hidden", "copies")),
         ("modes", _Mode * 3),
         *((name, ctypes.c_void_p) for name in _POINTERS),
     )
@@ -106,7 +106,9 @@ def _address(t: Tensor | None) -> int | None:
 
 def _window(kind: str, precision: str, modes: tuple[Discretize, ...], x_pre: Tensor, tensors: dict[str, Tensor | None]) -> _Window:
     steps, batch, _, hidden = x_pre.shape
-    head = (_CELLS[kind], PRECISIONS[precision], torch.get_num_threads(), steps, batch, hidden)
+    lo = tensors["lo"]
+    assert lo is not None
+    head = (_CELLS[kind], PRECISIONS[precision], torch.get_num_threads(), steps, batch, hidden, lo.shape[1] // hidden)
     return _Window(*head, (_Mode * 3)(*map(_mode, modes)), *(_address(tensors.get(name)) for name in _POINTERS))
 
 
@@ -116,9 +118,11 @@ def _call(function: Any, window: _Window) -> None:
 
 
 class NativeWindow(torch.autograd.Function):
-    """x_pre (T,B,G+1,H) with biases added -> h (T,B,H), c (T,B,H) of the LSTM (the GRU: h again), gate pre-activations (T,B,G,H).
+    """x_pre (T,B,G+1,H), the gates' without their bias -> h (LSTM: (T,B,H), GRU: (T,B,n·H)), c (T,B,n·H) of the LSTM (the GRU: nothing),
+    gate pre-activations (T,B,G,n·H).
 
-    `weight` (PH,H), `bias` (H) of the GRU's recurrent candidate, states (B,H), levels (G,H), logistic noise (T,B,G,H) or None.
+    `weight` ((G+1)·H,H); `gates_bias`, levels (G,n·H); `bias` (H) of the GRU's recurrent candidate; states as wide as their traces;
+    logistic noise (T,B,G,n·H) or None.
     """
 
     @staticmethod
@@ -126,6 +130,7 @@ class NativeWindow(torch.autograd.Function):
         ctx: Any,
         x_pre: Tensor,
         weight: Tensor,
+        gates_bias: Tensor,
         bias: Tensor | None,
         h0: Tensor,
         c0: Tensor | None,
@@ -137,10 +142,12 @@ class NativeWindow(torch.autograd.Function):
         precision: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         steps, batch, blocks, hidden = x_pre.shape
+        width = gates_bias.shape[1]
         learning = any(ctx.needs_input_grad)
         new = lambda *shape, like=x_pre: like.new_empty(*shape)
         t: dict[str, Tensor | None] = {
             "weight": weight.contiguous(),
+            "gates_bias": gates_bias.contiguous(),
             "bias": bias,
             "lo": lo.contiguous(),
             "hi": hi.contiguous(),
@@ -148,10 +155,10 @@ class NativeWindow(torch.autograd.Function):
             "noise": noise,
             "h0": h0.contiguous(),
             "c0": None if c0 is None else c0.contiguous(),
-            "h": new(steps, batch, hidden),
-            "c": new(steps, batch, hidden) if kind == "lstm" else None,
-            "pre": new(steps, batch, blocks - 1, hidden),
-            "candidate": new(steps, batch, hidden) if learning else None,
+            "h": new(steps, batch, h0.shape[1]),
+            "c": new(steps, batch, width) if kind == "lstm" else None,
+            "pre": new(steps, batch, blocks - 1, width),
+            "candidate": new(steps, batch, hidden if kind == "lstm" else width) if learning else None,
             "inner": new(steps, batch, hidden) if learning and kind == "gru" else None,
             "h_before": torch.empty(steps, batch, hidden, dtype=torch.bfloat16) if learning and precision == "bfloat16" else None,
         }
@@ -178,10 +185,10 @@ class NativeWindow(torch.autograd.Function):
         assert h0 is not None
         assert lo is not None
         assert weight is not None
-        steps, batch, hidden = h.shape
+        steps, batch, hidden = *h.shape[:2], weight.shape[1]
         blocks = pre.shape[2] + 1
         low = ctx.precision == "bfloat16"
-        learns_levels = ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
+        learns_levels = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
         grad_x = h.new_empty(steps, batch, blocks, hidden)
         # The LSTM's recurrent product has the gradient of x_pre.
         grad_product = torch.empty_like(grad_x, dtype=torch.bfloat16) if low else torch.empty_like(grad_x) if ctx.kind == "gru" else grad_x
@@ -193,19 +200,20 @@ class NativeWindow(torch.autograd.Function):
             "grad_product": None if grad_product is grad_x else grad_product,
             "grad_h0": torch.empty_like(h0),
             "grad_c0": None if c0 is None else torch.empty_like(c0),
+            "grad_bias": torch.zeros_like(lo),
             "grad_lo": torch.zeros_like(lo) if learns_levels else None,
             "grad_hi": torch.zeros_like(lo) if learns_levels else None,
         }
         kernels = library()
         assert kernels is not None
         _call(kernels.r2b_backward, _window(ctx.kind, ctx.precision, ctx.modes, grad_x, t))
-        before = t["h_before"] if low else torch.cat([h0[None], h[:-1]])
+        before = t["h_before"] if low else fold(torch.cat([h0[None], h[:-1]]), h.shape[2] // hidden)
         assert before is not None
         d_weight = (grad_product.flatten(2).flatten(0, 1).t() @ before.flatten(0, 1)).to(weight.dtype)
         d_bias = None
         if t.get("bias") is not None:
             d_bias = grad_product[:, :, 2].sum((0, 1), dtype=torch.float32)
-        return grad_x, d_weight, d_bias, t["grad_h0"], t["grad_c0"], t["grad_lo"], t["grad_hi"], None, None, None, None
+        return grad_x, d_weight, t["grad_bias"], d_bias, t["grad_h0"], t["grad_c0"], t["grad_lo"], t["grad_hi"], None, None, None, None
 
 
 class LowProduct(torch.autograd.Function):

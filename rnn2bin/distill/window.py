@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rnn2bin.cells.network import CellState, Lookup, Trace
-from rnn2bin.cells.weights import Cell
+from rnn2bin.cells.weights import Cell, fold
 from rnn2bin.distill import native
 from rnn2bin.gates.estimators import Discretize, derivative, logistic_noise, sample
 
@@ -41,44 +41,60 @@ def _tanh(x: Tensor, out: Tensor) -> Tensor:
     return torch.sigmoid(torch.mul(x, 2, out=out), out=out).mul_(2).sub_(1)
 
 
+def _rows(bias: Tensor, product: Tensor, out: Tensor) -> Tensor:
+    """product (B,G,H) + a threshold for each copy, bias (G,n·H) -> out (B,G,n·H)."""
+    batch, gates, hidden = product.shape
+    torch.add(product.unsqueeze(2), bias.view(gates, -1, hidden), out=out.view(batch, gates, -1, hidden))
+    return out
+
+
+def _spread(x: Tensor, copies: int) -> Tensor:
+    """(…,H) -> (…,n·H), the same for every copy."""
+    return x if copies == 1 else x.repeat(*[1] * (x.ndim - 1), copies)
+
+
+def _gather(x: Tensor, copies: int) -> Tensor:
+    """(…,n·H) -> the sum over copies (…,H): the gradient of `_spread`."""
+    return x if copies == 1 else x.unflatten(-1, (copies, -1)).sum(-2)
+
+
 class LstmWindow(torch.autograd.Function):
-    """x_pre (T,B,4,H) in the order i,f,o,g with biases added -> h (T,B,R), c (T,B,H), gate pre-activations (T,B,3,H)."""
+    """x_pre (T,B,4,H) in the order i,f,o,g, the gates' without their bias -> h (T,B,R), c (T,B,n·H), gate pre-activations (T,B,3,n·H)."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         x_pre: Tensor,
         weight_hh: Tensor,  # (4H,R)
+        gates_bias: Tensor,  # (3,n·H)
         projection: Tensor | None,  # (R,H)
         h0: Tensor,
         c0: Tensor,
-        lo: Tensor,  # (3,H)
+        lo: Tensor,  # (3,n·H)
         hi: Tensor,
-        noise: Tensor | None,  # (T,B,3,H)
+        noise: Tensor | None,  # (T,B,3,n·H)
         modes: Modes,
     ) -> tuple[Tensor, Tensor, Tensor]:
         steps, batch, _, hidden = x_pre.shape
-        recurrent = weight_hh.t().contiguous()
-        every = torch.empty_like(x_pre)
-        flat, x_flat = every.view(steps, batch, 4 * hidden), x_pre.reshape(steps, batch, 4 * hidden)
-        bits = x_pre.new_empty(steps, batch, 3, hidden)
+        width = gates_bias.shape[1]
+        copies = width // hidden
+        recurrent, x_flat = weight_hh.t().contiguous(), x_pre.flatten(2)
+        product = x_pre.new_empty(batch, 4, hidden)
+        pre, bits = (x_pre.new_empty(steps, batch, 3, width) for _ in range(2))
         g = x_pre.new_empty(steps, batch, hidden)
-        c, tanh_c = torch.empty_like(g), torch.empty_like(g)
+        c, tanh_c = (x_pre.new_empty(steps, batch, width) for _ in range(2))
         h = x_pre.new_empty(steps, batch, h0.shape[1])
         last_h, last_c = h0, c0
         for t in range(steps):
-            torch.addmm(x_flat[t], last_h, recurrent, out=flat[t])
-            bits[t] = _sample(modes, every[t, :, :3], None if noise is None else noise[t])
+            torch.addmm(x_flat[t], last_h, recurrent, out=product.view(batch, 4 * hidden))
+            bits[t] = _sample(modes, _rows(gates_bias, product[:, :3], pre[t]), None if noise is None else noise[t])
             i, f, o = torch.lerp(lo, hi, bits[t]).unbind(1)
-            _tanh(every[t, :, 3], g[t])
-            torch.mul(f, last_c, out=c[t]).addcmul_(i, g[t])
+            _tanh(product[:, 3], g[t])
+            torch.mul(f, last_c, out=c[t]).addcmul_(i, _spread(g[t], copies))
             _tanh(c[t], tanh_c[t])
-            if projection is None:
-                torch.mul(o, tanh_c[t], out=h[t])
-            else:
-                torch.mm(o * tanh_c[t], projection.t(), out=h[t])
+            read = fold(o * tanh_c[t], copies)
+            h[t] = read if projection is None else read @ projection.t()
             last_h, last_c = h[t], c[t]
-        pre = every[:, :, :3].contiguous()
         ctx.save_for_backward(weight_hh, projection, h0, c0, lo, hi, noise, pre, bits, g, c, tanh_c, h)
         ctx.modes = modes
         ctx.set_materialize_grads(False)
@@ -88,16 +104,16 @@ class LstmWindow(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
         weight_hh, projection, h0, c0, lo, hi, noise, pre, bits, g, c, tanh_c, h = ctx.saved_tensors
-        steps, batch, hidden = c.shape
+        steps, batch, hidden = g.shape
+        copies = c.shape[2] // hidden
         i, f, o = torch.lerp(lo, hi, bits).unbind(2)
         c_before, h_before = torch.cat([c0[None], c[:-1]]), torch.cat([h0[None], h[:-1]])
         through = _derivative(ctx.modes, pre, bits, noise).mul_(hi - lo)
-        # What a gate's value and the candidate receive per unit of d c (i, f, g) or of d(o·tanh c) (o).
-        reach = torch.stack([g, c_before, i], 2)
-        slope = torch.cat([through[:, :, :2], (1 - g * g).unsqueeze(2)], 2).mul_(reach)
-        slope_o, slope_c = through[:, :, 2] * tanh_c, o * (1 - tanh_c * tanh_c)
-        grad = c.new_empty(steps, batch, 4, hidden)
-        flat = grad.view(steps, batch, 4 * hidden)
+        # What the gates receive per unit of d c (i, f) or of d(o·tanh c) (o), and the candidate per unit of d c.
+        every_g = _spread(g, copies)
+        slope = through[:, :, :2] * torch.stack([every_g, c_before], 2)
+        slope_o, slope_c, slope_g = through[:, :, 2] * tanh_c, o * (1 - tanh_c * tanh_c), i * (1 - every_g * every_g)
+        grad, d_pre = g.new_empty(steps, batch, 4, hidden), torch.empty_like(pre)
         all_dc, all_dm, all_dh = torch.empty_like(c), torch.empty_like(c), torch.empty_like(h)
         dh, dc = torch.zeros_like(h0), torch.zeros_like(c0)
         for t in reversed(range(steps)):
@@ -106,55 +122,60 @@ class LstmWindow(torch.autograd.Function):
             if grad_c is not None:
                 dc = dc + grad_c[t]
             all_dh[t] = dh
-            dm = dh if projection is None else dh @ projection  # d(o·tanh c)
+            dm = _spread((dh if projection is None else dh @ projection) / copies, copies)  # d(o·tanh c)
             dc = torch.addcmul(dc, dm, slope_c[t])
             all_dm[t], all_dc[t] = dm, dc
-            torch.mul(dc.unsqueeze(1), slope[t, :, :2], out=grad[t, :, :2])
-            torch.mul(dm, slope_o[t], out=grad[t, :, 2])
-            torch.mul(dc, slope[t, :, 2], out=grad[t, :, 3])
+            torch.mul(dc.unsqueeze(1), slope[t], out=d_pre[t, :, :2])
+            torch.mul(dm, slope_o[t], out=d_pre[t, :, 2])
             if grad_pre is not None:
-                grad[t, :, :3] += grad_pre[t]
-            dh = flat[t] @ weight_hh
+                d_pre[t] += grad_pre[t]
+            grad[t, :, :3] = _gather(d_pre[t], copies)
+            grad[t, :, 3] = _gather(dc * slope_g[t], copies)
+            dh = grad[t].flatten(1) @ weight_hh
             dc = dc * f[t]
-        d_weight = flat.flatten(0, 1).t() @ h_before.flatten(0, 1)
-        d_projection = None if projection is None else all_dh.flatten(0, 1).t() @ (o * tanh_c).flatten(0, 1)
+        d_weight = grad.flatten(2).flatten(0, 1).t() @ h_before.flatten(0, 1)
+        read = fold(o * tanh_c, copies)
+        d_projection = None if projection is None else all_dh.flatten(0, 1).t() @ read.flatten(0, 1)
         d_lo = d_hi = None
-        if ctx.needs_input_grad[5] or ctx.needs_input_grad[6]:
-            d_value = torch.stack([all_dc * g, all_dc * c_before, all_dm * tanh_c], 2)
+        if ctx.needs_input_grad[6] or ctx.needs_input_grad[7]:
+            d_value = torch.stack([all_dc * every_g, all_dc * c_before, all_dm * tanh_c], 2)
             d_hi = (d_value * bits).sum((0, 1))
             d_lo = d_value.sum((0, 1)) - d_hi
-        return grad, d_weight, d_projection, dh, dc, d_lo, d_hi, None, None
+        return grad, d_weight, d_pre.sum((0, 1)), d_projection, dh, dc, d_lo, d_hi, None, None
 
 
 class GruWindow(torch.autograd.Function):
-    """GRU, reset after the product. x_pre (T,B,3,H) in the order r,z,n -> h (T,B,H), gate pre-activations (T,B,2,H)."""
+    """GRU, reset after the product. x_pre (T,B,3,H) in the order r,z,n, the gates' without their bias -> h (T,B,n·H), gate pre-activations
+    (T,B,2,n·H)."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         x_pre: Tensor,
         weight_hh: Tensor,  # (3H,H)
+        gates_bias: Tensor,  # (2,n·H)
         bias_hh: Tensor,  # (H,) the candidate's
         h0: Tensor,
-        lo: Tensor,  # (2,H)
+        lo: Tensor,  # (2,n·H)
         hi: Tensor,
         noise: Tensor | None,
         modes: Modes,
     ) -> tuple[Tensor, Tensor]:
         steps, batch, _, hidden = x_pre.shape
+        width = gates_bias.shape[1]
+        copies = width // hidden
         recurrent = weight_hh.t().contiguous()
-        bias = torch.cat([bias_hh.new_zeros(2 * hidden), bias_hh])
-        pre, bits = x_pre.new_empty(steps, batch, 2, hidden), x_pre.new_empty(steps, batch, 2, hidden)
         product = x_pre.new_empty(batch, 3, hidden)
-        h, n, u = (x_pre.new_empty(steps, batch, hidden) for _ in range(3))  # u: U_n h + b_hn
+        pre, bits = (x_pre.new_empty(steps, batch, 2, width) for _ in range(2))
+        h, n = (x_pre.new_empty(steps, batch, width) for _ in range(2))
+        u = x_pre.new_empty(steps, batch, hidden)  # U_n h + b_hn
         last = h0
         for t in range(steps):
-            torch.addmm(bias, last, recurrent, out=product.view(batch, 3 * hidden))
-            torch.add(x_pre[t, :, :2], product[:, :2], out=pre[t])
-            u[t] = product[:, 2]
-            bits[t] = _sample(modes, pre[t], None if noise is None else noise[t])
+            torch.mm(fold(last, copies), recurrent, out=product.view(batch, 3 * hidden))
+            torch.add(product[:, 2], bias_hh, out=u[t])
+            bits[t] = _sample(modes, _rows(gates_bias, x_pre[t, :, :2] + product[:, :2], pre[t]), None if noise is None else noise[t])
             r, z = torch.lerp(lo, hi, bits[t]).unbind(1)
-            _tanh(torch.addcmul(x_pre[t, :, 2], r, u[t], out=n[t]), n[t])
+            _tanh(torch.addcmul(_spread(x_pre[t, :, 2], copies), r, _spread(u[t], copies), out=n[t]), n[t])
             torch.lerp(n[t], last, z, out=h[t])
             last = h[t]
         ctx.save_for_backward(weight_hh, h0, lo, hi, noise, pre, bits, h, n, u)
@@ -166,35 +187,37 @@ class GruWindow(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor | None, grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
         weight_hh, h0, lo, hi, noise, pre, bits, h, n, u = ctx.saved_tensors
-        steps, batch, hidden = h.shape
+        steps, batch, hidden = u.shape
+        copies = h.shape[2] // hidden
         r, z = torch.lerp(lo, hi, bits).unbind(2)
-        before = torch.cat([h0[None], h[:-1]])
+        before, every_u = torch.cat([h0[None], h[:-1]]), _spread(u, copies)
         through = _derivative(ctx.modes, pre, bits, noise).mul_(hi - lo)
         slope_n = (1 - z) * (1 - n * n)
-        slope_r, slope_z = through[:, :, 0] * u, through[:, :, 1] * (before - n)
-        grad, d_product = h.new_empty(steps, batch, 3, hidden), h.new_empty(steps, batch, 3, hidden)
-        all_dh = torch.empty_like(h)
+        slope_r, slope_z = through[:, :, 0] * every_u, through[:, :, 1] * (before - n)
+        grad, d_product = u.new_empty(steps, batch, 3, hidden), u.new_empty(steps, batch, 3, hidden)
+        d_pre, all_dh, all_dn = torch.empty_like(pre), torch.empty_like(h), torch.empty_like(h)
         dh = torch.zeros_like(h0)
         for t in reversed(range(steps)):
             if grad_h is not None:
                 dh = dh + grad_h[t]
             all_dh[t] = dh
-            dn = torch.mul(dh, slope_n[t], out=grad[t, :, 2])
-            torch.mul(dn, slope_r[t], out=grad[t, :, 0])
-            torch.mul(dh, slope_z[t], out=grad[t, :, 1])
+            dn = torch.mul(dh, slope_n[t], out=all_dn[t])
+            torch.mul(dn, slope_r[t], out=d_pre[t, :, 0])
+            torch.mul(dh, slope_z[t], out=d_pre[t, :, 1])
             if grad_pre is not None:
-                grad[t, :, :2] += grad_pre[t]
-            d_product[t, :, :2] = grad[t, :, :2]
-            torch.mul(dn, r[t], out=d_product[t, :, 2])
-            dh = torch.addmm(dh * z[t], d_product[t].flatten(1), weight_hh)
-        d_weight = d_product.flatten(2).flatten(0, 1).t() @ before.flatten(0, 1)
-        d_bias = d_product[:, :, 2].sum((0, 1))
-        d_lo, d_hi = _gru_level_grads(ctx, 4, bits, grad[:, :, 2] * u, all_dh * (before - n))
-        return grad, d_weight, d_bias, dh, d_lo, d_hi, None, None
+                d_pre[t] += grad_pre[t]
+            d_product[t, :, :2] = _gather(d_pre[t], copies)
+            d_product[t, :, 2] = _gather(dn * r[t], copies)
+            dh = torch.addcmul(_spread(d_product[t].flatten(1) @ weight_hh / copies, copies), dh, z[t])
+        grad[:, :, :2], grad[:, :, 2] = d_product[:, :, :2], _gather(all_dn, copies)
+        d_weight = d_product.flatten(2).flatten(0, 1).t() @ fold(before, copies).flatten(0, 1)
+        d_lo, d_hi = _gru_level_grads(ctx, 5, bits, all_dn * every_u, all_dh * (before - n))
+        return grad, d_weight, d_pre.sum((0, 1)), d_product[:, :, 2].sum((0, 1)), dh, d_lo, d_hi, None, None
 
 
 class GruBeforeWindow(torch.autograd.Function):
-    """GRU, reset before the product. x_pre (T,B,3,H) in the order r,z,n -> h (T,B,H), gate pre-activations (T,B,2,H)."""
+    """GRU, reset before the product. x_pre (T,B,3,H) in the order r,z,n, the gates' without their bias -> h (T,B,n·H), gate pre-activations
+    (T,B,2,n·H)."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -202,6 +225,7 @@ class GruBeforeWindow(torch.autograd.Function):
         x_pre: Tensor,
         gates_hh: Tensor,  # (2H,H)
         candidate_hh: Tensor,  # (H,H)
+        gates_bias: Tensor,  # (2,n·H)
         h0: Tensor,
         lo: Tensor,
         hi: Tensor,
@@ -209,17 +233,20 @@ class GruBeforeWindow(torch.autograd.Function):
         modes: Modes,
     ) -> tuple[Tensor, Tensor]:
         steps, batch, _, hidden = x_pre.shape
+        width = gates_bias.shape[1]
+        copies = width // hidden
         gates, candidate = gates_hh.t().contiguous(), candidate_hh.t().contiguous()
-        pre, bits = x_pre.new_empty(steps, batch, 2, hidden), x_pre.new_empty(steps, batch, 2, hidden)
-        h, n, read = (x_pre.new_empty(steps, batch, hidden) for _ in range(3))  # read: r ⊙ h
+        product = x_pre.new_empty(batch, 2, hidden)
+        pre, bits = (x_pre.new_empty(steps, batch, 2, width) for _ in range(2))
+        h, n, read = x_pre.new_empty(steps, batch, width), x_pre.new_empty(steps, batch, hidden), x_pre.new_empty(steps, batch, hidden)
         last = h0
         for t in range(steps):
-            torch.addmm(x_pre[t, :, :2].flatten(1), last, gates, out=pre[t].view(batch, 2 * hidden))
-            bits[t] = _sample(modes, pre[t], None if noise is None else noise[t])
+            torch.addmm(x_pre[t, :, :2].flatten(1), fold(last, copies), gates, out=product.view(batch, 2 * hidden))
+            bits[t] = _sample(modes, _rows(gates_bias, product, pre[t]), None if noise is None else noise[t])
             r, z = torch.lerp(lo, hi, bits[t]).unbind(1)
-            torch.mul(r, last, out=read[t])
+            read[t] = fold(r * last, copies)
             _tanh(torch.addmm(x_pre[t, :, 2], read[t], candidate, out=n[t]), n[t])
-            torch.lerp(n[t], last, z, out=h[t])
+            torch.lerp(_spread(n[t], copies), last, z, out=h[t])
             last = h[t]
         ctx.save_for_backward(gates_hh, candidate_hh, h0, lo, hi, noise, pre, bits, h, n, read)
         ctx.modes = modes
@@ -230,34 +257,36 @@ class GruBeforeWindow(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor | None, grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
         gates_hh, candidate_hh, h0, lo, hi, noise, pre, bits, h, n, read = ctx.saved_tensors
-        steps, batch, hidden = h.shape
+        steps, batch, hidden = n.shape
+        copies = h.shape[2] // hidden
         r, z = torch.lerp(lo, hi, bits).unbind(2)
         before = torch.cat([h0[None], h[:-1]])
         through = _derivative(ctx.modes, pre, bits, noise).mul_(hi - lo)
-        slope_n = (1 - z) * (1 - n * n)
-        slope_r, slope_z = through[:, :, 0] * before, through[:, :, 1] * (before - n)
-        grad = h.new_empty(steps, batch, 3, hidden)
+        slope_n, moved = 1 - n * n, before - _spread(n, copies)
+        slope_r, slope_z = through[:, :, 0] * before, through[:, :, 1] * moved
+        grad, d_pre = n.new_empty(steps, batch, 3, hidden), torch.empty_like(pre)
         all_dh, all_dread = torch.empty_like(h), torch.empty_like(h)
         dh = torch.zeros_like(h0)
         for t in reversed(range(steps)):
             if grad_h is not None:
                 dh = dh + grad_h[t]
             all_dh[t] = dh
-            dn = torch.mul(dh, slope_n[t], out=grad[t, :, 2])
-            dread = torch.mm(dn, candidate_hh, out=all_dread[t])
-            torch.mul(dread, slope_r[t], out=grad[t, :, 0])
-            torch.mul(dh, slope_z[t], out=grad[t, :, 1])
+            dn = torch.mul(_gather(dh * (1 - z[t]), copies), slope_n[t], out=grad[t, :, 2])
+            all_dread[t] = dread = _spread(dn @ candidate_hh / copies, copies)
+            torch.mul(dread, slope_r[t], out=d_pre[t, :, 0])
+            torch.mul(dh, slope_z[t], out=d_pre[t, :, 1])
             if grad_pre is not None:
-                grad[t, :, :2] += grad_pre[t]
-            dh = torch.addmm((dh * z[t]).addcmul_(dread, r[t]), grad[t, :, :2].flatten(1), gates_hh)
-        d_gates = grad[:, :, :2].flatten(2).flatten(0, 1).t() @ before.flatten(0, 1)
+                d_pre[t] += grad_pre[t]
+            grad[t, :, :2] = _gather(d_pre[t], copies)
+            dh = (dh * z[t]).addcmul_(dread, r[t]) + _spread(grad[t, :, :2].flatten(1) @ gates_hh / copies, copies)
+        d_gates = grad[:, :, :2].flatten(2).flatten(0, 1).t() @ fold(before, copies).flatten(0, 1)
         d_candidate = grad[:, :, 2].flatten(0, 1).t() @ read.flatten(0, 1)
-        d_lo, d_hi = _gru_level_grads(ctx, 4, bits, all_dread * before, all_dh * (before - n))
-        return grad, d_gates, d_candidate, dh, d_lo, d_hi, None, None
+        d_lo, d_hi = _gru_level_grads(ctx, 5, bits, all_dread * before, all_dh * moved)
+        return grad, d_gates, d_candidate, d_pre.sum((0, 1)), dh, d_lo, d_hi, None, None
 
 
 def _gru_level_grads(ctx: Any, lo_at: int, bits: Tensor, d_r: Tensor, d_z: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of (lo, hi), each (2,H), from what the values of r and z received over the window (T,B,H)."""
+    """Gradients of (lo, hi), each (2,n·H), from what the values of r and z received over the window (T,B,n·H)."""
     if not (ctx.needs_input_grad[lo_at] or ctx.needs_input_grad[lo_at + 1]):
         return None, None
     d_value = torch.stack([d_r, d_z], 2)
@@ -305,26 +334,27 @@ def run_cell(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize,
     """
     w, kind = cell.weights(), cell.layer.kind
     modes, (lo, hi) = cell.modes(mode), cell.level_values()
-    gates, hidden = len(kind.gates), cell.layer.hidden_size
+    gates, hidden, width = len(kind.gates), cell.layer.hidden_size, cell.layer.width
     weight_ih = torch.cat([w.gates_ih, w.candidate_ih])
-    bias = torch.cat([w.gates_bias, w.candidate_bias])
+    bias = torch.cat([w.candidate_bias.new_zeros(gates * hidden), w.candidate_bias])  # the gates' belong to the copies
+    gates_bias = w.gates_bias.view(gates, width)
     fast = native.takes(cell, weight_ih, modes)
     precision = precision if fast and native.has_bfloat16() else "float32"
     x_pre = input_product(x, weight_ih, bias, precision).unflatten(2, (gates + 1, hidden))
-    noise = logistic_noise((*x_pre.shape[:2], gates, hidden), mode, x_pre) if mode.draws and any(cell.binary) else None
+    noise = logistic_noise((*x_pre.shape[:2], gates, width), mode, x_pre) if mode.draws and any(cell.binary) else None
     weight_hh = torch.cat([w.gates_hh, w.candidate_hh])
     if fast:
         c0 = state[1] if kind.name == "lstm" else None
         h, c, pre = native.NativeWindow.apply(
-            x_pre, weight_hh, w.candidate_bias_hh, state[0], c0, lo, hi, noise, kind.name, modes, precision
+            x_pre, weight_hh, gates_bias, w.candidate_bias_hh, state[0], c0, lo, hi, noise, kind.name, modes, precision
         )
         return Trace((h,) if c0 is None else (h, c), pre)
     match kind.name:
         case "lstm":
-            h, c, pre = LstmWindow.apply(x_pre, weight_hh, w.projection, state[0], state[1], lo, hi, noise, modes)
+            h, c, pre = LstmWindow.apply(x_pre, weight_hh, gates_bias, w.projection, state[0], state[1], lo, hi, noise, modes)
             return Trace((h, c), pre)
         case "gru":
-            h, pre = GruWindow.apply(x_pre, weight_hh, w.candidate_bias_hh, state[0], lo, hi, noise, modes)
+            h, pre = GruWindow.apply(x_pre, weight_hh, gates_bias, w.candidate_bias_hh, state[0], lo, hi, noise, modes)
         case _:
-            h, pre = GruBeforeWindow.apply(x_pre, w.gates_hh, w.candidate_hh, state[0], lo, hi, noise, modes)
+            h, pre = GruBeforeWindow.apply(x_pre, w.gates_hh, w.candidate_hh, gates_bias, state[0], lo, hi, noise, modes)
     return Trace((h,), pre)

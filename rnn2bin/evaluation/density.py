@@ -125,12 +125,17 @@ def _before(values: Tensor, start: float) -> Tensor:
     return torch.cat([torch.full_like(values[:1], start), values[:-1]])
 
 
+def _any(bits: Tensor, layer: LayerSpec) -> Tensor:
+    """bits (T,B,n·H) over copies -> (T,B,H), 1 where any of a unit's copies is: its row or column is read once for all of them."""
+    return bits.unflatten(-1, (layer.copies, layer.hidden_size)).amax(-2)
+
+
 def _lstm(layer: LayerSpec, gate: dict[str, Tensor], binary: dict[str, bool], inputs: Tensor | None, mask: Tensor, rested: bool) -> Count:
     """Per step: 3H gate rows over the non-zero columns; a candidate row for each open input gate; the projection's columns for open o."""
     hidden, steps = layer.hidden_size, float(mask.sum())
     full = torch.full_like(mask, hidden)
-    read = gate["o"].sum(-1) if binary["o"] else full
-    rows = gate["i"].sum(-1) if binary["i"] else full
+    read = _any(gate["o"], layer).sum(-1) if binary["o"] else full
+    rows = _any(gate["i"], layer).sum(-1) if binary["i"] else full
     columns = _before(torch.full_like(mask, layer.recurrent_size) if layer.proj_size else read, 0 if rested else layer.recurrent_size)
     recurrent = float(((3 * hidden + rows) * columns * mask).sum())
     recurrent_dense = 4 * hidden * layer.recurrent_size * steps
@@ -160,12 +165,12 @@ def _gru(layer: LayerSpec, gate: dict[str, Tensor], binary: dict[str, bool], inp
     ones = torch.ones_like(gate["z"])
     updated = 1 - gate["z"] if binary["z"] else ones
     reads = gate["r"] if binary["r"] else ones
-    rows = updated.sum(-1)
+    rows = _any(updated, layer).sum(-1)
     state = _before(torch.ones_like(mask), 0 if rested else 1)  # 0 where the state before the step is zero
     if layer.cell == "gru":
-        candidate = (updated * reads).sum(-1) * hidden * state
+        candidate = _any(updated * reads, layer).sum(-1) * hidden * state
     else:
-        candidate = rows * reads.sum(-1) * state
+        candidate = rows * _any(reads, layer).sum(-1) * state
     before = _before(rows, 0 if rested else hidden)  # units that changed in the step before
     gates = 2 * hidden * hidden * state
     changed = 2 * hidden * before

@@ -288,7 +288,7 @@ def binarize(module: nn.Module, *, recipe: str | Path | Recipe = "anneal.yaml") 
     """
     gates = recipe.gates if isinstance(recipe, Recipe) else recipe_yaml.read(recipe).gates
     if gates.copies > 1:
-        raise RecipeError("gates.copies: a module's other layers would have to grow too; give 1, or convert the network from a file")
+        raise RecipeError("gates.copies: the states a module passes on hold one value a unit; give 1, or convert the network from a file")
     return surgery(module, students.plan(cast(RnnSpec, Cells(surgery(module))), gates), levels=gates.levels)
 
 

@@ -191,75 +191,106 @@ static inline void operand(const float *restrict source, void *restrict to, int 
   }
 }
 
-static inline void gru_row(const r2b_window *w, const float *restrict x, const float *restrict product, const float *restrict noise,
-                           const float *restrict before, float *restrict pre, float *restrict candidate, float *restrict inner, float *restrict h,
-                           float *restrict bits) {
-  int H = w->hidden;
-  for (int j = 0; j < 2 * H; j++) pre[j] = x[j] + product[j];
-  samples(w->modes[0], pre, noise, bits, H);
-  samples(w->modes[1], pre + H, noise ? noise + H : NULL, bits + H, H);
-  const float *restrict lo = w->lo, *restrict hi = w->hi;
+/* pre (W) of one gate: a product a unit, a threshold a copy. */
+static inline void thresholds(const float *restrict x, const float *restrict product, const float *restrict bias, float *restrict pre, int hidden,
+                              int copies) {
+  for (int k = 0; k < copies; k++)
+    for (int j = 0; j < hidden; j++) pre[k * hidden + j] = x[j] + product[j] + bias[k * hidden + j];
+}
+
+/* What others read of a state (W): the mean over copies (H). */
+static inline void fold(const float *restrict h, float *restrict mean, int hidden, int copies) {
+  float share = 1.0f / (float)copies;
+  for (int j = 0; j < hidden; j++) mean[j] = h[j] * share;
+  for (int k = 1; k < copies; k++)
+    for (int j = 0; j < hidden; j++) mean[j] += h[k * hidden + j] * share;
+}
+
+/* levels (W) of a gate from its samples: exactly lo at 0 and hi at 1. */
+static inline void levels(const float *restrict lo, const float *restrict hi, const float *restrict sample, float *restrict value, int width) {
+  for (int j = 0; j < width; j++) value[j] = hi[j] * sample[j] + lo[j] * (1.0f - sample[j]);
+}
+
+static inline void gru_copy(int H, const float *restrict x, const float *restrict u, const float *restrict r, const float *restrict z,
+                            const float *restrict before, float *restrict n, float *restrict h) {
   for (int j = 0; j < H; j++) {
-    float r = hi[j] * bits[j] + lo[j] * (1.0f - bits[j]);
-    float z = hi[H + j] * bits[H + j] + lo[H + j] * (1.0f - bits[H + j]);
-    float u = product[2 * H + j] + w->bias[j];
-    float n = tanh_(x[2 * H + j] + r * u);
-    inner[j] = u;
-    candidate[j] = n;
-    h[j] = z * before[j] + (1.0f - z) * n;
+    float value = tanh_(x[j] + r[j] * u[j]);
+    n[j] = value;
+    h[j] = z[j] * before[j] + (1.0f - z[j]) * value;
   }
 }
 
-static inline void lstm_row(const r2b_window *w, const float *restrict x, const float *restrict product, const float *restrict noise,
-                            const float *restrict c_before, float *restrict pre, float *restrict candidate, float *restrict c, float *restrict h,
-                            float *restrict bits) {
-  int H = w->hidden;
-  for (int j = 0; j < 3 * H; j++) pre[j] = x[j] + product[j];
-  for (int k = 0; k < 3; k++) samples(w->modes[k], pre + k * H, noise ? noise + k * H : NULL, bits + k * H, H);
-  const float *restrict lo = w->lo, *restrict hi = w->hi;
-  for (int j = 0; j < H; j++) {
-    float i = hi[j] * bits[j] + lo[j] * (1.0f - bits[j]);
-    float f = hi[H + j] * bits[H + j] + lo[H + j] * (1.0f - bits[H + j]);
-    float o = hi[2 * H + j] * bits[2 * H + j] + lo[2 * H + j] * (1.0f - bits[2 * H + j]);
-    float g = tanh_(x[3 * H + j] + product[3 * H + j]);
-    float now = f * c_before[j] + i * g;
-    candidate[j] = g;
-    c[j] = now;
-    h[j] = o * tanh_(now);
+static void gru_row(const r2b_window *w, const float *x, const float *product, const float *noise, const float *before, float *pre, float *candidate,
+                    float *inner, float *h, float *values) {
+  int H = w->hidden, W = H * w->copies;
+  for (int g = 0; g < 2; g++) {
+    thresholds(x + g * H, product + g * H, w->gates_bias + g * W, pre + g * W, H, w->copies);
+    samples(w->modes[g], pre + g * W, noise ? noise + g * W : NULL, values + (2 + g) * W, W);
+    levels(w->lo + g * W, w->hi + g * W, values + (2 + g) * W, values + g * W, W);
   }
+  for (int j = 0; j < H; j++) inner[j] = product[2 * H + j] + w->bias[j];
+  for (int k = 0; k < w->copies; k++) gru_copy(H, x + 2 * H, inner, values + k * H, values + W + k * H, before + k * H, candidate + k * H, h + k * H);
+}
+
+static inline void lstm_copy(int H, const float *restrict g, const float *restrict i, const float *restrict f, const float *restrict o, float share,
+                             const float *restrict before, float *restrict c, float *restrict h) {
+  for (int j = 0; j < H; j++) {
+    float now = f[j] * before[j] + i[j] * g[j];
+    c[j] = now;
+    h[j] += o[j] * tanh_(now) * share;
+  }
+}
+
+static void lstm_row(const r2b_window *w, const float *x, const float *product, const float *noise, const float *before, float *pre, float *candidate,
+                     float *c, float *h, float *values) {
+  int H = w->hidden, W = H * w->copies;
+  for (int g = 0; g < 3; g++) {
+    thresholds(x + g * H, product + g * H, w->gates_bias + g * W, pre + g * W, H, w->copies);
+    samples(w->modes[g], pre + g * W, noise ? noise + g * W : NULL, values + 3 * W, W);
+    levels(w->lo + g * W, w->hi + g * W, values + 3 * W, values + g * W, W);
+  }
+  for (int j = 0; j < H; j++) candidate[j] = tanh_(x[3 * H + j] + product[3 * H + j]);
+  memset(h, 0, (size_t)H * 4);
+  for (int k = 0; k < w->copies; k++)
+    lstm_copy(H, candidate, values + k * H, values + W + k * H, values + 2 * W + k * H, 1.0f / (float)w->copies, before + k * H, c + k * H, h);
 }
 
 /* Rows first … first + count through the whole window. */
 int NAME(forward)(const r2b_window *w, const void *packed, int first, int count) {
-  size_t H = (size_t)w->hidden, gates = w->cell == R2B_LSTM ? 3 : 2, blocks = gates + 1, B = (size_t)w->batch;
+  size_t H = (size_t)w->hidden, W = H * (size_t)w->copies, lstm = w->cell == R2B_LSTM, gates = lstm ? 3 : 2, blocks = gates + 1;
+  size_t B = (size_t)w->batch, state = lstm ? H : W, candidates = lstm ? H : W; /* widths of h and of the candidate */
   size_t depth = up(H, 2), rows = up((size_t)count, MR), width = up(blocks * H, NR), size = w->precision == R2B_BFLOAT16 ? 2 : 4;
   void *a = calloc(rows * depth, size);
-  float *out = malloc(rows * width * 4), *spare = malloc(7 * H * 4);
+  float *out = malloc(rows * width * 4), *spare = malloc((5 * W + 2 * H) * 4);
   if (!a || !out || !spare) {
     free(a), free(out), free(spare);
     return -1;
   }
-  float *bits = spare, *n_spare = spare + 3 * H, *u_spare = spare + 4 * H;
+  float *values = spare, *n_spare = spare + 4 * W, *u_spare = spare + 5 * W, *mean = spare + 5 * W + H;
   for (int t = 0; t < w->steps; t++) {
     for (size_t r = 0; r < (size_t)count; r++) {
       size_t b = (size_t)first + r;
-      const float *before = t ? w->h + ((size_t)(t - 1) * B + b) * H : w->h0 + b * H;
+      const float *before = t ? w->h + ((size_t)(t - 1) * B + b) * state : w->h0 + b * state;
       void *row = (char *)a + r * depth * size;
+      if (state > H) {
+        fold(before, mean, (int)H, w->copies);
+        before = mean;
+      }
       operand(before, row, (int)H, depth, w->precision);
       if (w->h_before) memcpy(w->h_before + ((size_t)t * B + b) * H, row, H * 2);
     }
     product(a, depth, packed, depth, (int)(blocks * H), rows, out, width, w->precision);
     for (size_t r = 0; r < (size_t)count; r++) {
       size_t b = (size_t)first + r, at = (size_t)t * B + b;
-      const float *x = w->x_pre + at * blocks * H, *noise = w->noise ? w->noise + at * gates * H : NULL;
-      float *candidate = w->candidate ? w->candidate + at * H : n_spare;
-      if (w->cell == R2B_LSTM) {
-        const float *c_before = t ? w->c + (at - B) * H : w->c0 + b * H;
-        lstm_row(w, x, out + r * width, noise, c_before, w->pre + at * gates * H, candidate, w->c + at * H, w->h + at * H, bits);
+      const float *x = w->x_pre + at * blocks * H, *noise = w->noise ? w->noise + at * gates * W : NULL;
+      float *candidate = w->candidate ? w->candidate + at * candidates : n_spare;
+      if (lstm) {
+        const float *c_before = t ? w->c + (at - B) * W : w->c0 + b * W;
+        lstm_row(w, x, out + r * width, noise, c_before, w->pre + at * gates * W, candidate, w->c + at * W, w->h + at * H, values);
       } else {
-        const float *before = t ? w->h + (at - B) * H : w->h0 + b * H;
-        float *inner = w->inner ? w->inner + at * H : u_spare;
-        gru_row(w, x, out + r * width, noise, before, w->pre + at * gates * H, candidate, inner, w->h + at * H, bits);
+        const float *before = t ? w->h + (at - B) * W : w->h0 + b * W;
+        gru_row(w, x, out + r * width, noise, before, w->pre + at * gates * W, candidate, w->inner ? w->inner + at * H : u_spare, w->h + at * W,
+                values);
       }
     }
   }
@@ -267,118 +298,116 @@ int NAME(forward)(const r2b_window *w, const void *packed, int first, int count)
   return 0;
 }
 
-typedef struct {
-  const float *pre, *noise, *candidate, *inner, *h_before, *c_before, *c, *grad_pre;
-  float *grad_x, *dh, *dc, *bits, *through, *product, *d_lo, *d_hi;
-} row_;
-
-static inline void gru_row_back(const r2b_window *w, row_ q) {
-  int H = w->hidden;
-  const float *restrict lo = w->lo, *restrict hi = w->hi, *restrict n = q.candidate, *restrict u = q.inner, *restrict before = q.h_before;
-  const float *restrict bits = q.bits, *restrict through = q.through;
-  float *restrict grad = q.grad_x, *restrict dh = q.dh, *restrict product = q.product, *restrict d_lo = q.d_lo, *restrict d_hi = q.d_hi;
-  for (int j = 0; j < H; j++) {
-    float vr = bits[j], vz = bits[H + j];
-    float r = hi[j] * vr + lo[j] * (1.0f - vr), z = hi[H + j] * vz + lo[H + j] * (1.0f - vz);
-    float dn = dh[j] * (1.0f - z) * (1.0f - n[j] * n[j]);
-    float dr = dn * u[j], dz = dh[j] * (before[j] - n[j]);
-    d_hi[j] += dr * vr;
-    d_lo[j] += dr * (1.0f - vr);
-    d_hi[H + j] += dz * vz;
-    d_lo[H + j] += dz * (1.0f - vz);
-    float gr = dr * through[j] * (hi[j] - lo[j]), gz = dz * through[H + j] * (hi[H + j] - lo[H + j]);
-    grad[j] = gr;
-    grad[H + j] = gz;
-    grad[2 * H + j] = dn;
-    product[2 * H + j] = dn * r;
-    dh[j] = dh[j] * z;
+/* One gate's share of the backward pass: what its value received (received, W) -> the gradient of pre (W), and the sums for levels and bias. */
+static inline void gate_back(const float *restrict received, const float *restrict sample, const float *restrict through, const float *restrict lo,
+                             const float *restrict hi, const float *restrict extra, float *restrict d_pre, float *restrict d_bias,
+                             float *restrict d_lo, float *restrict d_hi, int width) {
+  for (int j = 0; j < width; j++) {
+    float d = received[j] * through[j] * (hi[j] - lo[j]);
+    d_hi[j] += received[j] * sample[j];
+    d_lo[j] += received[j] * (1.0f - sample[j]);
+    d_pre[j] = d;
   }
-  if (q.grad_pre)
-    for (int j = 0; j < 2 * H; j++) grad[j] += q.grad_pre[j];
-  memcpy(product, grad, (size_t)(2 * H) * 4);
+  if (extra)
+    for (int j = 0; j < width; j++) d_pre[j] += extra[j];
+  for (int j = 0; j < width; j++) d_bias[j] += d_pre[j];
 }
 
-static inline void lstm_row_back(const r2b_window *w, row_ q) {
-  int H = w->hidden;
-  const float *restrict lo = w->lo, *restrict hi = w->hi, *restrict g = q.candidate, *restrict c = q.c, *restrict c_before = q.c_before;
-  const float *restrict bits = q.bits, *restrict through = q.through;
-  float *restrict grad = q.grad_x, *restrict dh = q.dh, *restrict dc = q.dc, *restrict d_lo = q.d_lo, *restrict d_hi = q.d_hi;
-  for (int j = 0; j < H; j++) {
-    float vi = bits[j], vf = bits[H + j], vo = bits[2 * H + j];
-    float i = hi[j] * vi + lo[j] * (1.0f - vi), f = hi[H + j] * vf + lo[H + j] * (1.0f - vf), o = hi[2 * H + j] * vo + lo[2 * H + j] * (1.0f - vo);
-    float tc = tanh_(c[j]), d = dc[j] + dh[j] * o * (1.0f - tc * tc);
-    float di = d * g[j], df = d * c_before[j], do_ = dh[j] * tc;
-    d_hi[j] += di * vi;
-    d_lo[j] += di * (1.0f - vi);
-    d_hi[H + j] += df * vf;
-    d_lo[H + j] += df * (1.0f - vf);
-    d_hi[2 * H + j] += do_ * vo;
-    d_lo[2 * H + j] += do_ * (1.0f - vo);
-    grad[j] = di * through[j] * (hi[j] - lo[j]);
-    grad[H + j] = df * through[H + j] * (hi[H + j] - lo[H + j]);
-    grad[2 * H + j] = do_ * through[2 * H + j] * (hi[2 * H + j] - lo[2 * H + j]);
-    grad[3 * H + j] = d * i * (1.0f - g[j] * g[j]);
-    dc[j] = d * f;
-    dh[j] = 0.0f;
-  }
-  if (q.grad_pre)
-    for (int j = 0; j < 3 * H; j++) grad[j] += q.grad_pre[j];
+/* The sum over copies (W -> H). */
+static inline void gather(const float *restrict x, float *restrict sum, int hidden, int copies) {
+  for (int j = 0; j < hidden; j++) sum[j] = x[j];
+  for (int k = 1; k < copies; k++)
+    for (int j = 0; j < hidden; j++) sum[j] += x[k * hidden + j];
 }
 
-/* Rows first … first + count from the window's end to its start; d_levels (2, G, H) is added to. */
+static inline void gru_copy_back(int H, const float *restrict u, const float *restrict n, const float *restrict r, const float *restrict z,
+                                 const float *restrict before, float *restrict dh, float *restrict dr, float *restrict dz, float *restrict dn_sum,
+                                 float *restrict dnr_sum) {
+  for (int j = 0; j < H; j++) {
+    float dn = dh[j] * (1.0f - z[j]) * (1.0f - n[j] * n[j]);
+    dr[j] = dn * u[j];
+    dz[j] = dh[j] * (before[j] - n[j]);
+    dn_sum[j] += dn;
+    dnr_sum[j] += dn * r[j];
+    dh[j] *= z[j];
+  }
+}
+
+static inline void lstm_copy_back(int H, const float *restrict g, const float *restrict i, const float *restrict f, const float *restrict o,
+                                  const float *restrict c, const float *restrict before, const float *restrict dh, float share, float *restrict dc,
+                                  float *restrict di, float *restrict df, float *restrict do_, float *restrict dg_sum) {
+  for (int j = 0; j < H; j++) {
+    float tc = tanh_(c[j]), dm = dh[j] * share, d = dc[j] + dm * o[j] * (1.0f - tc * tc);
+    di[j] = d * g[j];
+    df[j] = d * before[j];
+    do_[j] = dm * tc;
+    dg_sum[j] += d * i[j] * (1.0f - g[j] * g[j]);
+    dc[j] = d * f[j];
+  }
+}
+
+/* Rows first … first + count from the window's end to its start; d_levels (3, G, W), for bias, lo and hi, is added to. */
 int NAME(backward)(const r2b_window *w, const void *packed, int first, int count, float *d_levels) {
-  size_t H = (size_t)w->hidden, gates = w->cell == R2B_LSTM ? 3 : 2, blocks = gates + 1, B = (size_t)w->batch, K = blocks * H;
+  size_t H = (size_t)w->hidden, W = H * (size_t)w->copies, lstm = w->cell == R2B_LSTM, gates = lstm ? 3 : 2, blocks = gates + 1;
+  size_t B = (size_t)w->batch, K = blocks * H, state = lstm ? H : W;
   size_t depth = up(K, 2), rows = up((size_t)count, MR), width = up(H, NR), size = w->precision == R2B_BFLOAT16 ? 2 : 4;
   void *a = calloc(rows * depth, size);
-  float *out = malloc(rows * width * 4), *dh = calloc(rows * H, 4), *dc = calloc(rows * H, 4), *spare = malloc((2 * gates + blocks) * H * 4);
+  float *out = malloc(rows * width * 4), *dh = calloc(rows * state, 4), *dc = calloc(rows * W, 4), *spare = malloc((5 * gates * W + K) * 4);
   if (!a || !out || !dh || !dc || !spare) {
     free(a), free(out), free(dh), free(dc), free(spare);
     return -1;
   }
+  float *sample = spare, *through = spare + gates * W, *value = spare + 2 * gates * W, *received = spare + 3 * gates * W;
+  float *d_pre = spare + 4 * gates * W, *back = spare + 5 * gates * W; /* back (K): the gradient of the recurrent product */
+  float share = 1.0f / (float)w->copies;
   for (int t = w->steps - 1; t >= 0; t--) {
     for (size_t r = 0; r < (size_t)count; r++) {
       size_t b = (size_t)first + r, at = (size_t)t * B + b;
-      row_ q = {.pre = w->pre + at * gates * H,
-                .noise = w->noise ? w->noise + at * gates * H : NULL,
-                .candidate = w->candidate + at * H,
-                .inner = w->inner ? w->inner + at * H : NULL,
-                .h_before = t ? w->h + (at - B) * H : w->h0 + b * H,
-                .grad_pre = w->grad_pre ? w->grad_pre + at * gates * H : NULL,
-                .grad_x = w->grad_x + at * K,
-                .dh = dh + r * H,
-                .dc = dc + r * H,
-                .bits = spare,
-                .through = spare + gates * H,
-                .product = spare + 2 * gates * H,
-                .d_lo = d_levels,
-                .d_hi = d_levels + gates * H};
+      const float *noise = w->noise ? w->noise + at * gates * W : NULL, *pre = w->pre + at * gates * W;
+      float *d = dh + r * state, *grad = w->grad_x + at * K, *dc_row = dc + r * W;
       if (w->grad_h)
-        for (size_t j = 0; j < H; j++) q.dh[j] += w->grad_h[at * H + j];
-      for (size_t k = 0; k < gates; k++) {
-        const float *noise = q.noise ? q.noise + k * H : NULL;
-        samples(w->modes[k], q.pre + k * H, noise, q.bits + k * H, (int)H);
-        derivatives(w->modes[k], q.pre + k * H, noise, q.bits + k * H, q.through + k * H, (int)H);
+        for (size_t j = 0; j < state; j++) d[j] += w->grad_h[at * state + j];
+      for (size_t g = 0; g < gates; g++) {
+        const float *gate_noise = noise ? noise + g * W : NULL;
+        samples(w->modes[g], pre + g * W, gate_noise, sample + g * W, (int)W);
+        derivatives(w->modes[g], pre + g * W, gate_noise, sample + g * W, through + g * W, (int)W);
+        levels(w->lo + g * W, w->hi + g * W, sample + g * W, value + g * W, (int)W);
       }
-      if (w->cell == R2B_LSTM) {
+      memset(grad + gates * H, 0, H * 4);
+      memset(back + gates * H, 0, H * 4);
+      if (lstm) {
+        const float *before = t ? w->c + (at - B) * W : w->c0 + b * W;
         if (w->grad_c)
-          for (size_t j = 0; j < H; j++) q.dc[j] += w->grad_c[at * H + j];
-        q.c = w->c + at * H;
-        q.c_before = t ? w->c + (at - B) * H : w->c0 + b * H;
-        lstm_row_back(w, q);
-        q.product = q.grad_x;
+          for (size_t j = 0; j < W; j++) dc_row[j] += w->grad_c[at * W + j];
+        for (size_t k = 0; k < (size_t)w->copies; k++)
+          lstm_copy_back((int)H, w->candidate + at * H, value + k * H, value + W + k * H, value + 2 * W + k * H, w->c + at * W + k * H, before + k * H,
+                         d, share, dc_row + k * H, received + k * H, received + W + k * H, received + 2 * W + k * H, grad + 3 * H);
+        memcpy(back + 3 * H, grad + 3 * H, H * 4);
+        memset(d, 0, H * 4);
       } else {
-        gru_row_back(w, q);
+        const float *before = t ? w->h + (at - B) * W : w->h0 + b * W;
+        for (size_t k = 0; k < (size_t)w->copies; k++)
+          gru_copy_back((int)H, w->inner + at * H, w->candidate + at * W + k * H, value + k * H, value + W + k * H, before + k * H, d + k * H,
+                        received + k * H, received + W + k * H, grad + 2 * H, back + 2 * H);
       }
+      for (size_t g = 0; g < gates; g++) {
+        gate_back(received + g * W, sample + g * W, through + g * W, w->lo + g * W, w->hi + g * W,
+                  w->grad_pre ? w->grad_pre + (at * gates + g) * W : NULL, d_pre + g * W, d_levels + g * W, d_levels + (gates + g) * W,
+                  d_levels + (2 * gates + g) * W, (int)W);
+        gather(d_pre + g * W, grad + g * H, (int)H, w->copies);
+      }
+      memcpy(back, grad, gates * H * 4);
       void *row = (char *)a + r * depth * size;
-      operand(q.product, row, (int)K, depth, w->precision);
+      operand(back, row, (int)K, depth, w->precision);
       if (w->grad_product) memcpy((char *)w->grad_product + at * K * size, row, K * size);
     }
     product(a, depth, packed, depth, (int)H, rows, out, width, w->precision);
     for (size_t r = 0; r < (size_t)count; r++)
-      for (size_t j = 0; j < H; j++) dh[r * H + j] += out[r * width + j];
+      for (size_t k = 0; k < state / H; k++)
+        for (size_t j = 0; j < H; j++) dh[r * state + k * H + j] += out[r * width + j] * (lstm ? 1.0f : share);
   }
-  memcpy(w->grad_h0 + (size_t)first * H, dh, (size_t)count * H * 4);
-  if (w->cell == R2B_LSTM) memcpy(w->grad_c0 + (size_t)first * H, dc, (size_t)count * H * 4);
+  memcpy(w->grad_h0 + (size_t)first * state, dh, (size_t)count * state * 4);
+  if (lstm) memcpy(w->grad_c0 + (size_t)first * W, dc, (size_t)count * W * 4);
   free(a), free(out), free(dh), free(dc), free(spare);
   return 0;
 }

@@ -125,7 +125,7 @@ int r2b_forward(const r2b_window *w) {
 int r2b_backward(const r2b_window *w) {
   const isa_kernels *kernels = chosen().kernels;
   int gates = w->cell == R2B_LSTM ? 3 : 2, blocks = (gates + 1) * w->hidden, first[MOST_THREADS], count[MOST_THREADS];
-  size_t levels = (size_t)(2 * gates * w->hidden);
+  size_t third = (size_t)(gates * w->hidden * w->copies), levels = 3 * third; /* bias, lo, hi */
   int n = shares(w->batch, w->threads, kernels->block, first, count);
   void *packed = malloc(kernels->packed_bytes(blocks, w->hidden, w->precision));
   float *d_levels = calloc(levels * (size_t)n, 4);
@@ -139,12 +139,14 @@ int r2b_backward(const r2b_window *w) {
     jobs[k] = (job){
         .kernels = kernels, .window = w, .packed = packed, .first = first[k], .count = count[k], .d_levels = d_levels + levels * (size_t)k};
   int failed = run_all(run_backward, jobs, n);
-  if (w->grad_lo && w->grad_hi)
-    for (int k = 0; k < n; k++)
-      for (size_t j = 0; j < levels / 2; j++) {
-        w->grad_lo[j] += d_levels[levels * (size_t)k + j];
-        w->grad_hi[j] += d_levels[levels * (size_t)k + levels / 2 + j];
-      }
+  for (int k = 0; k < n; k++) {
+    const float *found = d_levels + levels * (size_t)k;
+    for (size_t j = 0; j < third; j++) w->grad_bias[j] += found[j];
+    for (size_t j = 0; j < third && w->grad_lo && w->grad_hi; j++) {
+      w->grad_lo[j] += found[third + j];
+      w->grad_hi[j] += found[2 * third + j];
+    }
+  }
   free(packed), free(d_levels);
   return failed;
 }

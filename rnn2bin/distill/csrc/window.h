@@ -1,7 +1,7 @@
 /* Training kernels: a window of a gated layer, forward and backward, step by step for many sequences side by side.
  *
  * Plain C11, knows no Python. All arrays are dense and row-major, time first; shapes stand beside the fields: T steps, B rows (sequences),
- * H hidden, G gates (LSTM 3: i,f,o; GRU 2: r,z), P = G + 1 blocks of pre-activations (the candidate's last).
+ * H hidden, n copies of every unit, W = n*H, G gates (LSTM 3: i,f,o; GRU 2: r,z), P = G + 1 blocks of pre-activations (the candidate's last).
  * Rows never meet, so each thread walks through time with its own rows and nobody waits.
  */
 #ifndef RNN2BIN_WINDOW_H
@@ -25,25 +25,27 @@ typedef struct {
 
 typedef struct {
   int32_t cell, precision, threads;
-  int32_t steps, batch, hidden;
+  int32_t steps, batch, hidden, copies;
   r2b_mode modes[3];
   const float *weight;    /* (P*H, H) recurrent */
+  const float *gates_bias; /* (G, W) */
   const float *bias;      /* GRU: (H) of the recurrent candidate; else null */
-  const float *lo, *hi;   /* (G, H) */
-  const float *x_pre;     /* (T, B, P, H) input products with biases */
-  const float *noise;     /* (T, B, G, H) logistic, or null */
-  const float *h0, *c0;   /* (B, H); c0 of the LSTM alone */
-  float *h, *c;           /* (T, B, H); c of the LSTM alone */
-  float *pre;             /* (T, B, G, H) */
-  float *candidate;       /* (T, B, H) g or n; may be null where no backward follows */
+  const float *lo, *hi;   /* (G, W) */
+  const float *x_pre;     /* (T, B, P, H) input products; with a bias only for the candidate */
+  const float *noise;     /* (T, B, G, W) logistic, or null */
+  const float *h0, *c0;   /* as wide as h and c */
+  float *h, *c;           /* LSTM: (T, B, H) the mean over copies, and (T, B, W); GRU: (T, B, W), and null */
+  float *pre;             /* (T, B, G, W) */
+  float *candidate;       /* LSTM: (T, B, H) g; GRU: (T, B, W) n; may be null where no backward follows */
   float *inner;           /* GRU: (T, B, H) U_n h + b; may be null where no backward follows */
-  uint16_t *h_before;     /* bfloat16: (T, B, H) the state before each step; may be null */
+  uint16_t *h_before;     /* bfloat16: (T, B, H) what each step reads of the state before it; may be null */
   /* backward */
-  const float *grad_h, *grad_c, *grad_pre; /* (T, B, H), (T, B, H), (T, B, G, H); each may be null */
+  const float *grad_h, *grad_c, *grad_pre; /* as wide as h, c and pre; each may be null */
   float *grad_x;                           /* (T, B, P, H) */
   void *grad_product;                      /* (T, B, P, H) in the precision: gradient of the recurrent product; LSTM float32: null */
-  float *grad_h0, *grad_c0;                /* (B, H) */
-  float *grad_lo, *grad_hi;                /* (G, H), added to; may be null */
+  float *grad_h0, *grad_c0;                /* as h0 and c0 */
+  float *grad_bias;                        /* (G, W), added to */
+  float *grad_lo, *grad_hi;                /* (G, W), added to; may be null */
 } r2b_window;
 
 #define R2B_API __attribute__((visibility("default")))
