@@ -346,7 +346,7 @@ def evaluate_files(source: str | Path, packed: str | Path, *, data: Any = None) 
     model = evaluation.load_model(Path(packed))
     recipe = recipe_yaml.read(Path(packed) / "recipe.yaml")
     job = prepare(source, recipe, data, readout=model.spec.main.readout)
-    if model.spec != student.with_copies(job.teacher.spec, recipe.gates.copies):
+    if student.with_copies(model.spec, 1) != job.teacher.spec:
         raise UsageError(f"{packed}: was not made from a network of this shape; give the source file it was converted from")
     soft = distiller.soft_mode_at(recipe.gates, 1.0)
     report, _ = evaluation.evaluate_parts(

@@ -164,10 +164,11 @@ class Gates(Closed):
     levels: Literal["learned", "strict"] = Field(
         "learned", description="learned: each unit learns what its open gate lets through; strict: exactly 0 and 1"
     )
-    copies: Annotated[int, Field(ge=1, le=8)] = Field(
-        1,
+    copies: Annotated[int, Field(ge=1, le=16)] | Literal["auto"] = Field(
+        "auto",
         description="decisions a unit takes for each gate, with a threshold, levels and a state each behind one row of weights: "
-        "their mean tells more than two values apart; fewer rows are skipped",
+        "their mean tells more than two values apart; fewer rows are skipped. auto: 4; 1 with strict levels and in a module, whose states "
+        "must keep their width",
     )
     estimator: Literal["gumbel", "gumbel-hard", "sigmoid", "hard-sigmoid", "straight-through", "stochastic"] = "gumbel"
     backward: Literal["sigmoid", "hard-sigmoid", "identity"] = Field(

@@ -12,6 +12,8 @@ from rnn2bin.errors import RecipeError
 from rnn2bin.recipe import Gates
 from rnn2bin.spec import RnnSpec
 
+COPIES = 4  # docs/decisions/006-copies.md
+
 
 def plan(spec: RnnSpec, gates: Gates) -> dict[str, tuple[bool, ...]]:
     """Cell prefix -> which of its gates are decisions. `gates.soft` names the others: `o`, or `main.layers.0.o` for one layer.
@@ -39,7 +41,7 @@ def _gate_list(spec: RnnSpec) -> str:
 def student(teacher: Network, gates: Gates) -> Network:
     """A trainable copy of the teacher whose gates are binary by `gates`; levels start strict, so that soft gates at temperature and slope 1
     compute exactly the teacher, with any number of copies."""
-    spec = with_copies(teacher.spec, gates.copies)
+    spec = with_copies(teacher.spec, copies_of(gates))
     network = Network(spec, plan(teacher.spec, gates), levels=gates.levels).to(next(teacher.parameters()).device)
     weights = dict(teacher.state_dict())
     for prefix, layer in spec.cell_names():
@@ -49,6 +51,13 @@ def student(teacher: Network, gates: Gates) -> Network:
     assert not unexpected, unexpected
     assert all(".levels." in name for name in missing), missing
     return network
+
+
+def copies_of(gates: Gates) -> int:
+    """How many decisions a unit takes for each gate."""
+    if gates.copies == "auto":
+        return 1 if gates.levels == "strict" else COPIES
+    return gates.copies
 
 
 def with_copies(spec: RnnSpec, copies: int) -> RnnSpec:

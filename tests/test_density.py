@@ -24,15 +24,27 @@ CASES = {
     "gru-bi": {"cell": "gru", "directions": 2},
     "gru_reset_before": {"cell": "gru_reset_before"},
     "gru_reset_before-bi": {"cell": "gru_reset_before", "directions": 2},
+    "lstm-copies": {"cell": "lstm", "copies": 3},
+    "lstm-projection-copies": {"cell": "lstm", "proj_size": 3, "copies": 2},
+    "gru-copies": {"cell": "gru", "copies": 2},
+    "gru-copies-bi": {"cell": "gru", "copies": 3, "directions": 2},
+    "gru_reset_before-copies": {"cell": "gru_reset_before", "copies": 2},
 }
 
 
 def network_of(
-    cell: str, *, directions: int = 1, proj_size: int = 0, tokens: bool = False, soft: int | None = None, readout: str = "all"
+    cell: str,
+    *,
+    directions: int = 1,
+    proj_size: int = 0,
+    copies: int = 1,
+    tokens: bool = False,
+    soft: int | None = None,
+    readout: str = "all",
 ) -> Network:
     """Two layers and two linear ones; `soft`: the gate left a sigmoid."""
-    first = LayerSpec(cell, I, H, directions, proj_size)
-    second = LayerSpec(cell, first.output_size, H, directions, proj_size)
+    first = LayerSpec(cell, I, H, directions, proj_size, copies)
+    second = LayerSpec(cell, first.output_size, H, directions, proj_size, copies)
     head = (LinearSpec(second.output_size, 4, activation="relu"), LinearSpec(4, 2))
     spec = RnnSpec({"main": SectionSpec((first, second), EmbeddingSpec(6, I) if tokens else None, head, readout)})
     plan = {name: tuple(k != soft for k in range(len(layer.kind.gates))) for name, layer in spec.cell_names()}
@@ -86,11 +98,15 @@ def brute_force(network: Network, out: Any, lengths: torch.Tensor | None) -> dic
                 steps = T if lengths is None else int(lengths[b])
                 for t in range(steps):
                     at = steps - 1 - t if direction == "bwd" else t
-                    # bit(g, j): may the gate be open? A soft gate always is.
-                    bit = lambda g, j, t=t, b=b, pre=pre, binary=binary: not binary[g] or bool(pre[t, b, g, j] > 0)
-                    before = lambda g, j, t=t, b=b, pre=pre, binary=binary: t > 0 and (not binary[g] or bool(pre[t - 1, b, g, j] > 0))
+                    # one(g, j, c): may the gate of copy c be open? A soft gate always is. bit(g, j): any copy's?
+                    one = lambda g, j, c, t=t, b=b, pre=pre, binary=binary: not binary[g] or bool(pre[t, b, g, c * H + j] > 0)
+                    n = layer.copies
+                    bit = lambda g, j, n=n, one=one: any(one(g, j, c) for c in range(n))
+                    before = lambda g, j, t=t, n=n, one=one: t > 0 and any(one(g, j, c, t=t - 1) for c in range(n))
                     lstm = layer.cell == "lstm"
-                    keeps = lambda j, t=t, b=b, pre=pre, binary=binary: binary[1] and bool(pre[t, b, 1, j] > 0)
+                    moves = lambda j, c, one=one, binary=binary: not binary[1] or not one(1, j, c)
+                    keeps = lambda j, n=n, moves=moves: not any(moves(j, c) for c in range(n))
+                    looks = lambda j, n=n, moves=moves, one=one: any(moves(j, c) and one(0, j, c) for c in range(n))
                     admits = [bit(0, j) if lstm else not keeps(j) for j in range(H)]
                     total["rows"] += sum(admits)
                     total["rows_dense"] += H
@@ -107,7 +123,7 @@ def brute_force(network: Network, out: Any, lengths: torch.Tensor | None) -> dic
                         for _ in range(len(binary) * H):
                             count(there, recurrent=True)
                         for j in range(H):
-                            reads = True if lstm else bit(0, j) if layer.cell == "gru" else bit(0, k)
+                            reads = True if lstm else looks(j) if layer.cell == "gru" else bit(0, k)
                             count(admits[j] and there and reads, recurrent=True)
                     for j in range(H if layer.proj_size else 0):
                         for _ in range(layer.proj_size):
@@ -142,7 +158,7 @@ def test_counts_equal_a_walk_over_every_weight(name, tokens, ragged):
 
 
 @pytest.mark.parametrize("soft", [0, 1, 2])
-@pytest.mark.parametrize("name", ["lstm", "lstm-projection", "gru", "gru_reset_before"])
+@pytest.mark.parametrize("name", ["lstm", "lstm-projection", "gru", "gru_reset_before", "gru-copies", "lstm-copies"])
 def test_a_soft_gate_saves_nothing(name, soft):
     if soft == 2 and "gru" in name:
         soft = 0

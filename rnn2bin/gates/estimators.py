@@ -57,11 +57,10 @@ BINARY = Discretize("binary")
 def logistic_noise(shape: Sequence[int], mode: Discretize, like: Tensor) -> Tensor:
     """Logistic noise log u − log(1−u) of `shape`; zero on a share 1 − `mode.noise` of the entries."""
     u = torch.rand(tuple(shape), generator=mode.generator, device=like.device, dtype=like.dtype)
-    noise = torch.logit(u.clamp_(_UNIFORM_EDGE, 1 - _UNIFORM_EDGE))
     if mode.noise < 1:
-        keep = torch.rand(tuple(shape), generator=mode.generator, device=like.device, dtype=like.dtype) < mode.noise
-        noise = noise * keep
-    return noise
+        # One draw says both: below the share it is uniform again once divided by it; logit(½) is no noise.
+        u = torch.where(u < mode.noise, u / mode.noise, 0.5)
+    return torch.logit(u.clamp_(_UNIFORM_EDGE, 1 - _UNIFORM_EDGE))
 
 
 def hard_sigmoid(x: Tensor, slope: float) -> Tensor:

@@ -287,7 +287,7 @@ def binarize(module: nn.Module, *, recipe: str | Path | Recipe = "anneal.yaml") 
     have no gates and stay. Raises UnsupportedError with every reason, RecipeError for a soft gate that is not there.
     """
     gates = recipe.gates if isinstance(recipe, Recipe) else recipe_yaml.read(recipe).gates
-    if gates.copies > 1:
+    if gates.copies not in (1, "auto"):
         raise RecipeError("gates.copies: the states a module passes on hold one value a unit; give 1, or convert the network from a file")
     return surgery(module, students.plan(cast(RnnSpec, Cells(surgery(module))), gates), levels=gates.levels)
 
