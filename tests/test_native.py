@@ -157,6 +157,15 @@ def test_what_the_kernels_do_not_take():
     assert not native.takes(projected, x, projected.modes(BINARY))
 
 
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_a_state_of_another_width_is_refused(kind):
+    """C would read and write beyond it."""
+    cell = cell_of(kind, 5, copies=2)
+    narrow = tuple(torch.zeros(3, 5) for _ in cell.layer.kind.states)
+    with pytest.raises(ValueError, match=r"has shape \(3, 5\)"):
+        window.run_cell(cell, torch.randn(2, 3, 6), narrow, BINARY)
+
+
 def test_without_the_extension_training_runs_in_torch_and_says_so_once(monkeypatch):
     native.library.cache_clear()
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)

@@ -117,6 +117,26 @@ def _call(function: Any, window: _Window) -> None:
         raise MemoryError("the training kernels ran out of memory; lower train.batch_size or train.window")
 
 
+def _check_shapes(x_pre: Tensor, weight: Tensor, gates_bias: Tensor, bias: Tensor | None, *states: Tensor | None, kind: str) -> None:
+    """C trusts what it is told: every size and dtype is checked here. Raises ValueError."""
+    (steps, batch, blocks, hidden), (gates, width) = x_pre.shape, gates_bias.shape
+    h0, c0, lo, hi, noise = states
+    wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+        ("weight", weight, (blocks * hidden, hidden)),
+        ("bias", bias, (hidden,)),
+        ("h0", h0, (batch, hidden if kind == "lstm" else width)),
+        ("c0", c0, (batch, width)),
+        ("lo", lo, (gates, width)),
+        ("hi", hi, (gates, width)),
+        ("noise", noise, (steps, batch, gates, width)),
+    ]
+    if blocks != gates + 1 or width % hidden or (kind == "lstm") != (c0 is not None) or (kind == "gru") != (bias is not None):
+        raise ValueError(f"{kind}: x_pre {tuple(x_pre.shape)} and gates_bias {tuple(gates_bias.shape)} do not belong together")
+    for name, tensor, shape in wanted:
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != torch.float32):
+            raise ValueError(f"{kind}: {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; wanted {shape}, float32")
+
+
 class NativeWindow(torch.autograd.Function):
     """x_pre (T,B,G+1,H), the gates' without their bias -> h (LSTM: (T,B,H), GRU: (T,B,n·H)), c (T,B,n·H) of the LSTM (the GRU: nothing),
     gate pre-activations (T,B,G,n·H).
@@ -143,6 +163,7 @@ class NativeWindow(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         steps, batch, blocks, hidden = x_pre.shape
         width = gates_bias.shape[1]
+        _check_shapes(x_pre, weight, gates_bias, bias, h0, c0, lo, hi, noise, kind=kind)
         learning = any(ctx.needs_input_grad)
         new = lambda *shape, like=x_pre: like.new_empty(*shape)
         t: dict[str, Tensor | None] = {
