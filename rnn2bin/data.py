@@ -89,10 +89,13 @@ class Parts:
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def load_parts(given: str | Path | Sequence[str] | None, recipe: recipes.Recipe, spec: RnnSpec) -> Parts | None:
+def load_parts(
+    given: str | Path | Sequence[str] | None, recipe: recipes.Recipe, spec: RnnSpec, *, vocabulary: Sequence[str] | None = None
+) -> Parts | None:
     """The parts of `--data` (a path, or `train=…`, `valid=…`, `test=…`), else of the recipe's `data:`; None where neither names any.
 
-    Raises DataError with every reason.
+    `vocabulary`: what a packed directory numbers characters or words by; else it is found from the text. Raises DataError with every
+    reason.
     """
     paths = _paths(given, recipe.data)
     if not paths:
@@ -100,10 +103,18 @@ def load_parts(given: str | Path | Sequence[str] | None, recipe: recipes.Recipe,
     text = [path.suffix.lower() in (".txt", ".text") for path in paths.values()]
     if any(text) and not all(text):
         raise DataError("data: give either text files or tensor files, not both")
-    parts = _text_parts(paths, recipe.data, spec) if all(text) else _tensor_parts(paths, recipe)
+    parts = _text_parts(paths, recipe.data, spec, vocabulary) if all(text) else _tensor_parts(paths, recipe)
     for name in ("train", "valid", "test"):
         check_part(getattr(parts, name), spec, where=name)
     return parts
+
+
+def one_file(given: str | Path | Sequence[str] | None) -> Path | None:
+    """The file, where exactly one is given: FILE, or test=FILE."""
+    items = [given] if isinstance(given, str | Path) else list(given or ())
+    if len(items) != 1 or str(items[0]).startswith(("train=", "valid=")):
+        return None
+    return Path(str(items[0]).removeprefix("test="))
 
 
 def _paths(given: str | Path | Sequence[str] | None, data: recipes.Data) -> dict[str, Path]:
@@ -221,11 +232,14 @@ def check_part(part: Part, spec: RnnSpec, *, where: str) -> None:
 # ---------------------------------------------------------------------------------------------- text
 
 
-def _text_parts(paths: dict[str, Path], data: recipes.Data, spec: RnnSpec) -> Parts:
+def _text_parts(paths: dict[str, Path], data: recipes.Data, spec: RnnSpec, known: Sequence[str] | None) -> Parts:
     if spec.entry.embedding is None or spec.decode:
         raise DataError("data: text needs a network with token input (one section with an embedding or one-hot tokens)")
     texts = {name: _read_text(path) for name, path in paths.items()}
-    encode, vocabulary = _vocabulary(texts, data, spec.entry.embedding.num_embeddings)
+    if known:
+        encode, vocabulary = lambda text: encode_text(text, known), tuple(known)
+    else:
+        encode, vocabulary = _vocabulary(texts, data, spec.entry.embedding.num_embeddings)
     streams = {name: encode(text) for name, text in texts.items()}
     whole = streams["all"] if "all" in streams else streams["train"]
     # Contiguous, in order: neighbouring text never stands on both sides of a cut but at the cut itself.

@@ -124,7 +124,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("model_type") != "rnn2bin":
         raise UnsupportedError(f"{file}: not an rnn2bin model")
     version = config.get("format_version")
-    if not isinstance(version, int) or not 1 <= version <= specs.FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= specs.FORMAT_VERSION:
         raise UnsupportedError(f"{file}: format version {version!r}; this rnn2bin reads up to {specs.FORMAT_VERSION}: update it")
     return config
 

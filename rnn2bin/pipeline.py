@@ -18,7 +18,7 @@ from rnn2bin.cells.network import Network, teacher_network
 from rnn2bin.distill import calibrate, sampling
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
-from rnn2bin.errors import BudgetError, ResourceError, UnsupportedError, UsageError
+from rnn2bin.errors import BudgetError, DataError, ResourceError, UnsupportedError, UsageError
 from rnn2bin.evaluation import html
 from rnn2bin.gates.estimators import FLOAT
 from rnn2bin.measure import Candidate
@@ -55,14 +55,21 @@ class Job:
     notes: tuple[str, ...] = ()
 
 
-def prepare(source: str | Path, recipe: Recipe, given: str | Path | Sequence[str] | None, *, readout: str | None = None) -> Job:
+def prepare(
+    source: str | Path,
+    recipe: Recipe,
+    given: str | Path | Sequence[str] | None,
+    *,
+    readout: str | None = None,
+    vocabulary: Sequence[str] | None = None,
+) -> Job:
     """Read everything and refuse what does not fit, before any work. Raises the errors of load, data and tasks.
 
-    `readout`: what a packed directory says of the same source; instead of choosing one by the data.
+    `readout`, `vocabulary`: what a packed directory says of the same source; instead of finding them by the data.
     """
     loaded = loaders.load(source, source=recipe.source)
     teacher = teacher_network(loaded.spec, loaded.weights)
-    parts = data.load_parts(given, recipe, loaded.spec)
+    parts = data.load_parts(given, recipe, loaded.spec, vocabulary=vocabulary)
     if parts is None:
         parts = sampling.data_free(teacher, recipe)
     notes: list[str] = []
@@ -337,15 +344,32 @@ def refuse_over_budget(report: Report, recipe: Recipe) -> None:
         )
 
 
+def _evaluation_job(source: str | Path, recipe: Recipe, given: Any, config: dict[str, Any], *, readout: str) -> Job:
+    """The conversion's own data are split as they were then; any other file is all test."""
+    vocabulary = config["task"]["vocabulary"]
+    one = data.one_file(given)
+    if one is None:
+        return prepare(source, recipe, given, readout=readout, vocabulary=vocabulary)
+    if str(given if isinstance(given, str | Path) else given[0]) == str(one):
+        try:
+            job = prepare(source, recipe, one, readout=readout, vocabulary=vocabulary)
+            if data.digest(job.parts) == config["provenance"]["data_sha256"]:
+                return job
+        except DataError:
+            pass  # too few to split; what else is wrong is said below
+    return prepare(source, recipe, [f"{part}={one}" for part in ("train", "valid", "test")], readout=readout, vocabulary=vocabulary)
+
+
 def evaluate_files(source: str | Path, packed: str | Path, *, data: Any = None) -> Report:
     """`rnn2bin eval`: a source file against its packed directory on held-out data, with the interval.
 
-    Without data (and none in the recipe) it is what `convert` held out of the teacher's own sequences. Raises the errors of `prepare`, and
+    Of the conversion's own data that is the part it held out; a file it has not seen is read whole. Without data (and none in the recipe)
+    it is what `convert` held out of the teacher's own sequences. Raises the errors of `prepare`, and
     UsageError where the two do not belong together.
     """
     model = evaluation.load_model(Path(packed))
     recipe = recipe_yaml.read(Path(packed) / "recipe.yaml")
-    job = prepare(source, recipe, data, readout=model.spec.main.readout)
+    job = _evaluation_job(source, recipe, data, pack.read_config(Path(packed)), readout=model.spec.main.readout)
     if student.with_copies(model.spec, 1) != job.teacher.spec:
         raise UsageError(f"{packed}: was not made from a network of this shape; give the source file it was converted from")
     soft = distiller.soft_mode_at(recipe.gates, 1.0)

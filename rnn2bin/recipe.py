@@ -177,7 +177,7 @@ class Gates(Closed):
     noise: Share = Field(0.2, description="share of gates that receive Gumbel noise at each step; 0: none")
     temperature: Schedule = Schedule(start=1.0, end=0.1)
     slope: Schedule = Schedule(schedule="linear", start=2.0, end=3.0)
-    straight_through_from: Share = Field(0.25, description="progress from which the forward pass uses bits; 1: never")
+    straight_through_from: Share = Field(0.1, description="progress from which the forward pass uses bits; 1: never")
     closed_loop: bool = Field(False, description="anneal only while the hard metric keeps up with its best")
 
     @model_validator(mode="wrap")

@@ -412,6 +412,39 @@ def test_eval(packed):
     assert "teacher" in call("eval", model, out, "--data", data).output
 
 
+def test_eval_reads_all_of_a_file_it_has_not_seen(packed, save_data):
+    model, _, out = packed
+    count = 37
+    fresh = save_data(
+        "fresh.npz",
+        inputs=np.random.default_rng(5).normal(size=(count, 9, WIDTH)).astype("float32"),
+        targets=np.tile(LABELS[:count, None], 9),
+    )
+    for given in (fresh, f"test={fresh}"):
+        result = call("eval", model, out, "--data", given, "--json")
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["drop"]["n"] == count
+
+
+def test_eval_reads_a_file_too_small_to_split(packed, save_data):
+    model, _, out = packed
+    one = save_data("one.npz", inputs=np.ones((1, 9, WIDTH), "float32"), targets=np.zeros((1, 9), "int64"))
+    assert json.loads(call("eval", model, out, "--data", one, "--json").stdout)["drop"]["n"] == 1
+
+
+def test_eval_numbers_new_text_by_the_packed_vocabulary(tmp_path, save_model):
+    """New text need not hold every character; one that the network does not know is named."""
+    model, old, new, odd = save_model(tokens=True, outputs=11), tmp_path / "old.txt", tmp_path / "new.txt", tmp_path / "odd.txt"
+    old.write_text("abcdefghijk" * 200)
+    new.write_text("kab" * 200)
+    odd.write_text("xab" * 200)
+    converted(model, data=old)
+    result = call("eval", model, tmp_path / "OUT", "--data", new, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["teacher"]["n"] == 32  # streams side by side
+    assert_refused(call("eval", model, tmp_path / "OUT", "--data", odd), 2, "not in the vocabulary, e.g. 'x'")
+
+
 def test_eval_refuses_another_network(packed, save_model):
     _, data, out = packed
     assert_refused(call("eval", save_model("other.pt", layers=2), out, "--data", data), 2, "not made from a network of this shape")
