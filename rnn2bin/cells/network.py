@@ -26,21 +26,36 @@ State = list[list[CellState]]  # [layer][direction]
 
 @dataclass(frozen=True)
 class Trace:
-    """One cell over a window: states (T,B,·) in the cell's order, h first; gate pre-activations (T,B,G,H)."""
+    """One cell over a window: states (T,B,·) in the cell's order, h first; what its gates decide by, whole (T,B,G,n·H), or the products
+    (T,B,G,H) with the biases (G,n·H) that are still to be added: with many copies the whole is the largest tensor there is."""
 
     states: tuple[Tensor, ...]
-    pre: Tensor
+    products: Tensor
+    biases: Tensor | None = None
+
+    @property
+    def pre(self) -> Tensor:
+        """Gate pre-activations (T,B,G,n·H)."""
+        if self.biases is None:
+            return self.products
+        gates, hidden = self.products.shape[2:]
+        return (self.products.unsqueeze(3) + self.biases.view(gates, -1, hidden)).flatten(3)
 
 
 @dataclass(frozen=True)
 class Output:
     """`y`: the section's output, (T,B,O) or (B,O) by its readout, before the last activation where `logits` was asked;
-    `hidden`: every layer's h (T,B,D·R), zero at pads; `pre`: every cell's gate pre-activations (T,B,G,H), in the section's order."""
+    `hidden`: every layer's h (T,B,D·R), zero at pads; `traces`: every cell's, in the section's order."""
 
     y: Tensor
     state: State
     hidden: list[Tensor]
-    pre: list[Tensor]
+    traces: list[Trace]
+
+    @property
+    def pre(self) -> list[Tensor]:
+        """Every cell's gate pre-activations (T,B,G,n·H), made on each call."""
+        return [trace.pre for trace in self.traces]
 
 
 @dataclass(frozen=True)
@@ -163,7 +178,7 @@ class Section(nn.Module):
         mask = None if lengths is None else valid_steps(lengths, inputs.shape[0])
         if mask is not None and isinstance(inputs, Tensor):
             inputs = torch.where(mask, inputs, inputs.new_zeros(()))
-        new_state, hidden, pres = [], [], []
+        new_state, hidden, traces = [], [], []
         for index, layer in enumerate(self.spec.layers):
             outs, states = [], []
             for at, direction in enumerate(DIRECTIONS[: layer.directions]):
@@ -173,7 +188,7 @@ class Section(nn.Module):
                 out = output_of(layer, trace.states[0])
                 outs.append(reverse(out, lengths) if backward else out)
                 states.append(state_after(trace, start, lengths))
-                pres.append(trace.pre)
+                traces.append(trace)
             out = torch.cat(outs, -1) if len(outs) > 1 else outs[0]
             if mask is not None:
                 out = torch.where(mask, out, out.new_zeros(()))
@@ -186,7 +201,7 @@ class Section(nn.Module):
             y = torch.stack([self.apply_head(y_t.clone(), logits=logits) for y_t in y])
         else:
             y = self.apply_head(y, logits=logits)
-        return Output(y, new_state, hidden, pres)
+        return Output(y, new_state, hidden, traces)
 
     def read(self, x: Tensor, last: list[CellState], lengths: Tensor | None) -> Tensor:
         """What the head sees of the last layer's output x (T,B,D·R): all steps, or (B,D·R)."""
@@ -281,8 +296,8 @@ class Network(nn.Module):
         walk: Walk = walk,
         logits: bool = False,
     ) -> Output:
-        """x (T,B) tokens or (T,B,I). An encoder–decoder also takes `decoder_input` (U,B): teacher forcing; `hidden` and `pre` are then the
-        encoder's followed by the decoder's."""
+        """x (T,B) tokens or (T,B,I). An encoder–decoder also takes `decoder_input` (U,B): teacher forcing; `hidden` and `traces` are
+        then the encoder's followed by the decoder's."""
         mode = mode or self.natural_mode
         first = self.entry(x, state, lengths=lengths, mode=mode, walk=walk, logits=logits)
         if self.spec.decode is None:
@@ -291,7 +306,7 @@ class Network(nn.Module):
             raise ValueError("an encoder–decoder needs decoder_input; use generate() to run it free")
         decoder = self.get_submodule("decoder")
         second = decoder(decoder_input, first.state, lengths=decoder_lengths, mode=mode, walk=walk, logits=logits)
-        return Output(second.y, second.state, first.hidden + second.hidden, first.pre + second.pre)
+        return Output(second.y, second.state, first.hidden + second.hidden, first.traces + second.traces)
 
     @torch.no_grad()
     def generate(self, x: Tensor, *, lengths: Tensor | None = None, mode: Discretize | None = None, walk: Walk = walk) -> Tensor:

@@ -25,8 +25,8 @@ _CELLS = {"lstm": 0, "gru": 1}
 _SOFT, _BIT = 0, 1
 _BY = {"sigmoid": 0, "hard-sigmoid": 1, "identity": 2}
 _POINTERS = (
-    *("weight", "gates_bias", "bias", "lo", "hi", "x_pre", "noise", "h0", "c0", "h", "c", "pre", "candidate", "inner", "h_before"),
-    *("grad_h", "grad_c", "grad_pre", "grad_x", "grad_product", "grad_h0", "grad_c0", "grad_bias", "grad_lo", "grad_hi"),
+    *("weight", "gates_bias", "bias", "lo", "hi", "x_pre", "noise", "h0", "c0", "h", "c", "products", "candidate", "inner", "h_before"),
+    *("grad_h", "grad_c", "grad_gates", "grad_x", "grad_product", "grad_h0", "grad_c0", "grad_bias", "grad_lo", "grad_hi"),
 )
 
 
@@ -139,7 +139,7 @@ def _check_shapes(x_pre: Tensor, weight: Tensor, gates_bias: Tensor, bias: Tenso
 
 class NativeWindow(torch.autograd.Function):
     """x_pre (T,B,G+1,H), the gates' without their bias -> h (LSTM: (T,B,H), GRU: (T,B,n·H)), c (T,B,n·H) of the LSTM (the GRU: nothing),
-    gate pre-activations (T,B,G,n·H).
+    the gates' products (T,B,G,H): pre-activations but for `gates_bias`, input included.
 
     `weight` ((G+1)·H,H); `gates_bias`, levels (G,n·H); `bias` (H) of the GRU's recurrent candidate; states as wide as their traces;
     logistic noise (T,B,G,n·H) or None.
@@ -178,7 +178,7 @@ class NativeWindow(torch.autograd.Function):
             "c0": None if c0 is None else c0.contiguous(),
             "h": new(steps, batch, h0.shape[1]),
             "c": new(steps, batch, width) if kind == "lstm" else None,
-            "pre": new(steps, batch, blocks - 1, width),
+            "products": new(steps, batch, blocks - 1, hidden),
             "candidate": new(steps, batch, hidden if kind == "lstm" else width) if learning else None,
             "inner": new(steps, batch, hidden) if learning and kind == "gru" else None,
             "h_before": torch.empty(steps, batch, hidden, dtype=torch.bfloat16) if learning and precision == "bfloat16" else None,
@@ -191,23 +191,22 @@ class NativeWindow(torch.autograd.Function):
             ctx.save_for_backward(*(t[name] for name in names))
             ctx.names, ctx.kind, ctx.modes, ctx.precision = names, kind, modes, precision
             ctx.set_materialize_grads(False)
-        h, c, pre = t["h"], t["c"], t["pre"]
+        h, c, products = t["h"], t["c"], t["products"]
         assert h is not None
-        assert pre is not None
-        return h, (h.new_empty(0) if c is None else c), pre
+        assert products is not None
+        return h, (h.new_empty(0) if c is None else c), products
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_gates: Tensor | None) -> tuple[Tensor | None, ...]:
         t: dict[str, Tensor | None] = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        h, pre, h0, c0, lo, weight = (t.get(name) for name in ("h", "pre", "h0", "c0", "lo", "weight"))
+        h, h0, c0, lo, weight = (t.get(name) for name in ("h", "h0", "c0", "lo", "weight"))
         assert h is not None
-        assert pre is not None
         assert h0 is not None
         assert lo is not None
         assert weight is not None
         steps, batch, hidden = *h.shape[:2], weight.shape[1]
-        blocks = pre.shape[2] + 1
+        blocks = lo.shape[0] + 1
         low = ctx.precision == "bfloat16"
         learns_levels = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
         grad_x = h.new_empty(steps, batch, blocks, hidden)
@@ -216,7 +215,7 @@ class NativeWindow(torch.autograd.Function):
         t |= {
             "grad_h": None if grad_h is None else grad_h.contiguous(),
             "grad_c": None if grad_c is None or ctx.kind == "gru" else grad_c.contiguous(),
-            "grad_pre": None if grad_pre is None else grad_pre.contiguous(),
+            "grad_gates": None if grad_gates is None else grad_gates.contiguous(),
             "grad_x": grad_x,
             "grad_product": None if grad_product is grad_x else grad_product,
             "grad_h0": torch.empty_like(h0),

@@ -345,10 +345,10 @@ def run_cell(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize,
     weight_hh = torch.cat([w.gates_hh, w.candidate_hh])
     if fast:
         c0 = state[1] if kind.name == "lstm" else None
-        h, c, pre = native.NativeWindow.apply(
+        h, c, products = native.NativeWindow.apply(
             x_pre, weight_hh, gates_bias, w.candidate_bias_hh, state[0], c0, lo, hi, noise, kind.name, modes, precision
         )
-        return Trace((h,) if c0 is None else (h, c), pre)
+        return Trace((h,) if c0 is None else (h, c), products, gates_bias)
     match kind.name:
         case "lstm":
             h, c, pre = LstmWindow.apply(x_pre, weight_hh, gates_bias, w.projection, state[0], state[1], lo, hi, noise, modes)

@@ -191,11 +191,14 @@ static inline void operand(const float *restrict source, void *restrict to, int 
   }
 }
 
-/* pre (W) of one gate: a product a unit, a threshold a copy. */
-static inline void thresholds(const float *restrict x, const float *restrict product, const float *restrict bias, float *restrict pre, int hidden,
-                              int copies) {
+/* pre (W) of one gate: a product a unit, a bias a copy. */
+static inline void thresholds(const float *restrict product, const float *restrict bias, float *restrict pre, int hidden, int copies) {
   for (int k = 0; k < copies; k++)
-    for (int j = 0; j < hidden; j++) pre[k * hidden + j] = x[j] + product[j] + bias[k * hidden + j];
+    for (int j = 0; j < hidden; j++) pre[k * hidden + j] = product[j] + bias[k * hidden + j];
+}
+
+static inline void add(const float *restrict x, const float *restrict product, float *restrict sum, int n) {
+  for (int j = 0; j < n; j++) sum[j] = x[j] + product[j];
 }
 
 /* What others read of a state (W): the mean over copies (H). */
@@ -220,14 +223,22 @@ static inline void gru_copy(int H, const float *restrict x, const float *restric
   }
 }
 
-static void gru_row(const r2b_window *w, const float *x, const float *product, const float *noise, const float *before, float *pre, float *candidate,
-                    float *inner, float *h, float *values) {
+/* values (5 W): a level for each gate, then room for a gate's pre-activations and samples. */
+static void gate_values(const r2b_window *w, int gates, const float *products, const float *noise, float *values) {
   int H = w->hidden, W = H * w->copies;
-  for (int g = 0; g < 2; g++) {
-    thresholds(x + g * H, product + g * H, w->gates_bias + g * W, pre + g * W, H, w->copies);
-    samples(w->modes[g], pre + g * W, noise ? noise + g * W : NULL, values + (2 + g) * W, W);
-    levels(w->lo + g * W, w->hi + g * W, values + (2 + g) * W, values + g * W, W);
+  float *pre = values + gates * W, *sample = values + (gates + 1) * W;
+  for (int g = 0; g < gates; g++) {
+    thresholds(products + g * H, w->gates_bias + g * W, pre, H, w->copies);
+    samples(w->modes[g], pre, noise ? noise + g * W : NULL, sample, W);
+    levels(w->lo + g * W, w->hi + g * W, sample, values + g * W, W);
   }
+}
+
+static void gru_row(const r2b_window *w, const float *x, const float *product, const float *noise, const float *before, float *products,
+                    float *candidate, float *inner, float *h, float *values) {
+  int H = w->hidden, W = H * w->copies;
+  add(x, product, products, 2 * H);
+  gate_values(w, 2, products, noise, values);
   for (int j = 0; j < H; j++) inner[j] = product[2 * H + j] + w->bias[j];
   for (int k = 0; k < w->copies; k++) gru_copy(H, x + 2 * H, inner, values + k * H, values + W + k * H, before + k * H, candidate + k * H, h + k * H);
 }
@@ -241,14 +252,11 @@ static inline void lstm_copy(int H, const float *restrict g, const float *restri
   }
 }
 
-static void lstm_row(const r2b_window *w, const float *x, const float *product, const float *noise, const float *before, float *pre, float *candidate,
-                     float *c, float *h, float *values) {
+static void lstm_row(const r2b_window *w, const float *x, const float *product, const float *noise, const float *before, float *products,
+                     float *candidate, float *c, float *h, float *values) {
   int H = w->hidden, W = H * w->copies;
-  for (int g = 0; g < 3; g++) {
-    thresholds(x + g * H, product + g * H, w->gates_bias + g * W, pre + g * W, H, w->copies);
-    samples(w->modes[g], pre + g * W, noise ? noise + g * W : NULL, values + 3 * W, W);
-    levels(w->lo + g * W, w->hi + g * W, values + 3 * W, values + g * W, W);
-  }
+  add(x, product, products, 3 * H);
+  gate_values(w, 3, products, noise, values);
   for (int j = 0; j < H; j++) candidate[j] = tanh_(x[3 * H + j] + product[3 * H + j]);
   memset(h, 0, (size_t)H * 4);
   for (int k = 0; k < w->copies; k++)
@@ -261,12 +269,12 @@ int NAME(forward)(const r2b_window *w, const void *packed, int first, int count)
   size_t B = (size_t)w->batch, state = lstm ? H : W, candidates = lstm ? H : W; /* widths of h and of the candidate */
   size_t depth = up(H, 2), rows = up((size_t)count, MR), width = up(blocks * H, NR), size = w->precision == R2B_BFLOAT16 ? 2 : 4;
   void *a = calloc(rows * depth, size);
-  float *out = malloc(rows * width * 4), *spare = malloc((5 * W + 2 * H) * 4);
+  float *out = malloc(rows * width * 4), *spare = malloc((6 * W + 2 * H) * 4);
   if (!a || !out || !spare) {
     free(a), free(out), free(spare);
     return -1;
   }
-  float *values = spare, *n_spare = spare + 4 * W, *u_spare = spare + 5 * W, *mean = spare + 5 * W + H;
+  float *values = spare, *n_spare = spare + 5 * W, *u_spare = spare + 6 * W, *mean = spare + 6 * W + H;
   for (int t = 0; t < w->steps; t++) {
     for (size_t r = 0; r < (size_t)count; r++) {
       size_t b = (size_t)first + r;
@@ -286,10 +294,10 @@ int NAME(forward)(const r2b_window *w, const void *packed, int first, int count)
       float *candidate = w->candidate ? w->candidate + at * candidates : n_spare;
       if (lstm) {
         const float *c_before = t ? w->c + (at - B) * W : w->c0 + b * W;
-        lstm_row(w, x, out + r * width, noise, c_before, w->pre + at * gates * W, candidate, w->c + at * W, w->h + at * H, values);
+        lstm_row(w, x, out + r * width, noise, c_before, w->products + at * gates * H, candidate, w->c + at * W, w->h + at * H, values);
       } else {
         const float *before = t ? w->h + (at - B) * W : w->h0 + b * W;
-        gru_row(w, x, out + r * width, noise, before, w->pre + at * gates * W, candidate, w->inner ? w->inner + at * H : u_spare, w->h + at * W,
+        gru_row(w, x, out + r * width, noise, before, w->products + at * gates * H, candidate, w->inner ? w->inner + at * H : u_spare, w->h + at * W,
                 values);
       }
     }
@@ -300,17 +308,15 @@ int NAME(forward)(const r2b_window *w, const void *packed, int first, int count)
 
 /* One gate's share of the backward pass: what its value received (received, W) -> the gradient of pre (W), and the sums for levels and bias. */
 static inline void gate_back(const float *restrict received, const float *restrict sample, const float *restrict through, const float *restrict lo,
-                             const float *restrict hi, const float *restrict extra, float *restrict d_pre, float *restrict d_bias,
-                             float *restrict d_lo, float *restrict d_hi, int width) {
+                             const float *restrict hi, float *restrict d_pre, float *restrict d_bias, float *restrict d_lo, float *restrict d_hi,
+                             int width) {
   for (int j = 0; j < width; j++) {
     float d = received[j] * through[j] * (hi[j] - lo[j]);
     d_hi[j] += received[j] * sample[j];
     d_lo[j] += received[j] * (1.0f - sample[j]);
     d_pre[j] = d;
+    d_bias[j] += d;
   }
-  if (extra)
-    for (int j = 0; j < width; j++) d_pre[j] += extra[j];
-  for (int j = 0; j < width; j++) d_bias[j] += d_pre[j];
 }
 
 /* The sum over copies (W -> H). */
@@ -352,25 +358,27 @@ int NAME(backward)(const r2b_window *w, const void *packed, int first, int count
   size_t B = (size_t)w->batch, K = blocks * H, state = lstm ? H : W;
   size_t depth = up(K, 2), rows = up((size_t)count, MR), width = up(H, NR), size = w->precision == R2B_BFLOAT16 ? 2 : 4;
   void *a = calloc(rows * depth, size);
-  float *out = malloc(rows * width * 4), *dh = calloc(rows * state, 4), *dc = calloc(rows * W, 4), *spare = malloc((5 * gates * W + K) * 4);
+  float *out = malloc(rows * width * 4), *dh = calloc(rows * state, 4), *dc = calloc(rows * W, 4), *spare = malloc(((4 * gates + 2) * W + K) * 4);
   if (!a || !out || !dh || !dc || !spare) {
     free(a), free(out), free(dh), free(dc), free(spare);
     return -1;
   }
   float *sample = spare, *through = spare + gates * W, *value = spare + 2 * gates * W, *received = spare + 3 * gates * W;
-  float *d_pre = spare + 4 * gates * W, *back = spare + 5 * gates * W; /* back (K): the gradient of the recurrent product */
+  float *pre = spare + 4 * gates * W, *d_pre = pre + W;
+  float *back = d_pre + W; /* (K): the gradient of the recurrent product */
   float share = 1.0f / (float)w->copies;
   for (int t = w->steps - 1; t >= 0; t--) {
     for (size_t r = 0; r < (size_t)count; r++) {
       size_t b = (size_t)first + r, at = (size_t)t * B + b;
-      const float *noise = w->noise ? w->noise + at * gates * W : NULL, *pre = w->pre + at * gates * W;
+      const float *noise = w->noise ? w->noise + at * gates * W : NULL;
       float *d = dh + r * state, *grad = w->grad_x + at * K, *dc_row = dc + r * W;
       if (w->grad_h)
         for (size_t j = 0; j < state; j++) d[j] += w->grad_h[at * state + j];
       for (size_t g = 0; g < gates; g++) {
         const float *gate_noise = noise ? noise + g * W : NULL;
-        samples(w->modes[g], pre + g * W, gate_noise, sample + g * W, (int)W);
-        derivatives(w->modes[g], pre + g * W, gate_noise, sample + g * W, through + g * W, (int)W);
+        thresholds(w->products + (at * gates + g) * H, w->gates_bias + g * W, pre, (int)H, w->copies);
+        samples(w->modes[g], pre, gate_noise, sample + g * W, (int)W);
+        derivatives(w->modes[g], pre, gate_noise, sample + g * W, through + g * W, (int)W);
         levels(w->lo + g * W, w->hi + g * W, sample + g * W, value + g * W, (int)W);
       }
       memset(grad + gates * H, 0, H * 4);
@@ -391,11 +399,12 @@ int NAME(backward)(const r2b_window *w, const void *packed, int first, int count
                         received + k * H, received + W + k * H, grad + 2 * H, back + 2 * H);
       }
       for (size_t g = 0; g < gates; g++) {
-        gate_back(received + g * W, sample + g * W, through + g * W, w->lo + g * W, w->hi + g * W,
-                  w->grad_pre ? w->grad_pre + (at * gates + g) * W : NULL, d_pre + g * W, d_levels + g * W, d_levels + (gates + g) * W,
-                  d_levels + (2 * gates + g) * W, (int)W);
-        gather(d_pre + g * W, grad + g * H, (int)H, w->copies);
+        gate_back(received + g * W, sample + g * W, through + g * W, w->lo + g * W, w->hi + g * W, d_pre, d_levels + g * W,
+                  d_levels + (gates + g) * W, d_levels + (2 * gates + g) * W, (int)W);
+        gather(d_pre, grad + g * H, (int)H, w->copies);
       }
+      if (w->grad_gates)
+        for (size_t j = 0; j < gates * H; j++) grad[j] += w->grad_gates[at * gates * H + j];
       memcpy(back, grad, gates * H * 4);
       void *row = (char *)a + r * depth * size;
       operand(back, row, (int)K, depth, w->precision);

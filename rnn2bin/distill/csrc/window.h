@@ -35,12 +35,12 @@ typedef struct {
   const float *noise;     /* (T, B, G, W) logistic, or null */
   const float *h0, *c0;   /* as wide as h and c */
   float *h, *c;           /* LSTM: (T, B, H) the mean over copies, and (T, B, W); GRU: (T, B, W), and null */
-  float *pre;             /* (T, B, G, W) */
+  float *products;        /* (T, B, G, H) the gates' products, input included: pre-activations but for gates_bias */
   float *candidate;       /* LSTM: (T, B, H) g; GRU: (T, B, W) n; may be null where no backward follows */
   float *inner;           /* GRU: (T, B, H) U_n h + b; may be null where no backward follows */
   uint16_t *h_before;     /* bfloat16: (T, B, H) what each step reads of the state before it; may be null */
   /* backward */
-  const float *grad_h, *grad_c, *grad_pre; /* as wide as h, c and pre; each may be null */
+  const float *grad_h, *grad_c, *grad_gates; /* as wide as h, c and products; each may be null */
   float *grad_x;                           /* (T, B, P, H) */
   void *grad_product;                      /* (T, B, P, H) in the precision: gradient of the recurrent product; LSTM float32: null */
   float *grad_h0, *grad_c0;                /* as h0 and c0 */
