@@ -14,7 +14,7 @@ import torch
 from tolerances import assert_close
 
 from rnn2bin import data, student, tasks
-from rnn2bin.cells.network import Network
+from rnn2bin.cells.network import Network, Trace
 from rnn2bin.data import Batches, Part
 from rnn2bin.distill import losses, trainer
 from rnn2bin.distill.window import run_cell
@@ -379,9 +379,9 @@ def test_gate_match_is_zero_for_equal_gates_and_skips_pads():
     out = teacher(x, lengths=lengths)
     masks = losses.step_masks(teacher, prepared, out)
     assert float(losses.gate_match(out, out, masks)) == 0
-    padded = replace(out, pre=[torch.cat([p[:2], p[2:] + torch.tensor([9.0, 0.0])[None, :, None, None]]) for p in out.pre])
+    padded = replace(out, traces=[Trace((), torch.cat([p[:2], p[2:] + torch.tensor([9.0, 0.0])[None, :, None, None]])) for p in out.pre])
     assert float(losses.gate_match(padded, out, masks)) == 0
-    moved = replace(out, pre=[p + 1 for p in out.pre])
+    moved = replace(out, traces=[Trace((), p + 1) for p in out.pre])
     each = [(torch.sigmoid(p + 1) - torch.sigmoid(p)).square() for p in out.pre]
     wanted = sum(torch.cat([e[:2, 0], e[:, 1]]).mean() for e in each)
     assert_close(losses.gate_match(moved, out, masks), wanted)
