@@ -156,6 +156,7 @@ def gate_table(network: Network, rates: dict[str, list[float]]) -> list[dict[str
             "direction": _direction(prefix),
             "gate": gate,
             "binary": cell.binary[k],
+            "copies": cell.layer.copies,
             "open_rate": 1 - rates[prefix][k] if gate == "z" else rates[prefix][k],
             "levels": levels[prefix][k],
         }
