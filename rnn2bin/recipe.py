@@ -206,8 +206,16 @@ class Loss(Closed):
     task: NotNegative = Field(0.1, description="weight of the loss against labels, where there are any")
     teacher: NotNegative = Field(0.9, description="weight of the loss against the teacher's outputs (KL for logits)")
     temperature: Positive = Field(1.0, description="softens the teacher's distribution")
-    hidden: NotNegative = Field(0.0, description="match of every layer's output with the teacher's (mean squared error)")
+    hidden: NotNegative | Literal["auto"] = Field(
+        "auto", description="match of every layer's output with the teacher's (mean squared error); auto: 20 for task match, else 0"
+    )
     gate: NotNegative = Field(0.0, description="match of gate values with the teacher's (mean squared error)")
+
+    def hidden_weight(self, task: str | None = None) -> float:
+        """`hidden` for a task. Where nothing but the outputs would teach, the layers below learn several times faster with it."""
+        if self.hidden != "auto":
+            return self.hidden
+        return 20.0 if task == "match" else 0.0
 
 
 class Train(Closed):

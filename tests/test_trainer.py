@@ -371,6 +371,13 @@ def test_the_budget_counts_real_steps_and_binary_gates_only():
     assert float(losses.budget(network, out, masks, {"i": 1.0}).detach()) == 0
 
 
+@pytest.mark.parametrize(
+    ("given", "task", "weight"), [("auto", "match", 20.0), ("auto", "classify", 0.0), (3.0, "match", 3.0), (0.0, "match", 0.0)]
+)
+def test_hidden_match_is_on_where_only_outputs_would_teach(given, task, weight):
+    assert recipe_of(loss={"hidden": given}).loss.hidden_weight(task) == weight
+
+
 def test_gate_match_is_zero_for_equal_gates_and_skips_pads():
     teacher = teacher_of("gru")
     lengths = torch.tensor([2, 5])

@@ -20,8 +20,9 @@ def total(
     """The whole loss of a batch. `output` and `target` are student's and teacher's."""
     weights = recipe.loss
     value = tasks.loss(task, weights, prepared, output.y, target.y)
-    if weights.hidden:
-        value = value + weights.hidden * hidden_match(task, prepared, output, target)
+    hidden = weights.hidden_weight(task.name)
+    if hidden:
+        value = value + hidden * hidden_match(task, prepared, output, target)
     masks = step_masks(student, prepared, output)
     if weights.gate and mode.estimator != "float":
         value = value + weights.gate * gate_match(output, target, masks)

@@ -458,6 +458,7 @@ def _gates(report: Report) -> list[dict[str, Any]]:
             "direction": str(gate.get("direction") or ""),
             "gate": _gate_name(str(gate.get("gate", ""))),
             "binary": bool(gate.get("binary")),
+            "copies": int(gate.get("copies") or 1),
             "open": _percent(gate.get("open_rate")),
             "width": round(100 * gate["open_rate"], 1) if _finite(gate.get("open_rate")) else None,
             "lo": _level(_get(gate, "levels", "lo")),

@@ -138,7 +138,7 @@ def _train(
 ) -> distiller.Trained:
     """In place; checkpoints lie beside `out` while it runs."""
     weights = job.recipe.loss
-    twin = modules.surgery(job.teacher).requires_grad_(False) if weights.hidden or weights.gate else None
+    twin = modules.surgery(job.teacher).requires_grad_(False) if weights.hidden_weight() or weights.gate else None
     torch.manual_seed(job.recipe.seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.work-", dir=out.parent) as work:

@@ -334,11 +334,12 @@ def inner_loss(recipe: Recipe, calls: Sequence[Call], theirs: Sequence[Call], mo
     """The recipe's match of hidden states and gates with the teacher's, and the activity budget; each a sum over cells' calls."""
     total: Tensor | float = 0.0
     gated = mode.estimator != "float"
-    if recipe.loss.hidden or (recipe.loss.gate and gated):
+    hidden = recipe.loss.hidden_weight()
+    if hidden or (recipe.loss.gate and gated):
         for ours, other in zip(calls, theirs, strict=True):
-            if recipe.loss.hidden:
+            if hidden:
                 mask = ours.mask()[..., 0]
-                total = total + recipe.loss.hidden * functional.mse_loss(ours.trace.states[0] * mask, other.trace.states[0] * mask)
+                total = total + hidden * functional.mse_loss(ours.trace.states[0] * mask, other.trace.states[0] * mask)
             if recipe.loss.gate and gated:
                 total = total + recipe.loss.gate * _gate_match(ours, other)
     if recipe.budget.open and recipe.budget.weight and gated:
