@@ -7,6 +7,7 @@ import platform
 import shutil
 import tempfile
 import time
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def examine() -> Findings:
         "platform": platform.platform(),
         "cpu": cpu(),
         "threads": threads(),
+        "kernels": kernels(),
         "devices": devices(),
         "compiler": next((found for name in (os.environ.get("CC"), *COMPILERS) if name and (found := shutil.which(name))), None),
         "disk": {"at": str(Path.cwd()), "free_bytes": shutil.disk_usage(Path.cwd()).free},
@@ -64,6 +66,15 @@ def threads() -> dict[str, int]:
     import torch
 
     return {"torch": torch.get_num_threads()}
+
+
+def kernels() -> Findings:
+    """Instruction set of the compiled training kernels, None where the package has none, and whether bfloat16 products run there."""
+    from rnn2bin.distill import native
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said in a row of its own
+        return {"isa": native.isa(), "bfloat16": native.has_bfloat16()}
 
 
 def devices() -> list[str]:
@@ -121,6 +132,12 @@ def _streamed(model: Any, tokens: Any) -> Any:
     return torch.stack([stream.step(token) for token in tokens])
 
 
+def _kernel_row(found: Findings) -> str:
+    if found["isa"] is None:
+        return "not compiled: training runs in torch, several times slower; install again with a C compiler"
+    return f"{found['isa']}, bfloat16 products {'on' if found['bfloat16'] else 'not in this processor'}"
+
+
 def render(found: Findings) -> str:
     """The findings for people."""
     chip, done = found["cpu"], found["conversion"]
@@ -131,8 +148,9 @@ def render(found: Findings) -> str:
         ("cpu", f"{chip['model']} ({chip['machine']}, {chip['cores']} cores)"),
         ("isa", " ".join(chip["isa"]) or "unknown"),
         ("threads", f"{found['threads']['torch']} (torch)"),
+        ("kernels", _kernel_row(found["kernels"])),
         ("devices", ", ".join(found["devices"])),
-        ("compiler", found["compiler"] or "none on PATH (needed only for the C runtime)"),
+        ("compiler", found["compiler"] or "none on PATH (needed to install the training kernels and for the C runtime)"),
         ("disk", f"{found['disk']['free_bytes'] / 1e9:.1f} GB free at {found['disk']['at']}"),
         ("convert", f"a tiny network, from file to outputs: {outcome}"),
     ]

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from rnn2bin import cli, doctor, pipeline
+from rnn2bin.distill import native
 
 
 def test_command():
@@ -21,9 +22,15 @@ def test_command():
     assert found["devices"][0] == "cpu"
     assert found["threads"]["torch"] >= 1
     assert found["disk"]["free_bytes"] > 0
+    assert found["kernels"] == {"isa": native.isa(), "bfloat16": native.has_bfloat16()}
     text = doctor.render(found)
     assert "works" in text
     assert all(name in text for name in found["versions"])
+
+
+def test_missing_kernels_are_named():
+    assert "install again with a C compiler" in doctor._kernel_row({"isa": None, "bfloat16": False})
+    assert "avx2" in doctor._kernel_row({"isa": "avx2", "bfloat16": False})
 
 
 def test_a_failed_conversion_is_a_finding(monkeypatch):
