@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from rnn2bin.spec import CELLS, Activation, Readout
@@ -242,8 +242,14 @@ class Report(Closed):
     float_same_compute: bool = Field(False, description="also fine-tune the float network with the same data and steps (doubles the time)")
 
 
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):  # True equals 1
+        raise ValueError("must be the number 1")
+    return value
+
+
 class Recipe(Closed):
-    version: Literal[1] = 1
+    version: Annotated[Literal[1], BeforeValidator(_number)] = 1
     task: Task = Field("auto", description="auto: from the data's targets")
     metric: Metric = "auto"
     seed: Annotated[int, Field(ge=0)] = 0

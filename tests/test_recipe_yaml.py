@@ -157,6 +157,7 @@ def test_reasons_name_the_file_as_given(tmp_path: Path) -> None:
         ("report: {controls: yes}", "1:20: report.controls: must be true or false; given yes"),
         ("gates: {levels: on}", "1:17: gates.levels: must be one of learned, strict; given on"),
         ("version: 2", "1:10: version: must be one of 1; given 2"),
+        ("version: true", "1:10: version: must be the number 1"),
         ("gates: {soft: o}", "1:15: gates.soft: must be a list, such as [a, b]; given o"),
         ("gates: {soft: [o, q]}", "1:19: gates.soft.1: no cell has a gate q; gates: i, f, o, r, z"),
         ("budget: {open: {i: 0.1, q: 0.1}}", "1:25: budget.open.q: no cell has a gate q; gates: i, f, o, r, z"),
