@@ -230,7 +230,9 @@ class Train(Closed):
     clip: Positive = Field(1.0, description="largest norm of the gradient")
     weight_decay: NotNegative = 0.0
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of matrix products in training; auto: bfloat16 where the processor multiplies it natively"
+        "auto",
+        description="of matrix products in training; bfloat16 only where the processor multiplies it natively, float32 elsewhere; "
+        "auto: bfloat16",
     )
     evaluate_every: Count = Field(250, description="steps between measurements with hard gates")
     tolerance: NotNegative = Field(0.005, description="gates count as binarized when soft and hard metric differ by at most this share")

@@ -111,6 +111,7 @@ class AnnealTrainer(Trainer):
         float_student: bool = False,
     ) -> None:
         self.recipe, self.metric, self.higher_is_better, self.float_student = recipe, metric, higher_is_better, float_student
+        self.walk = training_walk(recipe)
         self.progress, self.keeps_up = 0.0, True
         self.history: list[Point] = []
         self.last_loss, self.tokens = math.nan, 0
@@ -238,7 +239,6 @@ class DistillTrainer(AnnealTrainer):
         float_student: bool = False,
     ) -> None:
         self.teacher, self.task = teacher, task
-        self.walk = training_walk(recipe)
         self.valid = selection_part(valid)
         self.carried: tuple[State | None, State | None] = (None, None)  # teacher's, student's
         feed = Batches(

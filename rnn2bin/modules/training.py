@@ -278,11 +278,11 @@ class ModuleTrainer(AnnealTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = to_device(inputs["batch"].batch, self.args.device)
         theirs: list[Call] = []
-        with torch.no_grad(), gate_mode(FLOAT, walk=run_cell, seen=theirs.append):
+        with torch.no_grad(), gate_mode(FLOAT, walk=self.walk, seen=theirs.append):
             target = self.job.run(self.twin or self.job.teacher, batch)
         calls: list[Call] = []
         mode = self.training_mode()
-        with gate_mode(mode, walk=run_cell, seen=calls.append):
+        with gate_mode(mode, walk=self.walk, seen=calls.append):
             output = model(lambda student: self.job.run(student, batch))
         self.tokens += steps_seen(calls)
         total = self.checked(outer_loss(self.job, output, target, batch) + inner_loss(self.recipe, calls, theirs, mode))

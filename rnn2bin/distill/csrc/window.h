@@ -50,7 +50,7 @@ typedef struct {
 
 #define R2B_API __attribute__((visibility("default")))
 
-/* Each returns 0, or -1 where memory or threads ran out. */
+/* Each returns 0, or -1 where memory ran out; r2b_linear also where r2b_has_bfloat16() is 0. */
 R2B_API int r2b_forward(const r2b_window *window);
 R2B_API int r2b_backward(const r2b_window *window);
 /* y (rows, n) = x (rows, k) * weight (n, k)^T + bias (n) or nothing where null, products in bfloat16, sums in float32. */
