@@ -162,7 +162,7 @@ def part_from(tensors: Mapping[str, Tensor], *, where: str = "data") -> Part:
     inputs = tensors.get("inputs")
     if inputs is None:
         raise DataError(*reasons, f"{where}: needs an array 'inputs' of shape (N,T) or (N,T,I)")
-    if inputs.ndim not in (2, 3):
+    if inputs.ndim < 2:
         reasons.append(f"{where}: inputs have shape {tuple(inputs.shape)}; wanted (N,T) tokens or (N,T,I) floats")
     if inputs.numel() == 0:
         reasons.append(f"{where}: no sequences: inputs have shape {tuple(inputs.shape)}")
@@ -224,9 +224,14 @@ def check_part(part: Part, spec: RnnSpec, *, where: str) -> None:
         low, high = int(part.inputs.min()), int(part.inputs.max())
         if low < 0 or high >= entry.embedding.num_embeddings:
             raise DataError(f"{where}: tokens must lie in 0…{entry.embedding.num_embeddings - 1}; found {low}…{high}")
-    elif part.tokens or part.inputs.ndim != 3 or part.inputs.shape[2] != entry.input_size:
-        kind = "whole numbers" if part.tokens else "floats"
-        raise DataError(f"{where}: the network reads floats (N,T,{entry.input_size}), but inputs are {kind} {tuple(part.inputs.shape)}")
+    elif part.tokens or tuple(part.inputs.shape[2:]) != entry.input_shape:
+        kind, wanted = "whole numbers" if part.tokens else "floats", ",".join(("N", "T", *map(str, entry.input_shape)))
+        raise DataError(f"{where}: the network reads floats ({wanted}), but inputs are {kind} {tuple(part.inputs.shape)}")
+    if entry.graph and entry.graph.steps not in (None, part.inputs.shape[1]):
+        found = tuple(part.inputs.shape)
+        raise DataError(f"{where}: the network reads sequences of {entry.graph.steps} steps, but inputs are {found}; pad or cut them")
+    if entry.graph and part.lengths is not None and not entry.graph.padded:
+        raise DataError(f"{where}: this network's outputs change with what is padded, so lengths do not help; give sequences of one length")
 
 
 # ---------------------------------------------------------------------------------------------- text

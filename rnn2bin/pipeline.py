@@ -73,7 +73,7 @@ def prepare(
     if parts is None:
         parts = sampling.data_free(teacher, recipe)
     notes: list[str] = []
-    if readout is not None and teacher.spec.decode is None:
+    if readout is not None and teacher.spec.decode is None and teacher.spec.main.graph is None:
         teacher = with_readout(teacher, readout)
     elif not loaded.readout_stated:
         teacher, note = _choose_readout(teacher, recipe, parts)
@@ -90,7 +90,7 @@ def _choose_readout(teacher: Network, recipe: Recipe, parts: data.Parts) -> tupl
     targets, main = parts.valid.targets, teacher.spec.main
     values = targets is not None and targets.is_floating_point() and targets.shape[1:] == (main.output_size,)
     per_sequence = values or (targets is not None and targets.ndim == 1)
-    if teacher.spec.decode or main.readout != "all" or not per_sequence:
+    if teacher.spec.decode or main.graph or main.readout != "all" or not per_sequence:
         return teacher, None
     one_direction = main.layers[-1].directions == 1
     names = ["last", "mean", "max"] if one_direction else ["final", "last", "mean", "max"]

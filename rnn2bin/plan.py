@@ -95,6 +95,7 @@ def sections(network: Network) -> dict[str, Plan]:
             "layers": layers,
             "readout": spec.readout,
             "head": [vars(linear) for linear in spec.head],
+            "around": [node.op for node in spec.graph.nodes if node.op not in ("Constant", "Recurrent")] if spec.graph else [],
         }
     return found
 

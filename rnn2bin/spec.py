@@ -8,7 +8,7 @@ Gate rows and candidate rows are separate tensors, so that a runtime can skip ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rnn2bin.errors import UnsupportedError
@@ -19,6 +19,7 @@ Readout = Literal["all", "last", "final", "mean", "max"]
 Activation = Literal["none", "relu", "tanh", "sigmoid", "softmax", "log_softmax", "l2", "relu_l2"]
 READOUTS: tuple[str, ...] = ("all", "last", "final", "mean", "max")
 ACTIVATIONS: tuple[str, ...] = ("none", "relu", "tanh", "sigmoid", "softmax", "log_softmax", "l2", "relu_l2")
+CELL_ACTIVATIONS: tuple[str, ...] = ("tanh", "relu", "sigmoid", "softsign", "elu", "identity")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ class LayerSpec:
 
     `copies` n > 1: every unit takes n decisions for each gate, with n thresholds, levels and states behind one row of weights; what others
     read of it is the mean over them. Vectors over the copies are `width` = n * H long, unit j of copy k at k * H + j.
+
+    `activation` is φ, of the candidate and of an LSTM's cell. `hard_sigmoid` s > 0: float gates are
+    clip((s·pre + 1)/2, 0, 1) and not σ(pre); s is 0.4 in Keras 2 and 1/3 in Keras 3. A bit is 1[pre > 0] with either.
     """
 
     cell: str
@@ -77,6 +81,8 @@ class LayerSpec:
     directions: int = 1
     proj_size: int = 0
     copies: int = 1
+    activation: str = "tanh"
+    hard_sigmoid: float = 0.0
 
     @property
     def width(self) -> int:
@@ -135,22 +141,81 @@ class LinearSpec:
 
 
 @dataclass(frozen=True)
+class Node:
+    """One operation of a graph, under ONNX's name and with its meaning where ONNX has it; `Recurrent` is a layer of the section.
+
+    `inputs` and `outputs` are names of values, "" for one that is left out. `attributes` are plain data.
+    """
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """What stands around and between the recurrent layers of a network that is no plain chain. Float weights are `tensors`, by name.
+
+    The value `input` is what the section reads behind its embedding, `tokens` the token numbers themselves; both (B,T,…) where
+    `batch_first`, else (T,B,…), and so is the value named by `output`: (B,T',O) where `per_step`, or (B,O). `activation` follows it.
+    `steps`: the only T that fits. `stepwise`: a sequence may be cut anywhere if the state is carried. `padded`: with lengths given, what
+    stands behind a sequence's end changes nothing before it.
+    """
+
+    nodes: tuple[Node, ...]
+    output: str
+    input_shape: tuple[int, ...]
+    output_size: int
+    per_step: bool
+    batch_first: bool = True
+    activation: str = "none"
+    tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    steps: int | None = None
+    stepwise: bool = False
+    padded: bool = False
+
+
+@dataclass(frozen=True)
 class SectionSpec:
-    """embedding? -> recurrent layers -> readout -> linear layers?."""
+    """embedding? -> recurrent layers -> readout -> linear layers?; or embedding? -> `graph`, which says where the layers stand."""
 
     layers: tuple[LayerSpec, ...]
     embedding: EmbeddingSpec | None = None
     head: tuple[LinearSpec, ...] = ()
     readout: str = "all"
+    graph: GraphSpec | None = None
 
     @property
-    def input_size(self) -> int:
-        """Width of one float input step; for tokens the vocabulary."""
-        return self.embedding.num_embeddings if self.embedding else self.layers[0].input_size
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one step: () for a token or a single number, (I,) for floats."""
+        if self.embedding:
+            return ()
+        return self.graph.input_shape if self.graph else (self.layers[0].input_size,)
 
     @property
     def output_size(self) -> int:
+        if self.graph:
+            return self.graph.output_size
         return self.head[-1].out_features if self.head else self.layers[-1].output_size
+
+    @property
+    def per_step(self) -> bool:
+        """Whether outputs have a time axis."""
+        return self.graph.per_step if self.graph else self.readout == "all"
+
+    @property
+    def activation(self) -> str:
+        """What follows the last linear operation."""
+        if self.graph:
+            return self.graph.activation
+        return self.head[-1].activation if self.head else "none"
+
+    @property
+    def windowed(self) -> bool:
+        """Whether a sequence may be cut into windows, its state carried, without changing the outputs."""
+        forward = all(layer.directions == 1 for layer in self.layers)
+        return forward and self.per_step and (self.graph is None or self.graph.stepwise)
 
 
 @dataclass(frozen=True)
@@ -202,6 +267,8 @@ class RnnSpec:
                 shapes[f"{section}.head.{index}.weight"] = (linear.out_features, linear.in_features)
                 if linear.bias:
                     shapes[f"{section}.head.{index}.bias"] = (linear.out_features,)
+            for tensor, shape in spec.graph.tensors.items() if spec.graph else ():
+                shapes[f"{section}.graph.{tensor}"] = shape
         for prefix, layer in self.cell_names():
             shapes.update({f"{prefix}.{name}": shape for name, shape in layer.tensors().items()})
         return shapes
@@ -218,6 +285,12 @@ def check(spec: RnnSpec) -> None:
         for index, layer in enumerate(section.layers):
             if layer.cell not in CELLS:
                 reasons.append(f"{name}.layers.{index}: unknown cell {layer.cell!r}; known: {', '.join(CELLS)}")
+            if layer.activation not in CELL_ACTIVATIONS or not 0 <= layer.hard_sigmoid < 100:
+                reasons.append(f"{name}.layers.{index}: unknown activation {layer.activation!r} or hard sigmoid {layer.hard_sigmoid!r}")
+        if section.graph:
+            reasons += [f"{name}.graph: {reason}" for reason in _graph_reasons(section)]
+            continue
+        for index, layer in enumerate(section.layers):
             if layer.input_size != width:
                 reasons.append(f"{name}.layers.{index}: reads {layer.input_size} values but receives {width}")
             width = layer.output_size
@@ -243,6 +316,26 @@ def check(spec: RnnSpec) -> None:
         raise UnsupportedError(*reasons)
 
 
+def _graph_reasons(section: SectionSpec) -> list[str]:
+    graph = section.graph
+    assert graph is not None
+    reasons = []
+    placed = [node.attributes.get("layer") for node in graph.nodes if node.op == "Recurrent"]
+    if placed != list(range(len(section.layers))):
+        reasons.append(f"its recurrent nodes are layers {placed}; wanted each of {len(section.layers)} once, in order")
+    known = {"input", "tokens", "", *graph.tensors}
+    for node in graph.nodes:
+        reasons += [f"{node.op} reads {name!r}, which nothing before it makes" for name in node.inputs if name not in known]
+        known |= set(node.outputs)
+    if graph.output not in known:
+        reasons.append(f"nothing makes its output {graph.output!r}")
+    if graph.activation not in ACTIVATIONS:
+        reasons.append(f"unknown activation {graph.activation!r}; known: {', '.join(ACTIVATIONS)}")
+    if section.head:
+        reasons.append("a graph holds its linear layers itself; head must be empty")
+    return reasons
+
+
 def to_dict(spec: RnnSpec) -> dict[str, Any]:
     """Plain data for config.json."""
     from dataclasses import asdict
@@ -259,11 +352,21 @@ def from_dict(data: dict[str, Any]) -> RnnSpec:
                 embedding=EmbeddingSpec(**section["embedding"]) if section["embedding"] else None,
                 head=tuple(LinearSpec(**linear) for linear in section["head"]),
                 readout=section["readout"],
+                graph=_graph_from(section.get("graph")),
             )
             for name, section in data["sections"].items()
         }
         spec = RnnSpec(sections, DecodeSpec(**data["decode"]) if data["decode"] else None)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UnsupportedError(f"config.json: the spec is not one that this version reads ({error})") from None
     check(spec)
     return spec
+
+
+def _graph_from(data: dict[str, Any] | None) -> GraphSpec | None:
+    if data is None:
+        return None
+    fields = dict(data)
+    nodes = tuple(Node(n["op"], tuple(n["inputs"]), tuple(n["outputs"]), dict(n["attributes"])) for n in fields.pop("nodes"))
+    tensors = {str(name): tuple(map(int, shape)) for name, shape in fields.pop("tensors").items()}
+    return GraphSpec(nodes=nodes, tensors=tensors, input_shape=tuple(map(int, fields.pop("input_shape"))), **fields)

@@ -66,9 +66,7 @@ class Task:
     @property
     def windowed(self) -> bool:
         """Whether training may cut sequences into windows: one direction, and an output at every step."""
-        return (
-            self.spec.decode is None and self.spec.main.readout == "all" and all(layer.directions == 1 for layer in self.spec.main.layers)
-        )
+        return self.spec.decode is None and self.spec.main.windowed
 
 
 def resolve(recipe: Recipe, spec: RnnSpec, part: Part) -> Task:
@@ -89,7 +87,7 @@ def _guess(spec: RnnSpec, part: Part) -> str:
     targets, main = part.targets, spec.main
     if targets is None:
         vocabulary = main.embedding.num_embeddings if main.embedding else None
-        return "next-token" if main.head and main.readout == "all" and vocabulary == main.output_size else "match"
+        return "next-token" if (main.head or main.graph) and main.per_step and vocabulary == main.output_size else "match"
     if targets.is_floating_point():
         return "regress"
     return "classify" if targets.ndim == 1 else "tag"
@@ -103,7 +101,7 @@ def settled(task: Task, part: Part) -> Part:
     if task.spec.decode is not None and targets is not None:
         targets = targets.masked_fill(targets == IGNORE, task.spec.decode.end)
         part = replace(part, targets=targets, target_lengths=_written(targets.t(), task.spec) if lengths is None else lengths)
-    return replace(part, per_sequence=task.spec.main.readout != "all")
+    return replace(part, per_sequence=not task.spec.main.per_step)
 
 
 def _next_tokens(part: Part) -> Part:
@@ -140,13 +138,13 @@ def _misfits(name: str, metric: str, spec: RnnSpec, part: Part) -> list[str]:
     if name in ("classify", "tag", "regress") and targets is None and not part.stream:
         reasons.append(f"task {name}: the data have no targets; give them, or use task match")
     if targets is not None and name in ("classify", "tag"):
-        reasons += _label_misfits(name, targets, part, max(size, 2))
+        reasons += _label_misfits(name, targets, part, spec, max(size, 2))
     if targets is not None and name in ("next-token", "transduce"):
-        reasons += _label_misfits(name, targets, part, size)
+        reasons += _label_misfits(name, targets, part, spec, size)
     if targets is not None and name == "regress":
         reasons += _value_misfits(spec, part, targets)
-    if targets is not None and name in ("classify", "tag") and (name == "tag") != (spec.main.readout == "all"):
-        every = "every step" if spec.main.readout == "all" else f"a whole sequence ({spec.main.readout})"
+    if targets is not None and name in ("classify", "tag") and (name == "tag") != spec.main.per_step:
+        every = "every step" if spec.main.per_step else "a whole sequence" + ("" if spec.main.graph else f" ({spec.main.readout})")
         reasons.append(f"task {name}: the network gives one output for {every}; see source.readout, or give targets of that shape")
     return reasons
 
@@ -154,17 +152,19 @@ def _misfits(name: str, metric: str, spec: RnnSpec, part: Part) -> list[str]:
 def _value_misfits(spec: RnnSpec, part: Part, targets: Tensor) -> list[str]:
     """Float targets: the shape of the outputs, whose last axis may be left out where it is 1."""
     size, (rows, steps) = spec.main.output_size, part.inputs.shape[:2]
-    wanted: tuple[int, ...] = (rows, steps, size) if spec.main.readout == "all" else (rows, size)
+    if spec.main.graph and spec.main.per_step:
+        steps = targets.shape[1] if targets.ndim > 1 else steps
+    wanted: tuple[int, ...] = (rows, steps, size) if spec.main.per_step else (rows, size)
     if tuple(targets.shape) == wanted or (size == 1 and tuple(targets.shape) == wanted[:-1]):
         return []
     return [f"task regress: targets have shape {tuple(targets.shape)}; the network's outputs have shape {wanted}"]
 
 
-def _label_misfits(name: str, targets: Tensor, part: Part, classes: int) -> list[str]:
+def _label_misfits(name: str, targets: Tensor, part: Part, spec: RnnSpec, classes: int) -> list[str]:
     if targets.is_floating_point():
         return [f"task {name}: targets must be whole numbers"]
     wanted = 1 if name == "classify" else 2
-    steps = "U" if name == "transduce" else part.inputs.shape[1]
+    steps = "U" if name == "transduce" or spec.main.graph else part.inputs.shape[1]  # a graph may give fewer steps than it reads
     if targets.ndim != wanted or (wanted == 2 and steps not in ("U", targets.shape[1])):
         shape = "(N,)" if wanted == 1 else f"(N,{steps})"
         return [f"task {name}: targets have shape {tuple(targets.shape)}; wanted {shape}"]
@@ -220,11 +220,13 @@ def prepare(task: Task, batch: Batch, teacher: Network, *, walk: Walk = walk) ->
     if task.name == "next-token" and targets is None:
         inputs, targets = inputs[:-1], inputs[1:]
         lengths = None if lengths is None else (lengths - 1).clamp_min(0)
-    steps, rows = inputs.shape[:2]
-    if task.spec.main.readout != "all":
+    steps, rows = teacher.output_steps(inputs), inputs.shape[1]
+    if not task.spec.main.per_step:
         mask = torch.ones(rows, dtype=torch.bool, device=inputs.device)
     else:
         mask = inputs.new_ones(steps, rows, dtype=torch.bool) if lengths is None else valid_steps(lengths, steps)[..., 0]
+    if targets is not None and task.name in ("tag", "regress") and task.spec.main.per_step and len(targets) != steps:
+        raise DataError(f"task {task.name}: targets have {len(targets)} steps; for {len(inputs)} steps of input the network gives {steps}")
     if task.name in ("classify", "tag", "next-token") and targets is not None:
         mask = mask & (targets != IGNORE)
     return Prepared(batch, targets, mask, lengths, inputs, logits=task.name != "regress")
@@ -305,7 +307,7 @@ _DISTRIBUTIONS = {"sigmoid": "bernoulli", "softmax": "categorical", "log_softmax
 
 
 def _last_activation(spec: RnnSpec) -> str:
-    return spec.main.head[-1].activation if spec.main.head else "none"
+    return spec.main.activation
 
 
 # ---------------------------------------------------------------------------------------------- metrics

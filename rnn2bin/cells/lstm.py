@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from rnn2bin.cells.weights import CellWeights, Gate, fold
@@ -14,9 +13,9 @@ def step(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate: Gate) -> tu
     pre = w.gate_pre(x, h)
     copies = c.shape[1] // w.candidate_hh.shape[0]
     i, f, o = gate(pre).unbind(1)
-    g = torch.tanh(x @ w.candidate_ih.t() + h @ w.candidate_hh.t() + w.candidate_bias)
+    g = w.phi(x @ w.candidate_ih.t() + h @ w.candidate_hh.t() + w.candidate_bias)
     c = f * c + i * g.repeat(1, copies)
-    h = fold(o * torch.tanh(c), copies)
+    h = fold(o * w.phi(c), copies)
     if w.projection is not None:
         h = h @ w.projection.t()
     return (h, c), pre

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rnn2bin.cells import gru, lstm
+from rnn2bin.cells.ops import OPS
 from rnn2bin.cells.weights import Cell, Tensors, fold
+from rnn2bin.errors import UnsupportedError
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
 from rnn2bin.spec import DIRECTIONS, LayerSpec, RnnSpec, SectionSpec
 
@@ -45,10 +47,11 @@ class Trace:
 @dataclass(frozen=True)
 class Output:
     """`y`: the section's output, (T,B,O) or (B,O) by its readout, before the last activation where `logits` was asked;
-    `hidden`: every layer's h (T,B,D·R), zero at pads; `traces`: every cell's, in the section's order."""
+    `inputs`: what every layer read; `hidden`: every layer's h (T,B,D·R), zero at pads; `traces`: every cell's, in the section's order."""
 
     y: Tensor
     state: State
+    inputs: list[Tensor | Lookup]
     hidden: list[Tensor]
     traces: list[Trace]
 
@@ -70,6 +73,10 @@ class Lookup:
     @property
     def shape(self) -> torch.Size:
         return torch.Size((*self.index.shape, self.size if self.table is None else self.table.shape[1]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.get_default_dtype() if self.table is None else self.table.dtype
 
     def rows(self, dtype: torch.dtype) -> Tensor:
         """(T,B,E)."""
@@ -153,6 +160,12 @@ class Section(nn.Module):
             nn.ModuleDict({d: Cell(layer, next(plan), levels=levels) for d in DIRECTIONS[: layer.directions]}) for layer in spec.layers
         )
         self.head = nn.ModuleList(nn.Linear(linear.in_features, linear.out_features, bias=linear.bias) for linear in spec.head)
+        if spec.graph and (unknown := sorted({node.op for node in spec.graph.nodes} - OPS.keys() - {"Recurrent"})):
+            raise UnsupportedError(f"operations that this version does not run: {', '.join(unknown)}")
+        if spec.graph and spec.graph.tensors:
+            self.graph = Tensors()
+            for name, shape in spec.graph.tensors.items():
+                self.graph.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
     def cell(self, index: int, direction: str) -> Cell:
         return self.get_submodule(f"layers.{index}.{direction}")  # type: ignore[return-value]
@@ -175,33 +188,42 @@ class Section(nn.Module):
     ) -> Output:
         """x (T,B) tokens or (T,B,I) float; lengths (B,). No pad reaches a state or an output."""
         inputs = self.embed(x)
-        mask = None if lengths is None else valid_steps(lengths, inputs.shape[0])
-        if mask is not None and isinstance(inputs, Tensor):
+        if lengths is not None and isinstance(inputs, Tensor):
+            mask = valid_steps(lengths, len(x)).reshape(*x.shape[:2], *[1] * (x.ndim - 2))
             inputs = torch.where(mask, inputs, inputs.new_zeros(()))
-        new_state, hidden, traces = [], [], []
-        for index, layer in enumerate(self.spec.layers):
-            outs, states = [], []
-            for at, direction in enumerate(DIRECTIONS[: layer.directions]):
-                cell, backward = self.cell(index, direction), direction == "bwd"
-                start = state[index][at] if state is not None else zero_state(layer, inputs.shape[1], cell.weights().gates_bias)
-                trace = walk(cell, _reversed(inputs, lengths) if backward else inputs, start, mode)
-                out = output_of(layer, trace.states[0])
-                outs.append(reverse(out, lengths) if backward else out)
-                states.append(state_after(trace, start, lengths))
-                traces.append(trace)
-            out = torch.cat(outs, -1) if len(outs) > 1 else outs[0]
-            if mask is not None:
-                out = torch.where(mask, out, out.new_zeros(()))
-            hidden.append(out)
-            new_state.append(states)
-            inputs = out
-        y = self.read(hidden[-1], new_state[-1], lengths)
+        run = _Run(self, state, lengths, mode, walk, [], [], [], [])
+        if self.spec.graph:
+            y = self._graph(x, inputs, run, logits=logits)
+            return Output(y, run.state, run.inputs, run.hidden, run.traces)
+        for index in range(len(self.spec.layers)):
+            inputs = run.layer(index, inputs)
+        y = self.read(run.hidden[-1], run.state[-1], lengths)
         if walk is _oracle and y.ndim == 3:
             # One product a step on memory of its own, as a stream does it: other shapes and alignments may round differently.
             y = torch.stack([self.apply_head(y_t.clone(), logits=logits) for y_t in y])
         else:
             y = self.apply_head(y, logits=logits)
-        return Output(y, new_state, hidden, traces)
+        return Output(y, run.state, run.inputs, run.hidden, run.traces)
+
+    def _graph(self, x: Tensor, inputs: Tensor | Lookup, run: _Run, *, logits: bool) -> Tensor:
+        """x (T,B,…), and the same behind the embedding -> (T',B,O) or (B,O). UnsupportedError names an operation that does not fit."""
+        graph = self.spec.graph
+        assert graph is not None
+        rows = inputs.rows(inputs.dtype) if isinstance(inputs, Lookup) else inputs
+        swap = lambda v: v.transpose(0, 1) if graph.batch_first else v
+        values: dict[str, Tensor] = dict(self.graph.named_parameters()) if graph.tensors else {}
+        values |= {"input": swap(rows), "tokens": swap(x)}
+        for node in graph.nodes:
+            operands = [values[name] if name else None for name in node.inputs]
+            try:
+                made = run.recurrent(operands, **node.attributes) if node.op == "Recurrent" else OPS[node.op](operands, node.attributes)
+            except (RuntimeError, IndexError, KeyError, ValueError, TypeError, AssertionError) as error:
+                shapes = ", ".join("-" if v is None else str(tuple(v.shape)) for v in operands)
+                raise UnsupportedError(f"{node.op} ({', '.join(node.outputs)}) does not run on ({shapes}): {error}") from None
+            values |= zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False)
+        y = values[graph.output]
+        y = swap(y) if graph.per_step else y
+        return y if logits and graph.activation in LOGITS else activate(y, graph.activation)
 
     def read(self, x: Tensor, last: list[CellState], lengths: Tensor | None) -> Tensor:
         """What the head sees of the last layer's output x (T,B,D·R): all steps, or (B,D·R)."""
@@ -224,9 +246,68 @@ class Section(nn.Module):
         for index, (linear, spec) in enumerate(zip(self.head, self.spec.head, strict=True)):
             y = linear(y)
             last = index + 1 == len(self.head)
-            if not (logits and last and spec.activation in ("sigmoid", "softmax", "log_softmax")):
+            if not (logits and last and spec.activation in LOGITS):
                 y = activate(y, spec.activation)
         return y
+
+
+@dataclass
+class _Run:
+    """One call of a section: what its layers share, and what they leave."""
+
+    section: Section
+    start: State | None
+    lengths: Tensor | None
+    mode: Discretize
+    walk: Walk
+    state: State
+    inputs: list[Tensor | Lookup]
+    hidden: list[Tensor]
+    traces: list[Trace]
+
+    def layer(self, index: int, x: Tensor | Lookup, *, start: list[CellState] | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Layer `index` over x (T,B,I) or tokens -> its outputs (T,B,D·R), zero at pads. `start`: the states it begins with where the
+        call does not carry any; `lengths`: its own, where the network makes them."""
+        layer, lengths = self.section.spec.layers[index], self.lengths if lengths is None else lengths
+        outs, states = [], []
+        for at, direction in enumerate(DIRECTIONS[: layer.directions]):
+            cell, backward = self.section.cell(index, direction), direction == "bwd"
+            carried = self.start[index] if self.start is not None else start
+            before = carried[at] if carried else zero_state(layer, x.shape[1], cell.weights().gates_bias)
+            trace = self.walk(cell, _reversed(x, lengths) if backward else x, before, self.mode)
+            out = output_of(layer, trace.states[0])
+            outs.append(reverse(out, lengths) if backward else out)
+            states.append(state_after(trace, before, lengths))
+            self.traces.append(trace)
+        out = torch.cat(outs, -1) if len(outs) > 1 else outs[0]
+        if lengths is not None:
+            out = torch.where(valid_steps(lengths, len(out)), out, out.new_zeros(()))
+        self.inputs.append(x)
+        self.hidden.append(out)
+        self.state.append(states)
+        return out
+
+    def recurrent(self, operands: list[Tensor | None], *, layer: int) -> tuple[Tensor, ...]:
+        """A graph's layer: x (T,B,I), h0 (D,B,R)?, c0 (D,B,H)?, lengths (B,)? -> outputs (T,B,D·R), the last h (D,B,R), and an LSTM's c."""
+        spec = self.section.spec.layers[layer]
+        x, h0, c0, lengths = [*operands, None, None, None][:4]
+        assert x is not None
+        start = None
+        if h0 is not None or c0 is not None:
+            batch = x.shape[1]
+            zeros = [x.new_zeros(spec.directions, batch, spec.recurrent_size), x.new_zeros(spec.directions, batch, spec.hidden_size)]
+            given = [zero if s is None else s.expand_as(zero) for s, zero in zip((h0, c0), zeros, strict=True)]
+            start = [
+                tuple(s[at].repeat(1, size // s.shape[2]) for s, size in zip(given, spec.state_sizes, strict=False))
+                for at in range(spec.directions)
+            ]
+        y = self.layer(layer, x, start=start, lengths=lengths)
+        ends = self.state[-1]
+        h = torch.stack([output_of(spec, end[0]) for end in ends])
+        return (y, h) if len(ends[0]) == 1 else (y, h, torch.stack([fold(end[1], spec.copies) for end in ends]))
+
+
+LOGITS = ("sigmoid", "softmax", "log_softmax")  # activations whose losses are computed before them
 
 
 def activate(y: Tensor, name: str) -> Tensor:
@@ -259,6 +340,7 @@ class Network(nn.Module):
         super().__init__()
         self.spec = spec
         self.levels = levels
+        self._output_steps: dict[int, int] = {}  # T -> T'
         for name, section in spec.sections.items():
             cells = [prefix for prefix, _ in spec.cell_names() if prefix.startswith(f"{name}.")]
             self.add_module(name, Section(section, [binary[c] for c in cells] if binary else None, levels))
@@ -270,6 +352,16 @@ class Network(nn.Module):
     def cells(self) -> dict[str, Cell]:
         """Canonical prefix -> cell."""
         return {name: self.get_submodule(name) for name, _ in self.spec.cell_names()}  # type: ignore[misc]
+
+    def output_steps(self, x: Tensor) -> int:
+        """T' of the outputs for x (T,B,…): a graph may shorten a sequence. A network with one output a sequence has none; T is returned."""
+        section = self.entry
+        if section.spec.graph is None or not section.spec.per_step:
+            return len(x)
+        if len(x) not in self._output_steps:
+            with torch.no_grad():
+                self._output_steps[len(x)] = len(section(torch.zeros_like(x[:, :1]), mode=self.natural_mode).y)
+        return self._output_steps[len(x)]
 
     @property
     def is_binary(self) -> bool:
@@ -306,7 +398,8 @@ class Network(nn.Module):
             raise ValueError("an encoder–decoder needs decoder_input; use generate() to run it free")
         decoder = self.get_submodule("decoder")
         second = decoder(decoder_input, first.state, lengths=decoder_lengths, mode=mode, walk=walk, logits=logits)
-        return Output(second.y, second.state, first.hidden + second.hidden, first.traces + second.traces)
+        both = (first.inputs + second.inputs, first.hidden + second.hidden, first.traces + second.traces)
+        return Output(second.y, second.state, *both)
 
     @torch.no_grad()
     def generate(self, x: Tensor, *, lengths: Tensor | None = None, mode: Discretize | None = None, walk: Walk = walk) -> Tensor:

@@ -7,11 +7,30 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from rnn2bin.gates.estimators import Discretize, Sample, logistic_noise, sample
+from rnn2bin.gates.estimators import FLOAT, Discretize, Sample, logistic_noise, sample
 from rnn2bin.spec import LayerSpec
 
 Gate = Callable[[Tensor], Tensor]  # pre-activations (B,G,H) -> multipliers (B,G,H)
+
+
+@dataclass(frozen=True)
+class Phi:
+    """A candidate's activation, and its derivative as a function of its value."""
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+
+
+PHI = {
+    "tanh": Phi(torch.tanh, lambda y: 1 - y * y),
+    "relu": Phi(torch.relu, lambda y: (y > 0).to(y.dtype)),
+    "sigmoid": Phi(torch.sigmoid, lambda y: y * (1 - y)),
+    "softsign": Phi(functional.softsign, lambda y: (1 - y.abs()).square()),
+    "elu": Phi(functional.elu, lambda y: torch.where(y > 0, torch.ones_like(y), y + 1)),
+    "identity": Phi(lambda x: x, torch.ones_like),
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +45,7 @@ class CellWeights:
     candidate_bias: Tensor
     candidate_bias_hh: Tensor | None = None
     projection: Tensor | None = None
+    phi: Callable[[Tensor], Tensor] = torch.tanh
 
     def gate_pre(self, x: Tensor, h: Tensor) -> Tensor:
         """x (B,I), h (B,R) -> pre-activations (B,G,n·H): one product a unit, one threshold a copy."""
@@ -96,6 +116,7 @@ class Cell(nn.Module):
             candidate.bias,
             getattr(candidate, "bias_hh", None),
             self.part("projection").weight if self.layer.proj_size else None,
+            PHI[self.layer.activation].value,
         )
 
     def level_values(self) -> tuple[Tensor, Tensor]:
@@ -116,9 +137,9 @@ class Cell(nn.Module):
                 levels.copy_(torch.minimum(levels.clamp_min(0), self._ceiling))
 
     def modes(self, mode: Discretize) -> tuple[Discretize, ...]:
-        """One mode for each gate: gates left soft are σ(pre) whatever the call asks."""
-        soft = Discretize("float")
-        return tuple(mode if binary else soft for binary in self.binary)
+        """One mode for each gate: gates left soft are the float network's whatever the call asks."""
+        soft = Discretize("hard-sigmoid", slope=self.layer.hard_sigmoid) if self.layer.hard_sigmoid else FLOAT
+        return tuple(mode if binary and mode.estimator != "float" else soft for binary in self.binary)
 
     def gate(self, mode: Discretize) -> Gate:
         """The function the oracle's equations call: pre-activations (B,G,H) -> multipliers (B,G,H)."""

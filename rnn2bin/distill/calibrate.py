@@ -15,10 +15,10 @@ from torch import Tensor
 
 from rnn2bin import tasks
 from rnn2bin.cells.network import Lookup, Network, valid_steps
-from rnn2bin.cells.weights import Cell
+from rnn2bin.cells.weights import PHI, Cell
 from rnn2bin.data import Batch
 from rnn2bin.distill.window import run_cell
-from rnn2bin.gates.estimators import FLOAT
+from rnn2bin.gates.estimators import FLOAT, sample
 
 BINS = 64
 ROUNDS = 20
@@ -36,7 +36,7 @@ def calibrate(student: Network, teacher: Network, task: tasks.Task, batches: Ite
 
         def walk(cell: Cell, x: Tensor | Lookup, start: tuple[Tensor, ...], mode, traces=traces):
             trace = run_cell(cell, x, start, mode)
-            values = torch.sigmoid(trace.pre)
+            values = sample(cell.modes(FLOAT)[0], trace.pre)
             traces.append((values, importance(cell, values, start, trace.states)))
             return trace
 
@@ -57,7 +57,7 @@ def importance(cell: Cell, values: Tensor, start: tuple[Tensor, ...], states: tu
     if cell.layer.cell == "lstm":
         i, f, _ = values.unbind(2)
         c_before, c = before[1], states[1]
-        parts = [(c - f * c_before) / i.clamp_min(1e-3), c_before, torch.tanh(c)]
+        parts = [(c - f * c_before) / i.clamp_min(1e-3), c_before, PHI[cell.layer.activation].value(c)]
     else:
         z = values[:, :, 1]
         parts = [torch.ones_like(z), (before[0] - states[0]) / (1 - z).clamp_min(1e-3)]
@@ -98,9 +98,15 @@ def fit(cell: Cell, mass: Tensor) -> None:
             lo, hi = torch.zeros_like(steps), torch.ones_like(steps)
         if cell.learned:
             cell.levels.lo[k], cell.levels.hi[k] = lo.flatten(), hi.flatten()
-        shift[k] = torch.logit(thresholds).flatten()
+        shift[k] = pre_of(cell, thresholds).flatten()
     cell.part("gates").bias.sub_(shift.flatten())
     cell.project_levels()
+
+
+def pre_of(cell: Cell, values: Tensor) -> Tensor:
+    """Gate values -> the pre-activations at which the float gate takes them."""
+    slope = cell.layer.hard_sigmoid
+    return (2 * values - 1) / slope if slope else torch.logit(values)
 
 
 def quantizer(mass: Tensor, levels: int, *, free_lowest: bool, free_highest: bool) -> tuple[Tensor, Tensor]:

@@ -24,10 +24,9 @@ def data_free(teacher: Network, recipe: Recipe) -> Parts:
     fits = (
         teacher.spec.decode is None
         and main.embedding is not None
-        and main.readout == "all"
-        and bool(main.head)
+        and main.windowed
+        and bool(main.head or main.graph)
         and main.output_size == main.embedding.num_embeddings
-        and all(layer.directions == 1 for layer in main.layers)
     )
     if not fits or recipe.task not in ("auto", "next-token", "match"):
         raise UsageError(NO_DATA)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rnn2bin.cells.network import CellState, Lookup, Trace
-from rnn2bin.cells.weights import Cell, fold
+from rnn2bin.cells.weights import PHI, Cell, fold
 from rnn2bin.distill import native
 from rnn2bin.gates.estimators import Discretize, derivative, logistic_noise, sample
 
@@ -34,6 +34,10 @@ def _derivative(modes: Modes, pre: Tensor, value: Tensor, noise: Tensor | None) 
         return derivative(modes[0], pre, value, noise)
     parts = [derivative(m, pre[..., k, :], value[..., k, :], None if noise is None else noise[..., k, :]) for k, m in enumerate(modes)]
     return torch.stack(parts, -2)
+
+
+def _phi(name: str, x: Tensor, out: Tensor) -> Tensor:
+    return _tanh(x, out) if name == "tanh" else out.copy_(PHI[name].value(x))
 
 
 def _tanh(x: Tensor, out: Tensor) -> Tensor:
@@ -74,6 +78,7 @@ class LstmWindow(torch.autograd.Function):
         hi: Tensor,
         noise: Tensor | None,  # (T,B,3,n·H)
         modes: Modes,
+        phi: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         steps, batch, _, hidden = x_pre.shape
         width = gates_bias.shape[1]
@@ -82,37 +87,37 @@ class LstmWindow(torch.autograd.Function):
         product = x_pre.new_empty(batch, 4, hidden)
         pre, bits = (x_pre.new_empty(steps, batch, 3, width) for _ in range(2))
         g = x_pre.new_empty(steps, batch, hidden)
-        c, tanh_c = (x_pre.new_empty(steps, batch, width) for _ in range(2))
+        c, phi_c = (x_pre.new_empty(steps, batch, width) for _ in range(2))
         h = x_pre.new_empty(steps, batch, h0.shape[1])
         last_h, last_c = h0, c0
         for t in range(steps):
             torch.addmm(x_flat[t], last_h, recurrent, out=product.view(batch, 4 * hidden))
             bits[t] = _sample(modes, _rows(gates_bias, product[:, :3], pre[t]), None if noise is None else noise[t])
             i, f, o = torch.lerp(lo, hi, bits[t]).unbind(1)
-            _tanh(product[:, 3], g[t])
+            _phi(phi, product[:, 3], g[t])
             torch.mul(f, last_c, out=c[t]).addcmul_(i, _spread(g[t], copies))
-            _tanh(c[t], tanh_c[t])
-            read = fold(o * tanh_c[t], copies)
+            _phi(phi, c[t], phi_c[t])
+            read = fold(o * phi_c[t], copies)
             h[t] = read if projection is None else read @ projection.t()
             last_h, last_c = h[t], c[t]
-        ctx.save_for_backward(weight_hh, projection, h0, c0, lo, hi, noise, pre, bits, g, c, tanh_c, h)
-        ctx.modes = modes
+        ctx.save_for_backward(weight_hh, projection, h0, c0, lo, hi, noise, pre, bits, g, c, phi_c, h)
+        ctx.modes, ctx.phi = modes, phi
         ctx.set_materialize_grads(False)
         return h, c, pre
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
-        weight_hh, projection, h0, c0, lo, hi, noise, pre, bits, g, c, tanh_c, h = ctx.saved_tensors
+        weight_hh, projection, h0, c0, lo, hi, noise, pre, bits, g, c, phi_c, h = ctx.saved_tensors
         steps, batch, hidden = g.shape
         copies = c.shape[2] // hidden
         i, f, o = torch.lerp(lo, hi, bits).unbind(2)
         c_before, h_before = torch.cat([c0[None], c[:-1]]), torch.cat([h0[None], h[:-1]])
         through = _derivative(ctx.modes, pre, bits, noise).mul_(hi - lo)
-        # What the gates receive per unit of d c (i, f) or of d(o·tanh c) (o), and the candidate per unit of d c.
-        every_g = _spread(g, copies)
+        # What the gates receive per unit of d c (i, f) or of d(o·φ(c)) (o), and the candidate per unit of d c.
+        every_g, dphi = _spread(g, copies), PHI[ctx.phi].slope
         slope = through[:, :, :2] * torch.stack([every_g, c_before], 2)
-        slope_o, slope_c, slope_g = through[:, :, 2] * tanh_c, o * (1 - tanh_c * tanh_c), i * (1 - every_g * every_g)
+        slope_o, slope_c, slope_g = through[:, :, 2] * phi_c, o * dphi(phi_c), i * dphi(every_g)
         grad, d_pre = g.new_empty(steps, batch, 4, hidden), torch.empty_like(pre)
         all_dc, all_dm, all_dh = torch.empty_like(c), torch.empty_like(c), torch.empty_like(h)
         dh, dc = torch.zeros_like(h0), torch.zeros_like(c0)
@@ -122,7 +127,7 @@ class LstmWindow(torch.autograd.Function):
             if grad_c is not None:
                 dc = dc + grad_c[t]
             all_dh[t] = dh
-            dm = _spread((dh if projection is None else dh @ projection) / copies, copies)  # d(o·tanh c)
+            dm = _spread((dh if projection is None else dh @ projection) / copies, copies)  # d(o·φ(c))
             dc = torch.addcmul(dc, dm, slope_c[t])
             all_dm[t], all_dc[t] = dm, dc
             torch.mul(dc.unsqueeze(1), slope[t], out=d_pre[t, :, :2])
@@ -134,14 +139,14 @@ class LstmWindow(torch.autograd.Function):
             dh = grad[t].flatten(1) @ weight_hh
             dc = dc * f[t]
         d_weight = grad.flatten(2).flatten(0, 1).t() @ h_before.flatten(0, 1)
-        read = fold(o * tanh_c, copies)
+        read = fold(o * phi_c, copies)
         d_projection = None if projection is None else all_dh.flatten(0, 1).t() @ read.flatten(0, 1)
         d_lo = d_hi = None
         if ctx.needs_input_grad[6] or ctx.needs_input_grad[7]:
-            d_value = torch.stack([all_dc * every_g, all_dc * c_before, all_dm * tanh_c], 2)
+            d_value = torch.stack([all_dc * every_g, all_dc * c_before, all_dm * phi_c], 2)
             d_hi = (d_value * bits).sum((0, 1))
             d_lo = d_value.sum((0, 1)) - d_hi
-        return grad, d_weight, d_pre.sum((0, 1)), d_projection, dh, dc, d_lo, d_hi, None, None
+        return grad, d_weight, d_pre.sum((0, 1)), d_projection, dh, dc, d_lo, d_hi, None, None, None
 
 
 class GruWindow(torch.autograd.Function):
@@ -160,6 +165,7 @@ class GruWindow(torch.autograd.Function):
         hi: Tensor,
         noise: Tensor | None,
         modes: Modes,
+        phi: str,
     ) -> tuple[Tensor, Tensor]:
         steps, batch, _, hidden = x_pre.shape
         width = gates_bias.shape[1]
@@ -175,11 +181,11 @@ class GruWindow(torch.autograd.Function):
             torch.add(product[:, 2], bias_hh, out=u[t])
             bits[t] = _sample(modes, _rows(gates_bias, x_pre[t, :, :2] + product[:, :2], pre[t]), None if noise is None else noise[t])
             r, z = torch.lerp(lo, hi, bits[t]).unbind(1)
-            _tanh(torch.addcmul(_spread(x_pre[t, :, 2], copies), r, _spread(u[t], copies), out=n[t]), n[t])
+            _phi(phi, torch.addcmul(_spread(x_pre[t, :, 2], copies), r, _spread(u[t], copies), out=n[t]), n[t])
             torch.lerp(n[t], last, z, out=h[t])
             last = h[t]
         ctx.save_for_backward(weight_hh, h0, lo, hi, noise, pre, bits, h, n, u)
-        ctx.modes = modes
+        ctx.modes, ctx.phi = modes, phi
         ctx.set_materialize_grads(False)
         return h, pre
 
@@ -192,7 +198,7 @@ class GruWindow(torch.autograd.Function):
         r, z = torch.lerp(lo, hi, bits).unbind(2)
         before, every_u = torch.cat([h0[None], h[:-1]]), _spread(u, copies)
         through = _derivative(ctx.modes, pre, bits, noise).mul_(hi - lo)
-        slope_n = (1 - z) * (1 - n * n)
+        slope_n = (1 - z) * PHI[ctx.phi].slope(n)
         slope_r, slope_z = through[:, :, 0] * every_u, through[:, :, 1] * (before - n)
         grad, d_product = u.new_empty(steps, batch, 3, hidden), u.new_empty(steps, batch, 3, hidden)
         d_pre, all_dh, all_dn = torch.empty_like(pre), torch.empty_like(h), torch.empty_like(h)
@@ -212,7 +218,7 @@ class GruWindow(torch.autograd.Function):
         grad[:, :, :2], grad[:, :, 2] = d_product[:, :, :2], _gather(all_dn, copies)
         d_weight = d_product.flatten(2).flatten(0, 1).t() @ fold(before, copies).flatten(0, 1)
         d_lo, d_hi = _gru_level_grads(ctx, 5, bits, all_dn * every_u, all_dh * (before - n))
-        return grad, d_weight, d_pre.sum((0, 1)), d_product[:, :, 2].sum((0, 1)), dh, d_lo, d_hi, None, None
+        return grad, d_weight, d_pre.sum((0, 1)), d_product[:, :, 2].sum((0, 1)), dh, d_lo, d_hi, None, None, None
 
 
 class GruBeforeWindow(torch.autograd.Function):
@@ -231,6 +237,7 @@ class GruBeforeWindow(torch.autograd.Function):
         hi: Tensor,
         noise: Tensor | None,
         modes: Modes,
+        phi: str,
     ) -> tuple[Tensor, Tensor]:
         steps, batch, _, hidden = x_pre.shape
         width = gates_bias.shape[1]
@@ -245,11 +252,11 @@ class GruBeforeWindow(torch.autograd.Function):
             bits[t] = _sample(modes, _rows(gates_bias, product, pre[t]), None if noise is None else noise[t])
             r, z = torch.lerp(lo, hi, bits[t]).unbind(1)
             read[t] = fold(r * last, copies)
-            _tanh(torch.addmm(x_pre[t, :, 2], read[t], candidate, out=n[t]), n[t])
+            _phi(phi, torch.addmm(x_pre[t, :, 2], read[t], candidate, out=n[t]), n[t])
             torch.lerp(_spread(n[t], copies), last, z, out=h[t])
             last = h[t]
         ctx.save_for_backward(gates_hh, candidate_hh, h0, lo, hi, noise, pre, bits, h, n, read)
-        ctx.modes = modes
+        ctx.modes, ctx.phi = modes, phi
         ctx.set_materialize_grads(False)
         return h, pre
 
@@ -262,7 +269,7 @@ class GruBeforeWindow(torch.autograd.Function):
         r, z = torch.lerp(lo, hi, bits).unbind(2)
         before = torch.cat([h0[None], h[:-1]])
         through = _derivative(ctx.modes, pre, bits, noise).mul_(hi - lo)
-        slope_n, moved = 1 - n * n, before - _spread(n, copies)
+        slope_n, moved = PHI[ctx.phi].slope(n), before - _spread(n, copies)
         slope_r, slope_z = through[:, :, 0] * before, through[:, :, 1] * moved
         grad, d_pre = n.new_empty(steps, batch, 3, hidden), torch.empty_like(pre)
         all_dh, all_dread = torch.empty_like(h), torch.empty_like(h)
@@ -282,7 +289,7 @@ class GruBeforeWindow(torch.autograd.Function):
         d_gates = grad[:, :, :2].flatten(2).flatten(0, 1).t() @ fold(before, copies).flatten(0, 1)
         d_candidate = grad[:, :, 2].flatten(0, 1).t() @ read.flatten(0, 1)
         d_lo, d_hi = _gru_level_grads(ctx, 5, bits, all_dread * before, all_dh * moved)
-        return grad, d_gates, d_candidate, d_pre.sum((0, 1)), dh, d_lo, d_hi, None, None
+        return grad, d_gates, d_candidate, d_pre.sum((0, 1)), dh, d_lo, d_hi, None, None, None
 
 
 def _gru_level_grads(ctx: Any, lo_at: int, bits: Tensor, d_r: Tensor, d_z: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -342,7 +349,7 @@ def run_cell(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize,
     precision = precision if fast and native.has_bfloat16() else "float32"
     x_pre = input_product(x, weight_ih, bias, precision).unflatten(2, (gates + 1, hidden))
     noise = logistic_noise((*x_pre.shape[:2], gates, width), mode, x_pre) if mode.draws and any(cell.binary) else None
-    weight_hh = torch.cat([w.gates_hh, w.candidate_hh])
+    weight_hh, phi = torch.cat([w.gates_hh, w.candidate_hh]), cell.layer.activation
     if fast:
         c0 = state[1] if kind.name == "lstm" else None
         h, c, products = native.NativeWindow.apply(
@@ -351,10 +358,10 @@ def run_cell(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize,
         return Trace((h,) if c0 is None else (h, c), products, gates_bias)
     match kind.name:
         case "lstm":
-            h, c, pre = LstmWindow.apply(x_pre, weight_hh, gates_bias, w.projection, state[0], state[1], lo, hi, noise, modes)
+            h, c, pre = LstmWindow.apply(x_pre, weight_hh, gates_bias, w.projection, state[0], state[1], lo, hi, noise, modes, phi)
             return Trace((h, c), pre)
         case "gru":
-            h, pre = GruWindow.apply(x_pre, weight_hh, gates_bias, w.candidate_bias_hh, state[0], lo, hi, noise, modes)
+            h, pre = GruWindow.apply(x_pre, weight_hh, gates_bias, w.candidate_bias_hh, state[0], lo, hi, noise, modes, phi)
         case _:
-            h, pre = GruBeforeWindow.apply(x_pre, w.gates_hh, w.candidate_hh, gates_bias, state[0], lo, hi, noise, modes)
+            h, pre = GruBeforeWindow.apply(x_pre, w.gates_hh, w.candidate_hh, gates_bias, state[0], lo, hi, noise, modes, phi)
     return Trace((h,), pre)

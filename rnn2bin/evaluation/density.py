@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnn2bin.cells.network import Network, Output, reverse, valid_steps
+from rnn2bin.cells.network import Lookup, Network, Output, reverse, valid_steps
 from rnn2bin.spec import DIRECTIONS, LayerSpec
 from rnn2bin.tasks import Prepared
 
@@ -47,21 +47,19 @@ class DensityCounter:
 
     def add(self, prepared: Prepared, output: Output) -> None:
         """`output` of the binary network on this batch."""
-        pre, hidden = iter(output.pre), iter(output.hidden)
+        pre, reads, hidden = iter(output.pre), iter(output.inputs), iter(output.hidden)
         for section, spec in self.network.spec.sections.items():
             decoder = section == "decoder"
             lengths = prepared.decoder_lengths if decoder else prepared.lengths
             rested = prepared.batch.first and not decoder
-            below: Tensor | None = None if spec.embedding else (prepared.inputs if not decoder else prepared.decoder_input)
             for index, layer in enumerate(spec.layers):
-                x = None if index == 0 and spec.embedding else below
+                x, below = next(reads), next(hidden)
                 for direction in DIRECTIONS[: layer.directions]:
                     name = f"{section}.layers.{index}.{direction}"
                     backward = direction == "bwd"
-                    seen = None if x is None else (reverse(x, lengths) if backward else x)
+                    seen = None if isinstance(x, Lookup) else (reverse(x, lengths) if backward else x)
                     self.add_cell(name, layer, next(pre), seen, lengths, rested=rested)
-                below = next(hidden)
-            if spec.head and spec.readout == "all" and below is not None:
+            if spec.head and spec.readout == "all":
                 self._add_head(section, below, lengths)
 
     def add_cell(self, name: str, layer: LayerSpec, pre: Tensor, x: Tensor | None, lengths: Tensor | None, *, rested: bool) -> None:

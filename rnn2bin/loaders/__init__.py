@@ -5,7 +5,7 @@ No code of a source file is ever run. torch is imported when a file is read, not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +16,7 @@ from rnn2bin.errors import ResourceError, UnsupportedError, UsageError
 from rnn2bin.loaders import huggingface, npz, pytorch, recognise, safetensors_file
 from rnn2bin.loaders.assemble import Assembly, build, leftovers
 from rnn2bin.loaders.common import READ_NOW, fingerprint, regular_file
-from rnn2bin.loaders.render import parts, source_yaml, text
+from rnn2bin.loaders.render import parts, source_yaml, spec_parts, text
 from rnn2bin.recipe import Source
 from rnn2bin.spec import RnnSpec
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Inspection", "Loaded", "inspect", "load"]
 
+# Named tensors, from whose names and shapes (or the recipe's `source:`) the network is recognised.
 READERS = {"pytorch": pytorch.read, "safetensors": safetensors_file.read, "npz": npz.read, "huggingface": huggingface.read}
+# Files that say themselves how their parts join: (path, source) -> Assembly.
+GRAPH_READERS: dict[str, Callable[[Path, Source], Assembly]] = {}
 SUFFIXES = {
     **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl"), "pytorch"),
     ".safetensors": "safetensors",
@@ -91,6 +94,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class _Resolved:
+    tensors: dict[str, torch.Tensor]
     assembly: Assembly
     draft: recognise.Draft | None
     reasons: list[str]
@@ -104,8 +108,8 @@ def load(path: str | Path, *, source: Source | None = None) -> Loaded:
     code or exhaust the memory) and ResourceError (it does not fit into memory).
     """
     path = Path(path)
-    name, tensors = _read(path, source)
-    resolved = _resolve(tensors, source)
+    name = _format(path)
+    resolved = _resolved(path, name, source)
     spec = resolved.assembly.spec
     if spec is None or resolved.reasons:
         raise UnsupportedError(*(f"{path.name}: {reason}" for reason in resolved.reasons))
@@ -115,35 +119,45 @@ def load(path: str | Path, *, source: Source | None = None) -> Loaded:
 def inspect(path: str | Path, *, source: Source | None = None) -> Inspection:
     """Say what is in a source file. Raises like `load` for files that cannot be read, never for content that is not recognised."""
     path = Path(path)
-    name, tensors = _read(path, source)
-    resolved = _resolve(tensors, source)
+    name = _format(path)
+    resolved = _resolved(path, name, source)
+    tensors, spec = resolved.tensors, resolved.assembly.spec
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    graph = name in GRAPH_READERS
     return Inspection(
         format=name,
         tensors=[(key, shapes[key], str(tensor.dtype).removeprefix("torch.")) for key, tensor in tensors.items()],
         recognised=None if resolved.reasons else resolved.assembly.spec,
-        source=source_yaml(resolved.draft, resolved.reasons, source.ignore if source else []),
+        source="" if graph else source_yaml(resolved.draft, resolved.reasons, source.ignore if source else []),
         reasons=resolved.reasons,
         readout_stated=resolved.readout_stated,
-        parts=parts(resolved.draft, shapes),
+        parts=spec_parts(spec) if graph and spec else parts(resolved.draft, shapes),
         provenance=_provenance(path, name),
     )
 
 
-def _read(path: Path, source: Source | None) -> tuple[str, dict[str, torch.Tensor]]:
-    """Format and tensors, names freed of a common wrapper's prefix."""
-    name = _format(path)
+def _resolved(path: Path, name: str, source: Source | None) -> _Resolved:
     try:
-        tensors = READERS[name](path, ignore=source.ignore if source else ())
+        if name in READERS:
+            return _resolve(_read(path, name, source), source)
+        built = GRAPH_READERS[name](path, source or Source())
     except MemoryError:
         raise ResourceError(f"{path}: does not fit into memory") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except UnsupportedError as error:
+        raise UnsupportedError(*(r if r.startswith(str(path)) else f"{path}: {r}" for r in error.reasons)) from None
+    return _Resolved(built.weights, built, None, built.reasons, readout_stated=True)
+
+
+def _read(path: Path, name: str, source: Source | None) -> dict[str, torch.Tensor]:
+    """Tensors, names freed of a common wrapper's prefix."""
+    tensors = READERS[name](path, ignore=source.ignore if source else ())
     if not tensors:
         raise UnsupportedError(f"{path}: holds no tensors")
     while stripped := next((p for p in WRAPPERS if all(key.startswith(p) and key != p for key in tensors)), None):
         tensors = {key.removeprefix(stripped): tensor for key, tensor in tensors.items()}
-    return name, tensors
+    return tensors
 
 
 def _format(path: Path) -> str:
@@ -172,7 +186,7 @@ def _resolve(tensors: dict[str, torch.Tensor], source: Source | None) -> _Resolv
         built = build(source, tensors)
         section = source.main or source.decoder
         stated = section is not None and "readout" in section.model_fields_set
-        return _Resolved(built, source.model_dump(exclude_defaults=True, exclude={"ignore"}), built.reasons, stated)
+        return _Resolved(tensors, built, source.model_dump(exclude_defaults=True, exclude={"ignore"}), built.reasons, stated)
     wanted = {name: tensor for name, tensor in tensors.items() if not _matches(name, source.ignore)}
     proposal = recognise.recognise({name: tuple(tensor.shape) for name, tensor in wanted.items()}, hints=source)
     complete = proposal.source()
@@ -181,7 +195,7 @@ def _resolve(tensors: dict[str, torch.Tensor], source: Source | None) -> _Resolv
     else:
         built = build(complete, wanted)
     reasons = list(dict.fromkeys([*proposal.reasons, *built.reasons]))
-    return _Resolved(built, proposal.draft, reasons, source.readout is not None)
+    return _Resolved(tensors, built, proposal.draft, reasons, source.readout is not None)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -95,7 +95,7 @@ def _joins(spec: RnnSpec) -> list[str]:
         spec_module.check(spec)
     except UnsupportedError as error:
         reasons += error.reasons
-    vocabulary = spec.main.input_size
+    vocabulary = spec.main.embedding.num_embeddings if spec.main.embedding else 0
     if spec.decode and max(spec.decode.start, spec.decode.end) >= vocabulary:
         reasons.append(
             f"decode: start {spec.decode.start} and end {spec.decode.end} must be below the decoder's vocabulary of {vocabulary}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from rnn2bin.spec import RnnSpec
 
 MOST_ROWS = 200
 
@@ -39,6 +42,27 @@ def parts(draft: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]
             lines.append(f"{name}: layer {index}: {_layer(section['cell'], layer, shapes)}")
         for linear in section.get("head", []):
             lines.append(f"{name}: linear {linear['weight']} {shapes.get(linear['weight'])}, then {linear.get('activation', 'none')}")
+    return lines
+
+
+def spec_parts(spec: RnnSpec) -> list[str]:
+    """The same for a network whose file says itself how its parts join."""
+    lines = []
+    for name, section in spec.sections.items():
+        if section.embedding:
+            lines.append(f"{name}: embedding {section.embedding.num_embeddings}x{section.embedding.embedding_dim}")
+        for index, layer in enumerate(section.layers):
+            ways = "both directions" if layer.directions == 2 else "one direction"
+            lines.append(f"{name}: layer {index}: {layer.cell} {layer.input_size} -> {layer.hidden_size}, {ways}")
+        if section.graph is None:
+            lines.append(f"{name}: reads out {section.readout}")
+            lines += [f"{name}: linear {one.in_features} -> {one.out_features}, then {one.activation}" for one in section.head]
+            continue
+        around = Counter(node.op for node in section.graph.nodes if node.op not in ("Constant", "Recurrent"))
+        lines.append(f"{name}: around the layers: {', '.join(f'{op} × {n}' if n > 1 else op for op, n in around.items())}")
+        every = "every step" if section.per_step else "a whole sequence"
+        steps = f", {section.graph.steps} steps only" if section.graph.steps else ""
+        lines.append(f"{name}: {section.output_size} values for {every}, then {section.activation}{steps}")
     return lines
 
 
@@ -81,4 +105,4 @@ def text(
         lines.append(f"  … and {len(tensors) - MOST_ROWS} more (all with --json)")
     lines += ["", "recognised:", *(f"  {line}" for line in found or ["nothing"])]
     lines += ["", "not settled:" if reasons else "not settled: nothing, it can be converted as it is", *(f"  {line}" for line in reasons)]
-    return "\n".join([*lines, "", source.rstrip(), ""])
+    return "\n".join([*lines, "", source.rstrip(), ""] if source else [*lines, ""])

@@ -56,7 +56,9 @@ class Model:
             raise UnsupportedError("stream: an encoder–decoder reads a whole sequence first; call the model or generate()")
         if any(layer.directions == 2 for layer in section.layers):
             raise UnsupportedError("stream: a bidirectional network needs the whole sequence; call the model on it")
-        if section.readout in ("mean", "max"):
+        if section.graph and not section.windowed:
+            raise UnsupportedError("stream: parts of this network need the whole sequence; call the model on it")
+        if not section.graph and section.readout in ("mean", "max"):
             raise UnsupportedError(f"stream: the head reads the {section.readout} over time; call the model on the whole sequence")
         return Stream(self)
 
@@ -87,8 +89,9 @@ def check_input(x: Tensor, spec: RnnSpec) -> None:
             raise UsageError(f"input: wanted whole numbers of shape (T,B), not {x.dtype} {tuple(x.shape)}")
         if x.numel() and (int(x.min()) < 0 or int(x.max()) >= entry.embedding.num_embeddings):
             raise UsageError(f"input: tokens must lie in 0…{entry.embedding.num_embeddings - 1}; found {int(x.min())}…{int(x.max())}")
-    elif x.ndim != 3 or x.shape[2] != entry.input_size or not x.is_floating_point():
-        raise UsageError(f"input: wanted floats of shape (T,B,{entry.input_size}), not {x.dtype} {tuple(x.shape)}")
+    elif x.ndim < 2 or tuple(x.shape[2:]) != entry.input_shape or not x.is_floating_point():
+        wanted = ",".join(("T", "B", *map(str, entry.input_shape)))
+        raise UsageError(f"input: wanted floats of shape ({wanted}), not {x.dtype} {tuple(x.shape)}")
     if x.shape[0] == 0:
         raise UsageError("input: no steps: T is 0")
 
