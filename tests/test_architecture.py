@@ -19,6 +19,7 @@ ORDER = [
     "data",
     "tasks",
     "measure",
+    "cost",
     "student",
     "distill",
     "pack",

@@ -31,13 +31,14 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def teacher_of(cell: str, **parts: Any) -> Network:
+def teacher_of(cell: str, hidden: int = H, **parts: Any) -> Network:
     """Two layers over tokens with random weights and biases."""
-    section = SectionSpec((LayerSpec(cell, 3, H), LayerSpec(cell, H, H)), EmbeddingSpec(WORDS, 3), (LinearSpec(H, WORDS),), **parts)
+    layers = (LayerSpec(cell, 3, hidden), LayerSpec(cell, hidden, hidden))
+    section = SectionSpec(layers, EmbeddingSpec(WORDS, 3), (LinearSpec(hidden, WORDS),), **parts)
     network = Network(RnnSpec({"main": section}))
     with torch.no_grad():
         for seed, p in enumerate(network.parameters()):
-            p.copy_(torch.randn(p.shape, generator=seeded(seed)) * 0.7)
+            p.copy_(torch.randn(p.shape, generator=seeded(seed)) * (0.7 if hidden == H else 0.3))
     return network.eval().requires_grad_(False)
 
 

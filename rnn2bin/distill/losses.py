@@ -72,14 +72,16 @@ def open_rates(pre: Tensor, mask: Tensor) -> Tensor:
 
 
 def budget(student: Network, output: Output, masks: list[Tensor], wanted: dict[str, float]) -> Tensor:
-    """Σ over cells and gates of max(0, open rate − wanted). For z the rate is that of updated units, 1 − share of keeps."""
+    """Σ over cells and gates of max(0, open rate − wanted), in units. For z the rate is that of updated units, 1 − share of keeps."""
     terms = []
     for (_, cell), pre, mask in zip(student.cells().items(), output.pre, masks, strict=True):
-        rates = open_rates(pre, mask)
+        every = pre.unflatten(-1, (cell.layer.copies, -1))
         for k, gate in enumerate(cell.layer.kind.gate_names):
             if gate in wanted and cell.binary[k]:
-                rate = 1 - rates[k] if gate == "z" else rates[k]
-                terms.append(torch.relu(rate - wanted[gate]))
+                # A row is read when any copy of its unit wants it: one that is open, or for z one that does not keep.
+                unit = every[:, :, k : k + 1].amin(-2) if gate == "z" else every[:, :, k : k + 1].amax(-2)
+                rate = open_rates(unit, mask)[0]
+                terms.append(torch.relu((1 - rate if gate == "z" else rate) - wanted[gate]))
     return torch.stack(terms).sum() if terms else output.y.new_zeros(())
 
 

@@ -26,6 +26,7 @@ from rnn2bin import tasks
 from rnn2bin.cells.network import Network, Output, State, Walk
 from rnn2bin.cells.weights import Cell
 from rnn2bin.data import Batch, Batches, Part
+from rnn2bin.distill import budget as budgets
 from rnn2bin.distill import losses
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DivergedError, InterruptedRunError
@@ -52,6 +53,17 @@ class Point:
     slope: float
     progress: float
     saturation: float  # share of soft gates within 0.05 of 0 or 1
+    density: float | None = None  # share of weights read with hard gates, where a budget wants one
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The student on the validation part: hard and soft metric, saturation of soft gates, density where a budget wants one."""
+
+    hard: float
+    soft: float
+    saturation: float
+    density: float | None = None
 
 
 @dataclass(frozen=True)
@@ -126,8 +138,8 @@ class AnnealTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(_Project(self))
 
-    def measure(self, hard_mode: Discretize, soft_mode: Discretize) -> tuple[float, float, float]:
-        """(hard metric, soft metric, saturation) of the student now, on the validation part."""
+    def measure(self, hard_mode: Discretize, soft_mode: Discretize) -> Measured:
+        """The student now."""
         raise NotImplementedError
 
     # -- what the Trainer asks for
@@ -165,11 +177,13 @@ class AnnealTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Hard and soft metric on the selection part."""
         soft_mode = FLOAT if self.float_student else soft_mode_at(self.recipe.gates, self.progress)
-        hard, soft, saturation = self.measure(FLOAT if self.float_student else BINARY, soft_mode)
-        point = Point(self.state.global_step, self.last_loss, hard, soft, soft_mode.temperature, soft_mode.slope, self.progress, saturation)
+        found = self.measure(FLOAT if self.float_student else BINARY, soft_mode)
+        at = (self.state.global_step, self.last_loss, found.hard, found.soft)
+        point = Point(*at, soft_mode.temperature, soft_mode.slope, self.progress, found.saturation, found.density)
         self.history.append(point)
         self._judge(point)
-        metrics = {"eval_hard": hard, "eval_soft": soft}
+        chosen_by = budgets.choice(found.hard, found.density, self.recipe.budget.density, higher_is_better=self.higher_is_better)
+        metrics = {"eval_hard": found.hard, "eval_soft": found.soft, "eval_choice": chosen_by}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -241,6 +255,7 @@ class DistillTrainer(AnnealTrainer):
         self.teacher, self.task = teacher, task
         self.valid = selection_part(valid)
         self.carried: tuple[State | None, State | None] = (None, None)  # teacher's, student's
+        self.price = budgets.Price()
         feed = Batches(
             train,
             batch_size=recipe.train.batch_size,
@@ -277,18 +292,26 @@ class DistillTrainer(AnnealTrainer):
         if self.task.windowed:
             self.carried = (target.state, detached(output))
         self.tokens += prepared.steps
-        total = self.checked(losses.total(self.task, self.recipe, prepared, output, target, student=self.student(), mode=mode))
+        total = losses.total(self.task, self.recipe, prepared, output, target, student=self.student(), mode=mode)
+        if self.recipe.budget.density is not None and not self.float_student:
+            found = budgets.density(self.student(), prepared, output)
+            total = total + self.price.charge(found, self.recipe.budget, self.progress)
+        total = self.checked(total)
         return (total, output) if return_outputs else total
 
     def student(self) -> Network:
         return getattr(self.model, "module", self.model)  # type: ignore[return-value, arg-type]
 
-    def measure(self, hard_mode: Discretize, soft_mode: Discretize) -> tuple[float, float, float]:
+    def measure(self, hard_mode: Discretize, soft_mode: Discretize) -> Measured:
         saturated: list[float] = []
+        densities: list[float] = []
+        wanted = self.recipe.budget.density is not None and not self.float_student
 
-        def seen(name: str, _: tasks.Prepared, out: Output) -> None:
+        def seen(name: str, prepared: tasks.Prepared, out: Output) -> None:
             if name == "soft":
                 saturated.extend(float(losses.saturation(soft_mode, pre)) for pre in out.pre)
+            elif name == "hard" and wanted:
+                densities.append(float(budgets.density(student, prepared, out, learn=False)))
 
         student = self.student()
         found = compare(
@@ -299,13 +322,16 @@ class DistillTrainer(AnnealTrainer):
             seen=seen,
             device=self.args.device,
         )
-        return found["hard"].value, found["soft"].value, sum(saturated) / len(saturated)
+        dense = sum(densities) / len(densities) if densities else None
+        return Measured(found["hard"].value, found["soft"].value, sum(saturated) / len(saturated), dense)
 
     def save_more(self, folder: Path) -> None:
         save_file(flatten_state(self.carried), folder / "carried.safetensors")
+        write_synced(folder / "price.json", json.dumps(asdict(self.price)))
 
     def restore(self, folder: Path) -> None:
         super().restore(folder)
+        self.price = budgets.Price(**json.loads((folder / "price.json").read_text()))
         self.carried = unflatten_state(load_file(folder / "carried.safetensors", device=str(self.args.device)), self.task.spec.entry.layers)
 
 
@@ -374,7 +400,7 @@ def arguments(recipe: Recipe, out: Path, *, steps: int, higher_is_better: bool) 
         save_steps=train.evaluate_every,
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_hard",
+        metric_for_best_model="eval_choice",
         greater_is_better=higher_is_better,
         logging_strategy="no",
         logging_nan_inf_filter=False,

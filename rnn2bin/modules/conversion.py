@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rnn2bin import evaluation, modules, pack, pipeline, recipe_yaml
+from rnn2bin.cost import Read
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DataError, DivergedError, InterruptedRunError
@@ -187,7 +188,8 @@ class Watch:
         self.ones[name] = self.ones.get(name, torch.zeros_like(ones)) + ones
         self.steps[name] = self.steps.get(name, 0.0) + float(mask.sum())
         if call.whole and self.mode == BINARY:  # the count takes the state before the first step as zero
-            self.density.add_cell(name, call.cell.layer, pre, call.x, call.lengths, rested=True)
+            inputs = (call.x != 0).sum(-1).double()
+            self.density.add_cell(Read(name, call.cell, pre, inputs, call.lengths, rested=True))
         real = pre[mask[..., 0, 0] > 0]  # (N,G,H)
         for k, gate in enumerate(call.cell.layer.kind.gate_names):
             counts = torch.histc(sample(call.cell.modes(self.mode)[k], real[:, k]).float().cpu(), evaluation.BINS, 0.0, 1.0)

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnn2bin.cells.network import Walk
 from rnn2bin.distill import losses
+from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.trainer import AnnealTrainer
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DataError, UsageError
@@ -288,7 +289,7 @@ class ModuleTrainer(AnnealTrainer):
         total = self.checked(outer_loss(self.job, output, target, batch) + inner_loss(self.recipe, calls, theirs, mode))
         return (total, output) if return_outputs else total
 
-    def measure(self, hard_mode: Discretize, soft_mode: Discretize) -> tuple[float, float, float]:
+    def measure(self, hard_mode: Discretize, soft_mode: Discretize) -> distiller.Measured:
         saturated: list[float] = []
 
         def seen(call: Call) -> None:
@@ -302,7 +303,7 @@ class ModuleTrainer(AnnealTrainer):
             {"hard": Gated(self.pure, hard_mode, run_cell), "soft": Gated(self.pure, soft_mode, run_cell, seen)},
         )
         self.pure.train(was_training)
-        return found["hard"].metric, found["soft"].metric, sum(saturated) / max(len(saturated), 1)
+        return distiller.Measured(found["hard"].metric, found["soft"].metric, sum(saturated) / max(len(saturated), 1))
 
     # Modules with tied weights need safetensors' own way of saving them once.
 

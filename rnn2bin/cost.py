@@ -1,0 +1,183 @@
+"""What a step reads: the weights that a skipping runtime must touch, counted from the bits of real steps.
+
+What is exact is counted: columns of zeros in h, candidate rows of closed gates, recurrent rows of closed reset gates. Token inputs touch no
+input matrix (W·embedding is a table), in the dense count neither. For GRUs `incremental` is what updating the gates' pre-activations by
+changed units alone would read; `touched` does not assume it.
+
+The same count serves the report, with bits, and the density budget of training, with bits that have a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from rnn2bin.cells.network import Lookup, Network, Output, reverse, valid_steps
+from rnn2bin.cells.weights import Cell
+from rnn2bin.spec import DIRECTIONS, LayerSpec, SectionSpec
+from rnn2bin.tasks import Prepared
+
+Bits = Callable[[Tensor], Tensor]  # pre-activations -> 1[pre > 0]
+
+
+def bits(pre: Tensor) -> Tensor:
+    """1[pre > 0] in float64: sums over a whole part stay exact."""
+    return (pre > 0).double()
+
+
+@dataclass(frozen=True)
+class Count:
+    """Sums over real steps, in weights; `columns` and `rows` in columns of h and candidate rows."""
+
+    touched: Tensor
+    incremental: Tensor
+    dense: Tensor
+    recurrent: Tensor
+    recurrent_dense: Tensor
+    columns: Tensor
+    columns_dense: Tensor
+    rows: Tensor
+    rows_dense: Tensor
+
+    def __add__(self, other: Count) -> Count:
+        return Count(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Count)))
+
+
+@dataclass(frozen=True)
+class Read:
+    """One cell over one batch: `pre` (T,B,G,n·H) and `inputs` in the cell's own order of time; `inputs` (T,B) counts non-zero values of x,
+    None for tokens. `rested`: the state before the first step is zero."""
+
+    name: str
+    cell: Cell
+    pre: Tensor
+    inputs: Tensor | None
+    lengths: Tensor | None
+    rested: bool
+    start: int = 0  # steps before it are not counted
+
+    @property
+    def mask(self) -> Tensor:
+        """(T,B) float64, 1 on real steps."""
+        steps, rows = self.pre.shape[:2]
+        if self.lengths is None:
+            mask = self.pre.new_ones(steps, rows, dtype=torch.float64)
+        else:
+            mask = valid_steps(self.lengths, steps)[..., 0].double()
+        mask[: self.start] = 0
+        return mask
+
+
+def cells(network: Network, prepared: Prepared, output: Output, *, bit: Bits = bits) -> Iterator[Read]:
+    """Every cell of the network on this batch."""
+    pre, reads = iter(output.pre), iter(output.inputs)
+    for section, spec in network.spec.sections.items():
+        decoder = section == "decoder"
+        lengths = prepared.decoder_lengths if decoder else prepared.lengths
+        below: Tensor | None = None
+        for index, layer in enumerate(spec.layers):
+            x, opened = next(reads), []
+            for direction in DIRECTIONS[: layer.directions]:
+                name, backward = f"{section}.layers.{index}.{direction}", direction == "bwd"
+                cell = network.cells()[name]
+                read = Read(name, cell, next(pre), _inputs(x, below, lengths, backward), lengths, prepared.batch.first and not decoder)
+                opened.append(_emitted(read, bit, backward=backward))
+                yield read
+            below = None if spec.graph or any(o is None for o in opened) else torch.stack([o for o in opened if o is not None]).sum(0)
+
+
+def _inputs(x: Tensor | Lookup, below: Tensor | None, lengths: Tensor | None, backward: bool) -> Tensor | None:
+    """Non-zero values (T,B) of what a cell reads; the gradient is that of the layer below's bits."""
+    if isinstance(x, Lookup):
+        return None
+    count = (x != 0).sum(-1).double()
+    count = count if below is None else count + below - below.detach()
+    return reverse(count.unsqueeze(-1), lengths).squeeze(-1) if backward else count
+
+
+def _emitted(read: Read, bit: Bits, *, backward: bool) -> Tensor | None:
+    """Units (T,B) whose output the layer above reads, in natural order; None where the bits do not say it."""
+    layer = read.cell.layer
+    if layer.cell != "lstm" or layer.proj_size or not read.cell.binary[-1]:
+        return None
+    count = _any(read.pre[:, :, -1], layer, bit).sum(-1)
+    return reverse(count.unsqueeze(-1), read.lengths).squeeze(-1) if backward else count
+
+
+def head(spec: SectionSpec, below: Tensor, lengths: Tensor | None) -> Count:
+    """The linear layers behind every step's h (T,B,D·R): the first reads its non-zero columns."""
+    mask = torch.ones(below.shape[:2], dtype=torch.float64) if lengths is None else valid_steps(lengths, below.shape[0])[..., 0].double()
+    steps = mask.sum()
+    rest = sum(linear.in_features * linear.out_features for linear in spec.head[1:]) * steps
+    touched = ((below != 0).sum(-1).double() * mask).sum() * spec.head[0].out_features + rest
+    dense = steps * spec.head[0].in_features * spec.head[0].out_features + rest
+    zero = torch.zeros_like(steps)
+    return Count(touched, touched, dense, zero, zero, zero, zero, zero, zero)
+
+
+def count(read: Read, *, bit: Bits = bits) -> Count:
+    """What a cell reads over a batch. Where the state before the first step is not zero (a decoder, a later window of a text) that step
+    counts as dense, since what the step before left open is not in this batch."""
+    return (_lstm if read.cell.layer.cell == "lstm" else _gru)(read, bit)
+
+
+def _any(pre: Tensor, layer: LayerSpec, bit: Bits) -> Tensor:
+    """pre (T,B,n·H) -> (T,B,H), 1 where any of a unit's copies is open: its row or column is read once for all of them."""
+    return bit(pre.unflatten(-1, (layer.copies, layer.hidden_size)).amax(-2))
+
+
+def _before(values: Tensor, start: float) -> Tensor:
+    """values (T,B) one step later, `start` before the first."""
+    return torch.cat([torch.full_like(values[:1], start), values[:-1]])
+
+
+def _lstm(read: Read, bit: Bits) -> Count:
+    """Per step: 3H gate rows over the non-zero columns; a candidate row for each open input gate; the projection's columns for open o."""
+    layer, mask = read.cell.layer, read.mask
+    hidden, steps = layer.hidden_size, mask.sum()
+    full = torch.full_like(mask, hidden)
+    binary_i, _, binary_o = read.cell.binary
+    reads = _any(read.pre[:, :, 2], layer, bit).sum(-1) if binary_o else full
+    rows = _any(read.pre[:, :, 0], layer, bit).sum(-1) if binary_i else full
+    recurrent_size = layer.recurrent_size
+    columns = _before(torch.full_like(mask, recurrent_size) if layer.proj_size else reads, 0 if read.rested else recurrent_size)
+    recurrent = ((3 * hidden + rows) * columns * mask).sum()
+    recurrent_dense = 4 * hidden * recurrent_size * steps
+    touched, dense = recurrent, recurrent_dense
+    if read.inputs is not None:
+        touched = touched + ((3 * hidden + rows) * read.inputs * mask).sum()
+        dense = dense + 4 * hidden * layer.input_size * steps
+    if layer.proj_size:
+        touched = touched + (reads * layer.proj_size * mask).sum()
+        dense = dense + hidden * layer.proj_size * steps
+    seen, width = (columns * mask).sum(), recurrent_size * steps
+    return Count(touched, touched, dense, recurrent, recurrent_dense, seen, width, (rows * mask).sum(), hidden * steps)
+
+
+def _gru(read: Read, bit: Bits) -> Count:
+    """Per step: 2H gate rows over all of h; candidate rows of units that are updated (z = 0), their recurrent half only where r = 1."""
+    layer, mask = read.cell.layer, read.mask
+    hidden, copies, steps = layer.hidden_size, layer.copies, mask.sum()
+    each = lambda pre: bit(pre).unflatten(-1, (copies, hidden))
+    binary_r, binary_z = read.cell.binary
+    updated = 1 - each(read.pre[:, :, 1]) if binary_z else torch.ones_like(each(read.pre[:, :, 1]))
+    reads = each(read.pre[:, :, 0]) if binary_r else torch.ones_like(updated)
+    rows = updated.amax(-2).sum(-1)
+    state = _before(torch.ones_like(mask), 0 if read.rested else 1)  # 0 where the state before the step is zero
+    if layer.cell == "gru":
+        candidate = (updated * reads).amax(-2).sum(-1) * hidden * state
+    else:
+        candidate = rows * reads.amax(-2).sum(-1) * state
+    before = _before(rows, 0 if read.rested else hidden)  # units that changed in the step before
+    recurrent = ((2 * hidden * hidden * state + candidate) * mask).sum()
+    incremental = ((2 * hidden * before + candidate) * mask).sum()
+    recurrent_dense = 3 * hidden * hidden * steps
+    touched, dense = recurrent, recurrent_dense
+    if read.inputs is not None:
+        extra = ((2 * hidden + rows) * read.inputs * mask).sum()
+        touched, incremental, dense = touched + extra, incremental + extra, dense + 3 * hidden * layer.input_size * steps
+    columns = (before * mask).sum()
+    return Count(touched, incremental, dense, recurrent, recurrent_dense, columns, hidden * steps, (rows * mask).sum(), hidden * steps)

@@ -1,0 +1,70 @@
+"""Density by itself: a price on the distance between what a step reads and what it may read, raised while that distance is too large.
+
+The wanted density falls from what the student reads at first to `budget.density`, in equal ratios, until `budget.until` of the run; what is
+left of it trains at that density. The price moves by ratios too, so that no scale of a loss has to be known. A network that reads less than
+it may is drawn back up, since open gates are what accuracy is made of; one that read less from the start is left alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rnn2bin import cost, tasks
+from rnn2bin.cells.network import Network, Output
+from rnn2bin.gates.estimators import Discretize, Sample
+from rnn2bin.recipe import Budget
+
+TOLERANCE = 0.01  # a checkpoint at most this much above the wanted density may be chosen
+FIRST_PRICE, LEAST_PRICE = 0.1, 1e-3  # in units of loss for the whole network's weights
+STEP = 0.03  # the share by which the price moves at a step, up while the density is off by more than half the tolerance, else down
+
+# Counted in bits; the gradient is that of σ(pre), which reaches every unit and not only those near the threshold.
+_COUNT = Discretize("straight-through", slope=1.0, backward="sigmoid")
+
+
+def density(student: Network, prepared: tasks.Prepared, output: Output, *, learn: bool = True) -> Tensor:
+    """Share of the recurrent and input weights that these steps read (a GRU's by its changed units alone), differentiable with `learn`."""
+    bit = (lambda pre: Sample.apply(pre, None, _COUNT).double()) if learn else cost.bits
+    # In a window that carries a state, what its first step reads lies before it.
+    reads = (read if read.rested else replace(read, start=1) for read in cost.cells(student, prepared, output, bit=bit))
+    counts = [cost.count(read, bit=bit) for read in reads]
+    return torch.stack([c.incremental for c in counts]).sum() / torch.stack([c.dense for c in counts]).sum()
+
+
+@dataclass
+class Price:
+    """What a weight read costs now. `first`: the density before training; `None` until it is measured."""
+
+    price: float = FIRST_PRICE
+    first: float | None = None
+
+    def wanted(self, budget: Budget, progress: float) -> float:
+        """The density wanted at this progress."""
+        assert budget.density is not None
+        if self.first is None or self.first <= budget.density:
+            return budget.density
+        share = min(progress / budget.until, 1.0)
+        return self.first * (budget.density / self.first) ** share
+
+    def charge(self, found: Tensor, budget: Budget, progress: float) -> Tensor:
+        """The loss for a density, and the next price."""
+        now = float(found.detach())
+        if self.first is None:
+            self.first = now
+        wanted = self.wanted(budget, progress)
+        off = (found.float() - wanted) * (1 if now > wanted else -1)
+        if self.first <= wanted and now <= wanted:
+            return off * 0
+        charged = self.price * off
+        self.price = max(LEAST_PRICE, self.price * (1 + STEP if float(off.detach()) > TOLERANCE / 2 else 1 - STEP))
+        return charged
+
+
+def choice(metric: float, found: float | None, wanted: float | None, *, higher_is_better: bool) -> float:
+    """The number by which a checkpoint is chosen: its metric; one that reads too much stands behind all that do not, the densest last."""
+    if found is None or wanted is None or found <= wanted + TOLERANCE:
+        return metric
+    return (-1 if higher_is_better else 1) * (1e6 + found)

@@ -1,0 +1,126 @@
+"""The density budget: the price finds the wanted density by itself, and only checkpoints that keep it are chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_trainer import recipe_of, run, stream, teacher_of
+
+from rnn2bin import cost, student, tasks
+from rnn2bin.distill import budget
+from rnn2bin.distill import trainer as distiller
+from rnn2bin.distill.window import run_cell
+from rnn2bin.evaluation.density import DensityCounter
+from rnn2bin.gates.estimators import BINARY, Discretize, Sample
+from rnn2bin.recipe import Budget
+
+
+def prepared_of(network, part):
+    task = tasks.resolve(recipe_of(), network.spec, part)
+    part = tasks.settled(task, part)
+    from rnn2bin.data import evaluation_batches
+
+    return tasks.prepare(task, next(evaluation_batches(part)), network, walk=run_cell)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_the_density_trained_is_the_density_reported(cell, copies):
+    teacher = teacher_of(cell)
+    network = student.student(teacher, recipe_of(gates={"copies": copies}).gates)
+    prepared = prepared_of(teacher, stream())
+    out = prepared.forward(network, mode=BINARY, walk=run_cell)
+    counter = DensityCounter(network)
+    counter.add(prepared, out)
+    cells = counter.cells.values()
+    wanted = sum(float(c.incremental) for c in cells) / sum(float(c.dense) for c in cells)
+    for learn in (True, False):
+        assert float(budget.density(network, prepared, out, learn=learn).detach()) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_the_density_has_a_gradient_in_every_cell(cell):
+    teacher = teacher_of(cell)
+    network = student.student(teacher, recipe_of(gates={"copies": 2}).gates)
+    prepared = prepared_of(teacher, stream())
+    budget.density(network, prepared, prepared.forward(network, mode=BINARY, walk=run_cell)).backward()
+    for name, one in network.cells().items():
+        assert float(one.part("gates").bias.grad.abs().max()) > 0, name
+
+
+def test_the_layer_below_is_paid_for_what_the_layer_above_reads():
+    """Its o opens columns of the next layer's input: closing it must save more than its own recurrent columns."""
+    teacher = teacher_of("lstm")
+    network = student.student(teacher, recipe_of(gates={"copies": 1}).gates)
+    prepared = prepared_of(teacher, stream())
+    out = prepared.forward(network, mode=BINARY, walk=run_cell)
+    bit = lambda pre: Sample.apply(pre, None, Discretize("straight-through", slope=1.0, backward="sigmoid")).double()
+    above = [cost.count(read, bit=bit) for read in cost.cells(network, prepared, out, bit=bit)][1]
+    (grad,) = torch.autograd.grad(above.touched, [network.get_submodule("main.layers.0.fwd.gates").bias])
+    assert float(grad.view(3, -1)[2].sum()) > 0
+
+
+@pytest.mark.parametrize(("cell", "wanted", "copies", "scale"), [("lstm", 0.15, 1, 0.02), ("lstm", 0.15, 3, 50.0), ("gru", 0.2, 2, 1.0)])
+def test_the_wanted_density_is_reached_within_a_hundredth_whatever_the_scale_of_the_loss(cell, wanted, copies, scale, tmp_path):
+    teacher = teacher_of(cell, hidden=32)
+    recipe = recipe_of(
+        train={"steps": 600, "max_steps": 600, "learning_rate": 0.01, "evaluate_every": 100, "batch_size": 8, "window": 16},
+        gates={"straight_through_from": 0.1, "copies": copies},
+        budget={"density": wanted},
+        loss={"hidden": scale},
+    )
+    task = tasks.resolve(recipe, teacher.spec, stream())
+    network = student.student(teacher, recipe.gates)
+    part = stream(2000)
+    trained = distiller.train(network, teacher, task=task, recipe=recipe, train=part, valid=stream(500, rows=8, seed=7), out=tmp_path)
+    held = [p.density for p in trained.history if p.progress >= 0.6]  # one measurement of these small networks is noisy
+    assert sum(held) / len(held) == pytest.approx(wanted, abs=budget.TOLERANCE)
+    assert next(p.density for p in trained.history if p.step == trained.best_step) <= wanted + budget.TOLERANCE
+
+
+def test_the_wanted_density_falls_in_equal_ratios_and_never_below():
+    price = budget.Price(first=0.8)
+    plan = Budget(density=0.2, until=0.5)
+    assert [round(price.wanted(plan, p), 6) for p in (0, 0.25, 0.5, 1)] == [0.8, 0.4, 0.2, 0.2]
+    assert budget.Price(first=0.1).wanted(plan, 0) == 0.2
+
+
+@given(found=st.floats(0, 1), wanted=st.floats(0.02, 0.9), price=st.floats(0.01, 1e3))
+def test_the_price_is_on_the_distance_and_rises_while_it_is_too_large(found, wanted, price):
+    one = budget.Price(price, first=1.0)
+    charged = one.charge(torch.tensor(found, dtype=torch.float64), Budget(density=wanted), 1.0)
+    assert float(charged) == pytest.approx(price * abs(found - wanted), rel=1e-4, abs=1e-6 * price)
+    if abs(abs(found - wanted) - budget.TOLERANCE / 2) > 1e-6:
+        assert (one.price > price) == (abs(found - wanted) > budget.TOLERANCE / 2)
+
+
+def test_a_network_that_reads_less_than_it_may_is_left_alone():
+    one = budget.Price(5.0, first=0.3)
+    found = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    one.charge(found, Budget(density=0.5), 0.0).backward()
+    assert (float(found.grad), one.price) == (0.0, 5.0)
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_a_checkpoint_over_budget_is_chosen_only_where_none_keeps_it(higher):
+    of = lambda metric, found: budget.choice(metric, found, 0.2, higher_is_better=higher)
+    sign = 1 if higher else -1
+    good, bad, dense, denser = of(sign * 0.9, 0.2), of(sign * 0.5, 0.21), of(sign * 0.99, 0.3), of(sign * 0.99, 0.4)
+    assert sorted([denser, bad, dense, good], reverse=higher) == [good, bad, dense, denser]
+    assert budget.choice(0.7, None, None, higher_is_better=higher) == 0.7
+
+
+def test_the_price_survives_a_checkpoint(tmp_path):
+    case = {"cell": "lstm", "readout": "all", "train": {}, "gates": {}, "more": {"budget": {"density": 0.2}}}
+    run(case, tmp_path)
+    folder = distiller.newest_checkpoint(tmp_path)
+    assert folder is not None
+    kept = json.loads((folder / "price.json").read_text())
+    assert kept["first"] is not None
+    assert kept["price"] != budget.FIRST_PRICE
+    assert set(kept) == {f.name for f in dataclasses.fields(budget.Price)}
