@@ -8,8 +8,8 @@ Gate rows and candidate rows are separate tensors, so that a runtime can skip ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
 
 from rnn2bin.errors import UnsupportedError
 
@@ -215,7 +215,11 @@ def check(spec: RnnSpec) -> None:
     reasons = []
     for name, section in spec.sections.items():
         width = section.embedding.embedding_dim if section.embedding else section.layers[0].input_size
+        if section.embedding and section.embedding.one_hot and section.embedding.num_embeddings != width:
+            reasons.append(f"{name}.embedding: one-hot vectors of {section.embedding.num_embeddings} tokens are not {width} wide")
         for index, layer in enumerate(section.layers):
+            if layer.directions > len(DIRECTIONS):
+                reasons.append(f"{name}.layers.{index}: {layer.directions} directions; there are {len(DIRECTIONS)}")
             if layer.cell not in CELLS:
                 reasons.append(f"{name}.layers.{index}: unknown cell {layer.cell!r}; known: {', '.join(CELLS)}")
             if layer.input_size != width:
@@ -250,20 +254,38 @@ def to_dict(spec: RnnSpec) -> dict[str, Any]:
     return asdict(spec)
 
 
+MAY_BE_ZERO = {"proj_size", "start", "end"}
+_Part = TypeVar("_Part", LayerSpec, EmbeddingSpec, LinearSpec, DecodeSpec)
+
+
+def _made(kind: type[_Part], data: dict[str, Any]) -> _Part:
+    """The part, its values of the types that its fields declare (TypeError, ValueError)."""
+    part = kind(**data)
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if type(value).__name__ != field.type:
+            raise TypeError(f"{field.name} is {value!r}")
+        if field.type == "int" and not (field.name not in MAY_BE_ZERO) <= value < 2**31:
+            raise ValueError(f"{field.name} is {value}")
+    return part
+
+
 def from_dict(data: dict[str, Any]) -> RnnSpec:
     """The inverse of `to_dict`; raises UnsupportedError where the data do not fit."""
     try:
         sections = {
             name: SectionSpec(
-                layers=tuple(LayerSpec(**layer) for layer in section["layers"]),
-                embedding=EmbeddingSpec(**section["embedding"]) if section["embedding"] else None,
-                head=tuple(LinearSpec(**linear) for linear in section["head"]),
+                layers=tuple(_made(LayerSpec, layer) for layer in section["layers"]),
+                embedding=_made(EmbeddingSpec, section["embedding"]) if section["embedding"] else None,
+                head=tuple(_made(LinearSpec, linear) for linear in section["head"]),
                 readout=section["readout"],
             )
             for name, section in data["sections"].items()
         }
-        spec = RnnSpec(sections, DecodeSpec(**data["decode"]) if data["decode"] else None)
-    except (KeyError, TypeError, AttributeError) as error:
+        spec = RnnSpec(sections, _made(DecodeSpec, data["decode"]) if data["decode"] else None)
+        if spec.sections.keys() != ({"encoder", "decoder"} if spec.decode else {"main"}) or not all(s.layers for s in sections.values()):
+            raise ValueError("sections or layers are missing")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UnsupportedError(f"config.json: the spec is not one that this version reads ({error})") from None
     check(spec)
     return spec

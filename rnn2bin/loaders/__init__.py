@@ -27,7 +27,7 @@ __all__ = ["Inspection", "Loaded", "inspect", "load"]
 
 READERS = {"pytorch": pytorch.read, "safetensors": safetensors_file.read, "npz": npz.read, "huggingface": huggingface.read}
 SUFFIXES = {
-    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl"), "pytorch"),
+    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".pickle", ".jit", ".ts", ".torchscript"), "pytorch"),
     ".safetensors": "safetensors",
     ".npz": "npz",
 }
@@ -35,7 +35,6 @@ SUFFIXES = {
 OTHERS = {
     ".onnx": "an ONNX graph",
     **dict.fromkeys((".h5", ".hdf5", ".keras"), "a Keras (HDF5) model"),
-    ".jit": "a TorchScript archive",
     ".pt2": "a torch.export program",
     **dict.fromkeys((".tflite", ".pb"), "a TensorFlow graph"),
     ".npy": "a single NumPy array",
