@@ -264,9 +264,9 @@ def _made(kind: type[_Part], data: dict[str, Any]) -> _Part:
     for field in fields(part):
         value = getattr(part, field.name)
         if type(value).__name__ != field.type:
-            raise TypeError(f"{field.name} is {value!r}")
+            raise TypeError(f"{field.name} is a {type(value).__name__}")
         if field.type == "int" and not (field.name not in MAY_BE_ZERO) <= value < 2**31:
-            raise ValueError(f"{field.name} is {value}")
+            raise ValueError(f"{field.name} is out of range")
     return part
 
 

@@ -94,6 +94,7 @@ class _Resolved:
     draft: recognise.Draft | None
     reasons: list[str]
     readout_stated: bool
+    ignore: Sequence[str] = ()
 
 
 def load(path: str | Path, *, source: Source | None = None) -> Loaded:
@@ -121,7 +122,7 @@ def inspect(path: str | Path, *, source: Source | None = None) -> Inspection:
         format=name,
         tensors=[(key, shapes[key], str(tensor.dtype).removeprefix("torch.")) for key, tensor in tensors.items()],
         recognised=None if resolved.reasons else resolved.assembly.spec,
-        source=source_yaml(resolved.draft, resolved.reasons, source.ignore if source else []),
+        source=source_yaml(resolved.draft, resolved.reasons, [*(source.ignore if source else []), *resolved.ignore]),
         reasons=resolved.reasons,
         readout_stated=resolved.readout_stated,
         parts=parts(resolved.draft, shapes),
@@ -180,7 +181,7 @@ def _resolve(tensors: dict[str, torch.Tensor], source: Source | None) -> _Resolv
     else:
         built = build(complete, wanted)
     reasons = list(dict.fromkeys([*proposal.reasons, *built.reasons]))
-    return _Resolved(built, proposal.draft, reasons, source.readout is not None)
+    return _Resolved(built, proposal.draft, reasons, source.readout is not None, proposal.ignore)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -1,6 +1,6 @@
 """A zip file, read strictly. No torch here.
 
-The directory at the end of a zip file and the headers before each entry say the same things twice, and readers differ in which they believe:
+The directory at the end of a zip file and the headers before each entry say the same things twice; readers differ in which they believe:
 a file may show one content to a scanner and another to a loader. Here both are read and must agree, names are given once, entries do not
 overlap, and the sizes are summed up, before anything is unpacked. Format: PKWARE APPNOTE 6.3.
 """

@@ -10,7 +10,8 @@ from typing import Any
 from rnn2bin.errors import UnsafeError, UnsupportedError, UsageError
 
 READ_NOW = (
-    "formats read now: PyTorch state dict, checkpoint or module (.pt .pth .bin .ckpt .pkl), TorchScript (.pt .jit .ts), .safetensors, .npz, "
+    "formats read now: PyTorch state dict, checkpoint or module (.pt .pth .bin .ckpt .pkl), TorchScript (.pt .jit .ts), "
+    ".safetensors, .npz, "
     "Hugging Face directory (config.json with model.safetensors or pytorch_model.bin, whole or in shards)"
 )
 

@@ -41,7 +41,9 @@ def _array(path: Path, member: str, data: bytearray) -> torch.Tensor:
     except Exception:
         raise UnsupportedError(f"{path}: {member!r} is not a NumPy array, or it is damaged") from None
     if dtype.hasobject:
-        raise UnsafeError(f"{path}: {member!r} holds pickled Python objects, which can run code; save plain arrays: np.savez(file, **arrays)")
+        raise UnsafeError(
+            f"{path}: {member!r} holds pickled Python objects, which can run code; save plain arrays: np.savez(file, **arrays)"
+        )
     size = math.prod(shape) * dtype.itemsize
     huge = size == 0 and math.prod(n for n in shape if n) > MOST_EMPTY
     if size != len(data) - begins or huge or len(shape) > MOST_DIMENSIONS or dtype.subdtype:

@@ -11,7 +11,7 @@ from rnn2bin.errors import UnsafeError
 from rnn2bin.loaders.inert import Record, Symbol
 from rnn2bin.loaders.tensors import ArrayRef, Held, TensorRef, UnreadTensor
 
-MOST_VISITS = 200_000  # parts that contain each other would be walked forever
+MOST_VISITS = 100_000  # parts that contain each other would be walked forever
 MOST_DEPTH = 64
 CHECKPOINT_DEPTH = 4
 SCRIPT = "__torch__"

@@ -9,7 +9,7 @@ import math
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from rnn2bin.errors import UnsafeError, UnsupportedError
 from rnn2bin.loaders.common import JSON_BYTES, json_object
@@ -81,7 +81,7 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
     return begins, ends
 
 
-def _naturals(values: Any) -> bool:
+def _naturals(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and len(values) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 

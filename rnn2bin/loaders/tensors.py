@@ -20,15 +20,16 @@ Buffer = bytearray | memoryview
 
 # Element sizes of what torch.float32 and its like name; the storage classes of older files map to them.
 WIDTHS = {
-    **dict.fromkeys(("float64", "double", "int64", "long", "complex64"), 8),
-    **dict.fromkeys(("float32", "float", "int32", "int"), 4),
-    **dict.fromkeys(("float16", "half", "bfloat16", "int16", "short"), 2),
+    **dict.fromkeys(("float64", "double", "int64", "long", "uint64", "complex64"), 8),
+    **dict.fromkeys(("float32", "float", "int32", "int", "uint32"), 4),
+    **dict.fromkeys(("float16", "half", "bfloat16", "int16", "short", "uint16"), 2),
     **dict.fromkeys(("uint8", "int8", "bool"), 1),
     "complex128": 16,
 }
 STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "LongStorage": "int64",
-    "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool", "UntypedStorage": "uint8",
+    "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
+    "UntypedStorage": "uint8",
     "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
     "QInt8Storage": "int8", "QUInt8Storage": "uint8", "QInt32Storage": "int32",
 }  # fmt: skip
@@ -254,6 +255,11 @@ def _same(value: Any = (), *_: Any) -> Any:
     return value
 
 
+def _bytes(value: Any = b"", *_: Any) -> Any:
+    """Of bytes, or of how protocols 0 to 2 write them: nothing, a list of numbers, text with its coding."""
+    return _encode(value, *_) if isinstance(value, str) else bytes(value) if isinstance(value, list) else value
+
+
 def _unread(kind: str) -> Callable[..., UnreadTensor]:
     return lambda *_: UnreadTensor(kind)
 
@@ -285,7 +291,8 @@ CALLS: Mapping[str, Callable[..., Any]] = {
     **{f"torch.jit._pickle.{name}": _same for name in ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist")},
     "torch.jit._pickle.restore_type_tag": _same,
     "collections.OrderedDict": _ordered,
-    **{f"builtins.{kind}": _same for kind in ("list", "tuple", "set", "frozenset", "bytes", "bytearray")},
+    **{f"builtins.{kind}": _same for kind in ("list", "tuple", "set", "frozenset")},
+    **{f"builtins.{kind}": _bytes for kind in ("bytes", "bytearray")},
     "builtins.dict": _ordered,
     "_codecs.encode": _encode,
     "numpy.core.multiarray._reconstruct": ArrayRef,
