@@ -421,7 +421,7 @@ HEAP: dict[str, bytes] = {
 
 @pytest.mark.parametrize("what", HEAP)
 def test_pickles_that_fill_the_memory(tmp_path: Path, what: str) -> None:
-    """What reading costs is counted, and the count is no less than the truth: held here to 8 MB, in files to FREE_BYTES + twice their size."""
+    """What reading costs is counted, and the count is no less than the truth: here to 8 MB, in files to FREE_BYTES and twice their size."""
     data = memoryview(b"\x80\x04" + HEAP[what] + b".")
     account = inert.Found(tmp_path, 8 * MEGABYTE)
     tracemalloc.start()

@@ -31,10 +31,42 @@ _RENAMED = {
     "numpy.core._multiarray_umath": "numpy.core.multiarray",
 }
 # Modules of the standard library that hold data types and plain functions: naming what is in them is no attack.
-_PLAIN_MODULES = {"argparse", "collections", "collections.abc", "copyreg", "dataclasses", "datetime", "decimal", "enum", "fractions", "functools", "math",
-                  "numbers", "pathlib", "pathlib._local", "random", "re", "string", "typing", "uuid", "_codecs"}  # fmt: skip
-_PLAIN_BUILTINS = {"object", "list", "dict", "tuple", "set", "frozenset", "int", "float", "bool", "str", "bytes", "bytearray", "complex",
-                   "slice", "range", "type", "NoneType", "Ellipsis", "NotImplemented", "abs", "len", "max", "min", "round", "sum"}  # fmt: skip
+_PLAIN_MODULES = {
+    *(
+        "argparse",
+        "collections",
+        "collections.abc",
+        "copyreg",
+        "dataclasses",
+        "datetime",
+        "decimal",
+        "enum",
+        "fractions",
+        "functools",
+        "math",
+    ),
+    *("numbers", "pathlib", "pathlib._local", "random", "re", "string", "typing", "uuid", "_codecs"),
+}
+_PLAIN_BUILTINS = {
+    *(
+        "object",
+        "list",
+        "dict",
+        "tuple",
+        "set",
+        "frozenset",
+        "int",
+        "float",
+        "bool",
+        "str",
+        "bytes",
+        "bytearray",
+        "complex",
+        "slice",
+        "range",
+    ),
+    *("type", "NoneType", "Ellipsis", "NotImplemented", "abs", "len", "max", "min", "round", "sum"),
+}
 # Calls that make values, not actions; kept as records.
 _VALUES = {
     *(f"builtins.{name}" for name in ("complex", "slice", "range", "object", "int", "float", "bool", "str")),
