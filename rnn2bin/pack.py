@@ -18,6 +18,7 @@ from torch import Tensor
 from rnn2bin import spec as specs
 from rnn2bin.cells.network import Network
 from rnn2bin.errors import DivergedError, ResourceError, UnsupportedError, UsageError
+from rnn2bin.loaders.common import json_file
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PARTIAL = ".partial"
@@ -117,11 +118,8 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     if not file.is_file():
         raise UsageError(f"{path}: not a packed directory (no {CONFIG}); make one with: rnn2bin convert MODEL --out {path}")
-    try:
-        config = json.loads(file.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UnsupportedError(f"{file}: not readable JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("model_type") != "rnn2bin":
+    config = json_file(file)
+    if config.get("model_type") != "rnn2bin":
         raise UnsupportedError(f"{file}: not an rnn2bin model")
     version = config.get("format_version")
     if type(version) is not int or not 1 <= version <= specs.FORMAT_VERSION:
@@ -146,6 +144,37 @@ def build(config: dict[str, Any]) -> Network:
         raise UnsupportedError(*reasons)
     binary = {prefix: tuple(v == "binary" for v in gates[prefix].values()) for prefix, _ in spec.cell_names()}
     return Network(spec, binary, levels=config["levels"])
+
+
+def read_network(path: Path, config: dict[str, Any]) -> Network:
+    """The network of a packed directory with its weights. Raises UnsupportedError.
+
+    The sizes that config.json claims are held against the header of the weights before they are allocated.
+    """
+    spec = specs.from_dict(config.get("spec") or {})
+    _check_count(path, spec)
+    try:
+        with torch.device("meta"):
+            claimed = build(config)
+    except RuntimeError:  # sizes whose product overflows
+        raise UnsupportedError(f"{path / CONFIG}: the spec claims sizes that no network has") from None
+    weights = read_weights(path, claimed)
+    network = build(config)
+    network.load_state_dict(weights)
+    return network
+
+
+def _check_count(path: Path, spec: specs.RnnSpec) -> None:
+    """Even an empty module costs memory: no more of them than the weights file has tensors for."""
+    file = path / WEIGHTS
+    try:
+        with safe_open(file, framework="pt") as stored:
+            names = set(stored.keys())
+    except (SafetensorError, OSError) as error:
+        raise UnsupportedError(f"{file}: not readable ({error})") from None
+    missing = [name for name in spec.tensors() if name not in names]
+    if len(missing) > len(names):
+        raise UnsupportedError(f"{file}: {len(missing)} tensors that {CONFIG} names are missing, the first {missing[0]}")
 
 
 def read_weights(path: Path, network: Network) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ Gate rows and candidate rows are separate tensors, so that a runtime can skip ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar
 
 from rnn2bin.errors import UnsupportedError
 
@@ -282,7 +282,11 @@ def check(spec: RnnSpec) -> None:
     reasons = []
     for name, section in spec.sections.items():
         width = section.embedding.embedding_dim if section.embedding else section.layers[0].input_size
+        if section.embedding and section.embedding.one_hot and section.embedding.num_embeddings != width:
+            reasons.append(f"{name}.embedding: one-hot vectors of {section.embedding.num_embeddings} tokens are not {width} wide")
         for index, layer in enumerate(section.layers):
+            if layer.directions > len(DIRECTIONS):
+                reasons.append(f"{name}.layers.{index}: {layer.directions} directions; there are {len(DIRECTIONS)}")
             if layer.cell not in CELLS:
                 reasons.append(f"{name}.layers.{index}: unknown cell {layer.cell!r}; known: {', '.join(CELLS)}")
             if layer.activation not in CELL_ACTIVATIONS or not 0 <= layer.hard_sigmoid < 100:
@@ -343,20 +347,38 @@ def to_dict(spec: RnnSpec) -> dict[str, Any]:
     return asdict(spec)
 
 
+MAY_BE_ZERO = {"proj_size", "start", "end"}
+_Part = TypeVar("_Part", LayerSpec, EmbeddingSpec, LinearSpec, DecodeSpec)
+
+
+def _made(kind: type[_Part], data: dict[str, Any]) -> _Part:
+    """The part, its values of the types that its fields declare (TypeError, ValueError)."""
+    part = kind(**data)
+    for one in fields(part):
+        value = getattr(part, one.name)
+        if type(value).__name__ != one.type:
+            raise TypeError(f"{one.name} is a {type(value).__name__}")
+        if one.type == "int" and not (one.name not in MAY_BE_ZERO) <= value < 2**31:
+            raise ValueError(f"{one.name} is out of range")
+    return part
+
+
 def from_dict(data: dict[str, Any]) -> RnnSpec:
     """The inverse of `to_dict`; raises UnsupportedError where the data do not fit."""
     try:
         sections = {
             name: SectionSpec(
-                layers=tuple(LayerSpec(**layer) for layer in section["layers"]),
-                embedding=EmbeddingSpec(**section["embedding"]) if section["embedding"] else None,
-                head=tuple(LinearSpec(**linear) for linear in section["head"]),
+                layers=tuple(_made(LayerSpec, layer) for layer in section["layers"]),
+                embedding=_made(EmbeddingSpec, section["embedding"]) if section["embedding"] else None,
+                head=tuple(_made(LinearSpec, linear) for linear in section["head"]),
                 readout=section["readout"],
                 graph=_graph_from(section.get("graph")),
             )
             for name, section in data["sections"].items()
         }
-        spec = RnnSpec(sections, DecodeSpec(**data["decode"]) if data["decode"] else None)
+        spec = RnnSpec(sections, _made(DecodeSpec, data["decode"]) if data["decode"] else None)
+        if spec.sections.keys() != ({"encoder", "decoder"} if spec.decode else {"main"}) or not all(s.layers for s in sections.values()):
+            raise ValueError("sections or layers are missing")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UnsupportedError(f"config.json: the spec is not one that this version reads ({error})") from None
     check(spec)
@@ -366,7 +388,24 @@ def from_dict(data: dict[str, Any]) -> RnnSpec:
 def _graph_from(data: dict[str, Any] | None) -> GraphSpec | None:
     if data is None:
         return None
-    fields = dict(data)
-    nodes = tuple(Node(n["op"], tuple(n["inputs"]), tuple(n["outputs"]), dict(n["attributes"])) for n in fields.pop("nodes"))
-    tensors = {str(name): tuple(map(int, shape)) for name, shape in fields.pop("tensors").items()}
-    return GraphSpec(nodes=nodes, tensors=tensors, input_shape=tuple(map(int, fields.pop("input_shape"))), **fields)
+    rest = dict(data)
+    nodes = tuple(Node(str(n["op"]), _names(n["inputs"]), _names(n["outputs"]), dict(n["attributes"])) for n in rest.pop("nodes"))
+    tensors = {str(name): _sizes(shape) for name, shape in rest.pop("tensors").items()}
+    graph = GraphSpec(nodes=nodes, tensors=tensors, input_shape=_sizes(rest.pop("input_shape")), **rest)
+    flags = (graph.per_step, graph.batch_first, graph.stepwise, graph.padded)
+    _sizes([graph.output_size, *([] if graph.steps is None else [graph.steps])])
+    if not all(isinstance(flag, bool) for flag in flags) or not isinstance(graph.output, str):
+        raise TypeError("a graph's flags are true or false, and its output is a name")
+    return graph
+
+
+def _names(data: list[Any]) -> tuple[str, ...]:
+    if not all(isinstance(name, str) for name in data):
+        raise TypeError("values of a graph are named by strings")
+    return tuple(data)
+
+
+def _sizes(data: list[Any]) -> tuple[int, ...]:
+    if not all(type(size) is int and 0 < size < 2**31 for size in data):
+        raise ValueError(f"{data} are no sizes")
+    return tuple(data)

@@ -247,12 +247,6 @@ def test_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path, how: str) 
     assert not mark.exists()
 
 
-def test_a_whole_module_is_refused_with_its_class(tmp_path: Path) -> None:
-    torch.save(module("lstm"), tmp_path / "m.pt")
-    with pytest.raises(UnsafeError, match=r"torch\.nn\.modules\.rnn\.LSTM"):
-        load(tmp_path / "m.pt")
-
-
 def test_npz_of_objects_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "m.npz", a=np.array([{}], dtype=object))
     with pytest.raises(UnsafeError, match="pickled"):
@@ -314,14 +308,6 @@ def test_missing_file_and_bare_directory(tmp_path: Path) -> None:
         load(tmp_path / "none.pt")
     with pytest.raises(UnsupportedError, match="formats read now"):
         load(tmp_path)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_torchscript_is_refused(tmp_path: Path) -> None:
-    traced: Any = torch.jit.trace  # type: ignore[no-untyped-call, unused-ignore]
-    traced(nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "m.pt")
-    with pytest.raises(UnsupportedError, match="TorchScript"):
-        load(tmp_path / "m.pt")
 
 
 @pytest.mark.parametrize("name", ["m.pt", "m.safetensors", "m.npz"])

@@ -30,7 +30,7 @@ READERS = {"pytorch": pytorch.read, "safetensors": safetensors_file.read, "npz":
 # Files that say themselves how their parts join: (path, source) -> Assembly.
 GRAPH_READERS: dict[str, Callable[[Path, Source], Assembly]] = {}
 SUFFIXES = {
-    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl"), "pytorch"),
+    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".pickle", ".jit", ".ts", ".torchscript"), "pytorch"),
     ".safetensors": "safetensors",
     ".npz": "npz",
 }
@@ -38,7 +38,6 @@ SUFFIXES = {
 OTHERS = {
     ".onnx": "an ONNX graph",
     **dict.fromkeys((".h5", ".hdf5", ".keras"), "a Keras (HDF5) model"),
-    ".jit": "a TorchScript archive",
     ".pt2": "a torch.export program",
     **dict.fromkeys((".tflite", ".pb"), "a TensorFlow graph"),
     ".npy": "a single NumPy array",
@@ -99,6 +98,7 @@ class _Resolved:
     draft: recognise.Draft | None
     reasons: list[str]
     readout_stated: bool
+    ignore: Sequence[str] = ()
 
 
 def load(path: str | Path, *, source: Source | None = None) -> Loaded:
@@ -128,7 +128,7 @@ def inspect(path: str | Path, *, source: Source | None = None) -> Inspection:
         format=name,
         tensors=[(key, shapes[key], str(tensor.dtype).removeprefix("torch.")) for key, tensor in tensors.items()],
         recognised=None if resolved.reasons else resolved.assembly.spec,
-        source="" if graph else source_yaml(resolved.draft, resolved.reasons, source.ignore if source else []),
+        source="" if graph else source_yaml(resolved.draft, resolved.reasons, [*(source.ignore if source else []), *resolved.ignore]),
         reasons=resolved.reasons,
         readout_stated=resolved.readout_stated,
         parts=spec_parts(spec) if graph and spec else parts(resolved.draft, shapes),
@@ -195,7 +195,7 @@ def _resolve(tensors: dict[str, torch.Tensor], source: Source | None) -> _Resolv
     else:
         built = build(complete, wanted)
     reasons = list(dict.fromkeys([*proposal.reasons, *built.reasons]))
-    return _Resolved(tensors, built, proposal.draft, reasons, source.readout is not None)
+    return _Resolved(tensors, built, proposal.draft, reasons, source.readout is not None, proposal.ignore)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

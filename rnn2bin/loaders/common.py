@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
+import json
 from pathlib import Path
 from typing import Any
 
 from rnn2bin.errors import UnsafeError, UnsupportedError, UsageError
 
 READ_NOW = (
-    "formats read now: PyTorch state dict (.pt .pth .bin .ckpt), .safetensors, .npz, "
-    "Hugging Face directory (config.json with model.safetensors or pytorch_model.bin)"
+    "formats read now: PyTorch state dict, checkpoint or module (.pt .pth .bin .ckpt .pkl), TorchScript (.pt .jit .ts), "
+    ".safetensors, .npz, "
+    "Hugging Face directory (config.json with model.safetensors or pytorch_model.bin, whole or in shards)"
 )
 
-# A trained network's tensors hardly compress; an archive that unpacks to far more than itself is made to fill the memory.
-EXPANSION = 100
-FREE_BYTES = 256 * 2**20
+JSON_BYTES = 8 * 2**20  # some 100,000 names; what JSON costs in memory is about 25 times that
 
 
 def regular_file(path: Path) -> None:
@@ -29,17 +28,51 @@ def regular_file(path: Path) -> None:
         raise UnsupportedError(f"{path}: the file is empty")
 
 
-def members(path: Path) -> list[zipfile.ZipInfo]:
-    """The entries of a zip file; UnsupportedError when its directory cannot be read, UnsafeError for a decompression bomb."""
+def whole(path: Path) -> memoryview:
+    """All bytes of a file, in memory that is ours to hand on."""
+    data = bytearray(path.stat().st_size)
+    with path.open("rb", buffering=0) as stream:
+        got = 0
+        while more := stream.readinto(memoryview(data)[got:]):
+            got += more
+    return memoryview(data)[:got]
+
+
+def json_file(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. UnsafeError when it is larger than any; else as `json_object`."""
+    regular_file(path)
+    if path.stat().st_size > JSON_BYTES:
+        raise UnsafeError(f"{path}: {path.stat().st_size} bytes is no {path.name}")
+    return json_object(path.read_bytes(), where=str(path))
+
+
+def json_object(text: bytes, *, where: str) -> dict[str, Any]:
+    """A JSON object. UnsafeError for a key given twice: readers would see different contents; UnsupportedError for everything else."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
-    except Exception:
-        raise UnsupportedError(f"{path}: truncated or corrupt archive; copy or download it again") from None
-    size, total = path.stat().st_size, sum(info.file_size for info in infos)
-    if total > max(EXPANSION * size, FREE_BYTES):
-        raise UnsafeError(f"{path}: {size} bytes that unpack to {total}; refused, it would exhaust the memory")
-    return infos
+        data = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
+    except _TwiceError as error:
+        raise UnsafeError(f"{where}: {error} is given twice; readers would see different contents") from None
+    except (ValueError, RecursionError) as error:
+        raise UnsupportedError(f"{where}: not readable JSON ({_short(str(error))})") from None
+    if not isinstance(data, dict):
+        raise UnsupportedError(f"{where}: not a JSON object")
+    return data
+
+
+class _TwiceError(Exception):
+    pass
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        raise _TwiceError(_short(repr(next(name for name, _ in pairs if name in seen or seen.add(name)))))  # type: ignore[func-returns-value]
+    return found
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else text[:99] + "…"
 
 
 def fingerprint(files: list[Path]) -> dict[str, Any]:

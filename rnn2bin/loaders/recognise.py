@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -38,12 +38,13 @@ class Proposal:
 
     draft: Draft | None
     reasons: list[str] = field(default_factory=list)
+    ignore: list[str] = field(default_factory=list)  # what a draft of one part alone leaves out
 
     def source(self) -> Source | None:
         """The draft as a Source, unless it waits for the user's decision."""
         if self.draft is None or UNKNOWN in _strings(self.draft):
             return None
-        return Source.model_validate(self.draft)
+        return Source.model_validate({**self.draft, **({"ignore": self.ignore} if self.ignore else {})})
 
     def uses(self) -> set[str]:
         """All strings of the draft; among them the names of the tensors it uses."""
@@ -101,6 +102,18 @@ def _numbers(name: str) -> tuple[str, tuple[int, ...]]:
     return re.sub(r"\d+", "#", name), tuple(int(n) for n in re.findall(r"\d+", name))
 
 
+def _rest(names: Iterable[str], used: set[str]) -> list[str]:
+    """Patterns for all names but the used ones: `encoder.*` where nothing below `encoder` is used."""
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        heads = (".".join(parts[:depth]) + "." for depth in range(1, len(parts)))
+        head = next((head for head in heads if not any(other.startswith(head) for other in used)), None)
+        if name not in used:
+            found[f"{head}*" if head and not set("*?[") & set(head) else name] = None
+    return list(found)
+
+
 def _chains(parts: Sequence[_Part]) -> bool:
     return all(a.gives == b.reads for a, b in itertools.pairwise(parts))
 
@@ -125,6 +138,7 @@ class _Recogniser:
         self.numbered = all(re.match(r"\d+\.", name) for name in names)
         self.index = {name: index for index, name in enumerate(names)}
         self.parsed = {name: match for name in names if (match := RECURRENT.match(name))}
+        self.apart = False  # recurrent layers that do not join: several networks in one file, perhaps
 
     def proposal(self) -> Proposal:
         stacks = self.stacks()
@@ -141,9 +155,16 @@ class _Recogniser:
         else:
             main = self.section("main", stacks, matrices)
             draft = {"main": main} if main else None
+            if draft is None and self.apart:
+                return self.alone(stacks[0])
             if self.hints.decode:
                 self.reasons.append("source.decode: for an encoder with a decoder; only one chain of recurrent layers was recognised")
         return Proposal(draft, self.reasons)
+
+    def alone(self, stack: Stack) -> Proposal:
+        """A start for a file of several networks: the first one's recurrent layers, everything else ignored. Never without its reason."""
+        draft: Draft = {"main": {"cell": stack.cell, "layers": list(stack.layers)}}
+        return Proposal(draft, self.reasons, _rest(self.shapes, set(_strings(draft))))
 
     # -- recurrent layers --
 
@@ -284,6 +305,7 @@ class _Recogniser:
         found = orders(stacks, None)
         if len(found) != 1:
             how = f"join in {len(found)} different orders" if found else "do not join by their widths"
+            self.apart = True
             self.reasons.append(f"recurrent layers that {how}: {shown}; write `source:` by hand, or ignore those not needed")
             return None
         return list(found[0])

@@ -99,6 +99,4 @@ def check_input(x: Tensor, spec: RnnSpec) -> None:
 def load(path: Path, *, device: str = "cpu") -> Model:
     """Raises UnsupportedError with every reason where config and weights do not fit."""
     config = pack.read_config(path)
-    network = pack.build(config)
-    network.load_state_dict(pack.read_weights(path, network))
-    return Model(network.to(device), config)
+    return Model(pack.read_network(path, config).to(device), config)
