@@ -31,7 +31,7 @@ WARM_UP, PROBE_STEPS = 2, 6
 CALIBRATION_PROBE = 2
 PROBE_SECONDS = 20.0  # a slow network is probed with fewer steps, at least two
 PROBE_SEQUENCES, PROBE_WINDOW = 256, 256
-CHECKPOINTS = 3  # the newest and the best, and one more while it is written
+CHECKPOINTS = distiller.KEPT + 1  # one more while it is written
 REPORT_BYTES = 1 << 20  # report.html and report.json
 FIXED_BYTES = 1 << 16  # of a checkpoint: random states, trainer state, history
 
@@ -194,15 +194,16 @@ def packed_bytes(job: Any, network: Network) -> int:
 
 
 def checkpoint_bytes(job: Any, network: Network) -> int:
-    """fp32 weights, Adam's two moments, and the carried states of teacher and student."""
+    """fp32 weights, the best ones so far, Adam's two moments, and the carried states of teacher and student."""
     weights = sum(t.numel() for t in network.state_dict().values())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     states = sum(sum(layer.state_sizes) for _, layer in network.spec.cell_names()) * job.recipe.train.batch_size
-    return 4 * (weights + 2 * trained + 2 * states) + FIXED_BYTES
+    return 4 * (2 * weights + 2 * trained + 2 * states) + FIXED_BYTES
 
 
 def memory(job: Any, network: Network) -> int:
-    """Estimate of what training adds to the process: weights of both networks, gradients, Adam, the data, and a window's activations.
+    """Estimate of what training adds to the process: weights of both networks, the best ones so far, gradients, Adam, the data, and a
+    window's activations.
 
     distill/window.py keeps, for each step and row of a cell, about four values a gate and unit, four a unit and its input until the
     backward pass, which needs six a gate and unit more for the cell it is at; logits are held about six times.
@@ -218,7 +219,7 @@ def memory(job: Any, network: Network) -> int:
     working = max(6 * (len(layer.kind.gates) + 1) * layer.width for layer in layers)
     activations = steps * rows * (kept + working + 6 * network.spec.main.output_size)
     held = sum(t.numel() * t.element_size() for p in _each(job) for t in (p.inputs, p.targets) if t is not None)
-    return 4 * (fixed + 4 * trained + activations) + held
+    return 4 * (fixed + 5 * trained + activations) + held
 
 
 def _each(job: Any) -> Iterator[data.Part]:

@@ -10,6 +10,8 @@ import rnn2bin
 ROOT = Path(rnn2bin.__file__).parent
 ORDER = [
     "errors",
+    "signals",
+    "storage",
     "spec",
     "recipe",
     "recipe_yaml",
@@ -21,11 +23,13 @@ ORDER = [
     "measure",
     "student",
     "distill",
+    "machine",
     "pack",
     "runtime",
     "evaluation",
     "pipeline",
     "plan",
+    "reproduce",
     "modules",
     "hub",
     "doctor",
