@@ -253,7 +253,7 @@ def run(
     job = prepare(source, recipe, given)
     if resume:
         digests = {"source_sha256": job.loaded.provenance["sha256"], "data_sha256": data.digest(job.parts)}
-        done = None if force else finished(out, recipe=recipe, **digests)
+        done = finished(out, recipe=recipe, force=force, **digests)
         if done:
             return Result(out, done)
         check_out(out, force=force)
@@ -270,17 +270,20 @@ def run(
     return Result(out, report)
 
 
-def finished(out: Path, *, recipe: Recipe, **digests: str) -> Report | None:
-    """The report of `out` where it is what this very conversion wrote: a run killed after its last rename has nothing left to do."""
+def finished(out: Path, *, recipe: Recipe, force: bool, **digests: str) -> Report | None:
+    """The report of `out` where it is what this very conversion wrote: a run killed after its last rename has nothing left to do.
+    With `force` only where no checkpoints lie beside it: they are gone on with."""
+    wanted = {**digests, "recipe": recipe.model_dump(mode="json"), "versions": machine.versions()}
     try:
         report: Report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        recorded = report["provenance"]
-        same = all(recorded[name] == wanted for name, wanted in {**digests, "recipe": recipe.model_dump(mode="json")}.items())
+        if any(report["provenance"][name] != value for name, value in wanted.items()):
+            return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not same:
+    work = work_folder(out)
+    if force and _stamp(work) is not None:
         return None
-    discard(work_folder(out))
+    discard(work)
     return report
 
 

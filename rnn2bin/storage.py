@@ -157,7 +157,7 @@ def failure(error: BaseException) -> str | None:
     if isinstance(error, SafetensorError):
         found = re.search(r"I/O error: (.*?) \(os error", text)
         return found[1] if found else None
-    if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter|Parent directory", text):
+    if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter|iostream error|Parent directory", text):
         return "a file could not be written whole"  # torch does not say more
     return None
 

@@ -440,20 +440,18 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest_checkpoint(out: Path) -> Path | None:
-    """The latest whole checkpoint in `out`; others are passed over with a word."""
-    for folder in reversed(checkpoints(out)):
-        flaw = storage.flaw(folder)
-        if flaw is None:
-            return folder
-        log.warning("%s is passed over: %s", folder, flaw)
-    return None
+    """The latest whole checkpoint in `out`."""
+    return next((folder for folder in reversed(checkpoints(out)) if storage.flaw(folder) is None), None)
 
 
 def discard_newer(out: Path, checkpoint: Path | None) -> None:
-    """Remove checkpoints that this run will write again (all of them where it starts anew): as the newest by number they would make the
-    rotation delete the ones that are being written."""
+    """Remove checkpoints that this run will write again (all of them where it starts anew), with a word where one was not whole: as the
+    newest by number they would make the rotation delete the ones that are being written."""
     for folder in checkpoints(out):
         if checkpoint is None or step_of(folder) > step_of(checkpoint):
+            flaw = storage.flaw(folder)
+            if flaw:
+                log.warning("%s is passed over: %s", folder, flaw)
             shutil.rmtree(folder)
 
 

@@ -92,7 +92,7 @@ def convert(
     provenance = _provenance(module, recipe, batches)
     if resume:
         digests = {name: provenance[name] for name in ("source_sha256", "data_sha256")}
-        done = None if force else pipeline.finished(folder, recipe=recipe, **digests)
+        done = pipeline.finished(folder, recipe=recipe, force=force, **digests)
         if done:
             return ModuleResult(folder, done, source=module)
         pack.check_free(folder, force=force)
