@@ -260,13 +260,13 @@ def run(
     network = student.student(job.teacher, recipe.gates)
     from rnn2bin import plan
 
-    plan.check_disk(job, network, out)
+    plan.check_disk(plan.disk_of(job, network, out))
     # What is only reported does not change the training: a missed budget is raised with --resume, without training again.
     key = f"{job.loaded.provenance['sha256']} {data.digest(job.parts)} {recipe.model_dump_json(exclude={'report'})}"
     work = check_work(out, key, resume=resume, force=force)
     with keeping(work):
         report = _convert(job, network, out, work, command=command_of(source, given), resume=resume, force=force, progress=progress)
-    discard(work)
+        discard(work)
     return Result(out, report)
 
 
@@ -313,7 +313,7 @@ def _convert(
         report=progress,
     )
     fine_tuned = _float_control(job, work, resume=resume) if recipe.report.float_same_compute else None
-    seconds = time.perf_counter() - began
+    seconds = trained.seconds_before + time.perf_counter() - began
     network.eval()
     with pack.staging(out, force=force) as folder:
         provenance = provenance_of(job, command["model"])

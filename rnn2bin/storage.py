@@ -62,7 +62,7 @@ def write_synced(path: Path, text: str) -> None:
 
 def seal(folder: Path) -> None:
     """Sync every file in `folder`, then write the manifest: from now on the folder is whole."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     listed = {path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)} for path in files}
     sync_tree(folder)
     write_synced(folder / MANIFEST, json.dumps({"files": listed}))

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -325,6 +326,21 @@ def test_folders_that_are_not_ours_are_left_alone(here, name):
     assert (here / name / "thesis.tex").read_text() == "years"
 
 
+def test_the_time_of_an_interrupted_run_counts(here, monkeypatch):
+    """Tokens of all steps were divided by the seconds of the last process."""
+    with monkeypatch.context() as patch:
+        signalled(patch, "report", signal.SIGINT)
+        assert call(*CONVERT).exit_code == 7
+    state = here / "OUT.work" / "checkpoint-6" / trainer.STATE
+    content = json.loads(state.read_text())
+    assert content["seconds"] > 0
+    state.write_text(json.dumps(content | {"seconds": 1000.0}))
+    storage.seal(state.parent)
+    cost = json.loads(call(*CONVERT, "--resume").stdout)["cost"]
+    assert 1000 < cost["seconds"] < 1100
+    assert cost["tokens_per_second"] == pytest.approx(cost["tokens"] / cost["seconds"])
+
+
 def test_what_a_half_removed_work_folder_holds_is_not_gone_on_with(here):
     """Without its stamp --resume was answered with advice to give --resume."""
     (here / "OUT.work" / "checkpoint-2").mkdir(parents=True)
@@ -490,6 +506,7 @@ def test_after_a_kill_everything_is_as_uninterrupted(cell, kind, accumulation, e
         )
         assert ours["trainer_state.json"].pop("log_history") is not None  # times of the clock
         theirs["trainer_state.json"].pop("log_history")
+        assert ours["distill.json"].pop("seconds") > 0 < theirs["distill.json"].pop("seconds")
         assert [name for name in theirs if not same(ours[name], theirs[name])] == []
         assert bool(ours["carried.safetensors"]) == (kind != "padded")
 
@@ -696,7 +713,7 @@ def test_a_signal_anywhere_ends_with_7_and_how_to_go_on(moment, number, here, re
     assert result.exit_code == 7, result.stderr
     said = words(result.stderr)
     assert len(said) == 1
-    assert "--resume goes on from" in said[0] or moment == "removal"
+    assert "--resume goes on from" in said[0]
     assert not (here / "OUT").exists() or moment == "removal"
     assert not (here / "OUT.partial").exists()
     resumed = call(*CONVERT, "--resume")
@@ -940,6 +957,13 @@ def test_nan_in_a_modules_batches_is_named(part, loader, tmp_path):
         given["train"] = torch.utils.data.DataLoader(given["train"], batch_size=None)
     with pytest.raises(DataError, match=f"batch 2 of the {part}(ing)? part holds NaN"):
         rnn2bin.convert(Scale(), recipe=recipe_for("gumbel", copies="auto"), data=given, out=tmp_path / "OUT")
+
+
+def test_a_module_that_does_not_fit_on_the_disk_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ResourceError, match=r"1 kB free, .* needed for checkpoints"):
+        module_convert(tmp_path / "OUT", batches())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_during_a_module_is_a_resource_error(tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ import json
 import logging
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class Trained:
     best_step: int
     tokens: int
     binarized: bool
+    seconds_before: float = field(default=0.0, compare=False)  # that earlier processes spent on the steps this one went on from
 
 
 def mode_at(gates: Gates, progress: float) -> Discretize:
@@ -117,6 +119,7 @@ class AnnealTrainer(Trainer):
         self.progress, self.keeps_up = 0.0, True
         self.history: list[Point] = []
         self.last_loss, self.tokens = math.nan, 0
+        self.began, self.seconds_before = time.perf_counter(), 0.0
         self.binarized = False
         self.best_step, self.best = 0, dict[str, Tensor]()  # the weights with the best hard metric so far
         super().__init__(
@@ -228,6 +231,7 @@ class AnnealTrainer(Trainer):
             "progress": self.progress,
             "keeps_up": self.keeps_up,
             "tokens": self.tokens,
+            "seconds": self.seconds_before + time.perf_counter() - self.began,
             "last_loss": self.last_loss,
             "binarized": self.binarized,
             "best_step": self.best_step,
@@ -240,7 +244,7 @@ class AnnealTrainer(Trainer):
         self.state.global_step = content["step"]
         self.progress, self.keeps_up, self.tokens = content["progress"], content["keeps_up"], content["tokens"]
         self.last_loss, self.binarized, self.best_step = content["last_loss"], content["binarized"], content["best_step"]
-        self.history = [Point(**p) for p in content["history"]]
+        self.history, self.seconds_before = [Point(**p) for p in content["history"]], content["seconds"]
         self.best = load_file(folder / BEST)
 
     @property
@@ -495,7 +499,9 @@ def fit(trainer: AnnealTrainer, *, resume: bool = False, report: Callable[[dict[
     trainer.choose_best()
     at = next(p for p in trainer.history if p.step == trainer.best_step)
     soft = FLOAT if trainer.float_student else soft_mode_at(trainer.recipe.gates, at.progress)
-    return Trained(trainer.history, soft, trainer.history[-1].step, at.step, trainer.tokens, trainer.binarized)
+    return Trained(
+        trainer.history, soft, trainer.history[-1].step, at.step, trainer.tokens, trainer.binarized, seconds_before=trainer.seconds_before
+    )
 
 
 def detached(output: Output) -> State:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rnn2bin import evaluation, machine, modules, pack, pipeline, recipe_yaml
+from rnn2bin import evaluation, machine, modules, pack, pipeline, plan, recipe_yaml
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DataError
@@ -98,10 +98,18 @@ def convert(
         pack.check_free(folder, force=force)
     teacher = copy.deepcopy(module).eval().requires_grad_(False).cpu()
     job = Job(teacher, forward, loss, metric, variances(teacher, batches.valid, forward), recipe)
+    plan.check_disk(
+        plan.space(
+            folder,
+            packed=sum(t.nbytes for t in student.state_dict().values() if isinstance(t, Tensor)),
+            checkpoint=plan.checkpoint_bytes(student, recipe),
+            control=recipe.report.float_same_compute,
+        )
+    )
     work = pipeline.check_work(folder, _key(job, provenance, batches), resume=resume, force=force)
     with pipeline.keeping(work):
         report = _convert(job, module, student, batches, folder, work, provenance=provenance, resume=resume, force=force, progress=progress)
-    pipeline.discard(work)
+        pipeline.discard(work)
     return ModuleResult(folder, report, source=module)
 
 
@@ -130,7 +138,7 @@ def _convert(
     began = time.perf_counter()
     trained = _train(job, student, batches, work, resume=resume, progress=progress)
     tuned = _float_control(job, module, batches, work, resume=resume) if recipe.report.float_same_compute else None
-    seconds = time.perf_counter() - began
+    seconds = trained.seconds_before + time.perf_counter() - began
     with pack.staging(folder, force=force) as staged:
         task = {"name": "module", "metric": job.metric_name}
         modules.write(student, staged, levels=recipe.gates.levels, provenance=provenance, task=task)
