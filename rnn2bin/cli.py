@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 
 import click
 
-from rnn2bin import __version__
+from rnn2bin import __version__, signals
 from rnn2bin.errors import Rnn2binError
 
 RECIPE_HELP = "A YAML file, or the name of a bundled recipe (rnn2bin recipes ls)."
@@ -29,14 +30,17 @@ class Cli(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            return super().invoke(context)
+            with signals.raised():
+                return super().invoke(context)
         except Rnn2binError as error:
             if context.meta["rnn2bin.json"]:
                 click.echo(json.dumps({"error": {"code": error.code, "exit_code": error.exit_code, "reasons": list(error.reasons)}}))
             for reason in error.reasons:
                 click.echo(f"rnn2bin: {reason}", err=True)
             context.exit(error.exit_code)
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch's own way to say it
+                raise
             click.echo("rnn2bin: out of memory; lower train.batch_size or train.window", err=True)
             context.exit(6)
         except KeyboardInterrupt:
@@ -50,7 +54,7 @@ def main() -> None:
     """Turn pretrained LSTMs and GRUs into networks with binary gates, run them, and say what it cost.
 
     \b
-    Exit codes: 0 ok · 2 usage or recipe · 3 unsupported input · 4 refused as unsafe · 5 accuracy budget missed ·
+    Exit codes: 0 ok · 2 usage or recipe · 3 unsupported input · 4 refused as unsafe · 5 accuracy budget missed, or not reproduced ·
     6 resources · 7 interrupted, resumable · 1 a bug
     """
 
@@ -133,6 +137,24 @@ def evaluate(teacher: Path, out: Path, data: tuple[str, ...], json_out: bool) ->
     from rnn2bin.evaluation import html
 
     click.echo(html.render_table(report))
+
+
+@main.command()
+@click.argument("report", type=click.Path(path_type=Path))
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@data_option
+@json_option
+def reproduce(report: Path, model: Path | None, data: tuple[str, ...], json_out: bool) -> None:
+    """Run the conversion again that REPORT (report.json, or a packed directory) records, and compare every bit of the weights.
+
+    MODEL and --data: where they lie now, if not where the report says. Exit code 5 names the first difference.
+    """
+    quiet_libraries()
+    from rnn2bin import reproduce as again
+
+    with progress_bar(json_out) as progress:
+        found = again.reproduce(report, model=model, given=data or None, progress=progress)
+    as_json(found) if json_out else click.echo(again.render(found))
 
 
 @main.command()
@@ -221,7 +243,6 @@ def doctor(json_out: bool) -> None:
 
 def quiet_libraries() -> None:
     """No advice, bars or telemetry of the libraries between our own lines."""
-    import logging
     import os
     import warnings
 
@@ -229,8 +250,18 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    ours = logging.getLogger("rnn2bin")
+    if not ours.handlers:
+        ours.addHandler(_echo_handler())
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+
+
+def _echo_handler() -> logging.Handler:
+    """Our own warnings, a line each on what is stderr at that moment."""
+    handler = logging.Handler()
+    handler.emit = lambda record: click.echo(f"rnn2bin: {record.getMessage()}", err=True)  # type: ignore[method-assign]
+    return handler
 
 
 @contextmanager

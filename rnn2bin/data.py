@@ -167,9 +167,9 @@ def part_from(tensors: Mapping[str, Tensor], *, where: str = "data") -> Part:
     if inputs.numel() == 0:
         reasons.append(f"{where}: no sequences: inputs have shape {tuple(inputs.shape)}")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            at = tuple(int(i) for i in (~torch.isfinite(tensor)).nonzero()[0])
-            reasons.append(f"{where}: {name}{list(at)} is NaN or infinite; remove or repair these values")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            at = tuple(int(i) for i in (~torch.isfinite(tensor.float())).nonzero()[0])
+            reasons.append(f"{where}: {name}{list(at)} is NaN or infinite in float32; remove or repair these values")
         if not tensor.ndim:
             reasons.append(f"{where}: {name} is a single number; wanted one entry for each sequence")
         elif inputs.ndim and tensor.shape[0] != inputs.shape[0]:

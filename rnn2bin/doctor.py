@@ -7,22 +7,13 @@ import platform
 import shutil
 import tempfile
 import time
-import warnings
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("rnn2bin", "torch", "transformers", "accelerate", "safetensors", "numpy")
-# What kernels are chosen by; everything else the CPU can do does not matter here.
-FLAGS = (
-    *("sse4_2", "avx", "avx2", "fma", "f16c"),
-    *("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8"),
-    *("asimd", "neon", "asimdhp", "fphp", "bf16", "sve", "sve2"),
-)
+from rnn2bin.machine import Findings, cpu, kernels, threads, versions
+
 COMPILERS = ("cc", "gcc", "clang")
 VOCABULARY, WIDTH, HIDDEN, SEQUENCES, STEPS = 13, 7, 17, 8, 11  # odd, so that rows lie unaligned
-
-Findings = dict[str, Any]
 
 
 def examine() -> Findings:
@@ -38,43 +29,6 @@ def examine() -> Findings:
         "disk": {"at": str(Path.cwd()), "free_bytes": shutil.disk_usage(Path.cwd()).free},
         "conversion": conversion(),
     }
-
-
-def versions() -> dict[str, str | None]:
-    def of(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    return {"python": platform.python_version(), **{name: of(name) for name in PACKAGES}}
-
-
-def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Findings:
-    """Model and the flags that matter; where there is no /proc/cpuinfo, what the platform module knows."""
-    try:
-        text = cpuinfo.read_text()
-    except OSError:
-        text = ""
-    fields = {name.strip().lower(): value.strip() for line in text.splitlines() for name, _, value in (line.partition(":"),)}
-    flags = set(fields.get("flags", fields.get("features", "")).split())
-    model = fields.get("model name") or platform.processor() or "unknown"
-    return {"model": model, "machine": platform.machine(), "cores": os.cpu_count(), "isa": [flag for flag in FLAGS if flag in flags]}
-
-
-def threads() -> dict[str, int]:
-    import torch
-
-    return {"torch": torch.get_num_threads()}
-
-
-def kernels() -> Findings:
-    """Instruction set of the compiled training kernels, None where the package has none, and whether bfloat16 products run there."""
-    from rnn2bin.distill import native
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said in a row of its own
-        return {"isa": native.isa(), "bfloat16": native.has_bfloat16()}
 
 
 def devices() -> list[str]:

@@ -72,3 +72,9 @@ class DivergedError(BudgetError):
     """Training met a loss, weight or gradient that is not finite; the last good checkpoint is kept."""
 
     code = "diverged"
+
+
+class NotReproducedError(Rnn2binError):
+    """A recorded conversion was run again and came out otherwise, or its inputs are others; the first difference is named."""
+
+    exit_code, http_status, code = 5, 409, "not-reproduced"

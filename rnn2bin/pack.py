@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rnn2bin import spec as specs
+from rnn2bin import storage
 from rnn2bin.cells.network import Network
-from rnn2bin.errors import DivergedError, ResourceError, UnsupportedError, UsageError
+from rnn2bin.errors import DivergedError, UnsupportedError, UsageError
 from rnn2bin.loaders.common import json_file
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -33,56 +33,34 @@ def staging(out: Path, *, force: bool = False) -> Iterator[Path]:
     check_free(out, force=force)
     folder = out.with_name(out.name + PARTIAL)
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        yield folder
-        sync(folder)
-        replace(folder, out)
-    except OSError as error:
-        raise ResourceError(
-            f"{out}: cannot write ({error.strerror or error}); nothing was changed; free space or choose another --out"
-        ) from error
+        with storage.failures(out, "nothing was changed; free space or choose another --out"):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            yield folder
+            storage.sync_tree(folder)
+            storage.replace(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_writable(out: Path) -> None:
+    """Before the work starts: can a directory be made beside `out`? Raises ResourceError."""
+    folder = out.with_name(out.name + PARTIAL)
+    with storage.failures(out, "nothing was changed; choose another --out"):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        folder.rmdir()
+
+
 def check_free(out: Path, *, force: bool) -> None:
     """Before the work starts: is `out` free, or ours to replace?"""
+    storage.recover(out)
     if not out.exists():
         return
     if not force:
         raise UsageError(f"{out}: exists already; choose another --out, or --force to replace it")
     if not (out / CONFIG).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: is not a packed directory; --force replaces nothing else")
-
-
-def replace(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`; an older `out` steps aside first and comes back if the rename fails."""
-    aside = out.with_name(out.name + ".old")
-    if out.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        out.rename(aside)
-    try:
-        folder.rename(out)
-    except OSError:
-        if aside.exists():
-            aside.rename(out)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-    _fsync(out.parent)
-
-
-def sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_model(student: Network, folder: Path, *, provenance: dict[str, Any], task: dict[str, Any]) -> None:

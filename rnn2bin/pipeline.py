@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from rnn2bin import data, evaluation, loaders, measure, pack, recipe_yaml, student, tasks
+from rnn2bin import data, evaluation, loaders, machine, measure, pack, recipe_yaml, signals, storage, student, tasks
 from rnn2bin.cells.network import Network, teacher_network
 from rnn2bin.distill import calibrate, sampling
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
-from rnn2bin.errors import BudgetError, DataError, ResourceError, UnsupportedError, UsageError
+from rnn2bin.errors import BudgetError, DataError, InterruptedRunError, ResourceError, UnsupportedError, UsageError
 from rnn2bin.evaluation import html
 from rnn2bin.gates.estimators import FLOAT
 from rnn2bin.measure import Candidate
@@ -135,7 +136,7 @@ def convert(
 
         given = {"forward": forward} if forward is not None else {}
         return modules.convert_module(
-            source, recipe=chosen, data=data, out=out, loss=loss, metric=metric, force=force, progress=progress, **given
+            source, recipe=chosen, data=data, out=out, loss=loss, metric=metric, resume=resume, force=force, progress=progress, **given
         )
     if loss is not None or metric is not None or forward is not None:
         raise UsageError("convert: loss, metric and forward go with an nn.Module; a file's task follows from the recipe and the data")
@@ -171,24 +172,69 @@ def check_out(out: Path, *, force: bool) -> None:
             raise UsageError(*error.reasons, f"{out}: is not a packed directory of this version; --force replaces nothing else") from None
 
 
+STAMP, FLOAT_CONTROL = "job.json", "float"
+
+
 def check_work(out: Path, job_key: str, *, resume: bool, force: bool) -> Path:
     """The work folder, made or found again. Raises UsageError where an interrupted run lies there and neither --resume nor --force is
-    given, or where it belongs to another conversion."""
+    given, where it belongs to another conversion, or where it is not ours; ResourceError where nothing can be written beside `out`."""
     work = work_folder(out)
-    stamp = work / "job.json"
-    if work.exists() and resume and stamp.is_file():
-        if json.loads(stamp.read_text()).get("key") != job_key:
-            raise UsageError(f"{work}: belongs to a conversion with another model, recipe or data; --force starts over")
+    pack.check_writable(out)
+    found = _stamp(work)
+    if resume and found == job_key:
         return work
-    if work.exists() and not force and distiller.newest_checkpoint(work):
+    if not force and found and resume:
+        raise UsageError(f"{work}: belongs to a conversion with another model, recipe or data; --force starts over")
+    if not force and found and distiller.newest_checkpoint(work):
         raise UsageError(f"{work}: an interrupted conversion lies here; --resume goes on with it, --force starts over")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
+    discard(work)
+    with storage.failures(work, "nothing was changed; choose another --out"):
         work.mkdir(parents=True)
-        distiller.write_synced(stamp, json.dumps({"key": job_key}))
-    except OSError as error:
-        raise ResourceError(f"{work}: cannot write ({error.strerror or error}); nothing was changed; choose another --out") from None
+        storage.write_synced(work / STAMP, json.dumps({"key": job_key}))
     return work
+
+
+def _stamp(work: Path) -> str | None:
+    """The key of the conversion whose checkpoints lie in `work`; None where there is none to go on with. UsageError for anything else."""
+    if not work.exists():
+        return None
+    ours = (STAMP, STAMP + ".part", FLOAT_CONTROL)
+    if not work.is_dir() or any(path.name not in ours and not path.name.startswith("checkpoint-") for path in work.iterdir()):
+        raise UsageError(f"{work}: checkpoints would go here, but it holds something else; move it, or choose another --out")
+    try:
+        key = json.loads((work / STAMP).read_text())["key"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{STAMP} is damaged"
+    return str(key)
+
+
+def discard(work: Path) -> None:
+    """Remove a work folder; its stamp first, so that what a kill leaves of it is not gone on with."""
+    with suppress(OSError):
+        (work / STAMP).unlink()
+    shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def keeping(work: Path) -> Iterator[None]:
+    """What stops a run from outside, SIGINT, SIGTERM or a disk that takes no more, ends in one line that says how to go on."""
+    try:
+        with signals.raised():
+            yield
+    except KeyboardInterrupt:
+        raise InterruptedRunError(f"interrupted; {_how_to_go_on(work)}") from None
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = storage.failure(error)
+        if reason is None:
+            raise
+        raise ResourceError(f"{work}: cannot write ({reason}); free space; {_how_to_go_on(work)}") from error
+
+
+def _how_to_go_on(work: Path) -> str:
+    newest = distiller.newest_checkpoint(work)
+    return f"the same command with --resume goes on from {f'step {distiller.step_of(newest)}' if newest else 'the beginning'}"
 
 
 def run(
@@ -202,15 +248,57 @@ def run(
     progress: Progress | None = None,
 ) -> Result:
     """`convert` for a file, with a resolved recipe."""
-    check_out(out, force=force)
+    if not resume:
+        check_out(out, force=force)
     job = prepare(source, recipe, given)
+    if resume:
+        digests = {"source_sha256": job.loaded.provenance["sha256"], "data_sha256": data.digest(job.parts)}
+        done = finished(out, recipe=recipe, force=force, **digests)
+        if done:
+            return Result(out, done)
+        check_out(out, force=force)
     network = student.student(job.teacher, recipe.gates)
     from rnn2bin import plan
 
-    plan.check_disk(job, network, out)
+    plan.check_disk(plan.disk_of(job, network, out))
     # What is only reported does not change the training: a missed budget is raised with --resume, without training again.
     key = f"{job.loaded.provenance['sha256']} {data.digest(job.parts)} {recipe.model_dump_json(exclude={'report'})}"
     work = check_work(out, key, resume=resume, force=force)
+    with keeping(work):
+        report = _convert(job, network, out, work, command=command_of(source, given), resume=resume, force=force, progress=progress)
+        discard(work)
+    return Result(out, report)
+
+
+def finished(out: Path, *, recipe: Recipe, force: bool, **digests: str) -> Report | None:
+    """The report of `out` where it is what this very conversion wrote: a run killed after its last rename has nothing left to do.
+    With `force` only where no checkpoints lie beside it: they are gone on with."""
+    wanted = {**digests, "recipe": recipe.model_dump(mode="json"), "versions": machine.versions()}
+    try:
+        report: Report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        if any(report["provenance"][name] != value for name, value in wanted.items()):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    work = work_folder(out)
+    if force and _stamp(work) is not None:
+        return None
+    discard(work)
+    return report
+
+
+def _convert(
+    job: Job,
+    network: Network,
+    out: Path,
+    work: Path,
+    *,
+    command: dict[str, Any],
+    resume: bool,
+    force: bool,
+    progress: Progress | None,
+) -> Report:
+    recipe = job.recipe
     began = time.perf_counter()
     calibrate.calibrate(network, job.teacher, job.task, distiller.calibration_batches(job.parts.train, recipe, job.task))
     trained = distiller.train(
@@ -225,23 +313,34 @@ def run(
         report=progress,
     )
     fine_tuned = _float_control(job, work, resume=resume) if recipe.report.float_same_compute else None
-    seconds = time.perf_counter() - began
+    seconds = trained.seconds_before + time.perf_counter() - began
     network.eval()
     with pack.staging(out, force=force) as folder:
-        provenance = provenance_of(job, source)
+        provenance = provenance_of(job, command["model"])
         pack.write_model(network, folder, provenance=provenance, task=task_of(job))
         (folder / "recipe.yaml").write_text(recipe_yaml.dump(recipe), encoding="utf-8")
-        report = write_report(job, folder, trained, provenance=provenance, seconds=seconds, fine_tuned=fine_tuned)
+        recorded = {**provenance, "command": command, **made(folder, recipe)}
+        report = write_report(job, folder, trained, provenance=recorded, seconds=seconds, fine_tuned=fine_tuned)
         refuse_over_budget(report, recipe)
-    shutil.rmtree(work, ignore_errors=True)
-    return Result(out, report)
+    return report
+
+
+def command_of(source: str | Path, given: Any) -> dict[str, Any]:
+    """What `rnn2bin reproduce` reads again, as it was given."""
+    items = [given] if isinstance(given, str | Path) else list(given or ())
+    return {"model": str(source), "data": [str(item) for item in items]}
+
+
+def made(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """What came out, and what computed it."""
+    return {"model_sha256": storage.sha256(folder / pack.WEIGHTS), "machine": machine.computing(recipe.train.precision)}
 
 
 def _float_control(job: Job, work: Path, *, resume: bool) -> Network:
     """The float network, fine-tuned with the same data, losses and steps: what of the student's metric is plain further training."""
     network = Network(job.teacher.spec)
     network.load_state_dict(job.teacher.state_dict())
-    folder = work / "float"
+    folder = work / FLOAT_CONTROL
     distiller.train(
         network,
         job.teacher,
@@ -257,15 +356,12 @@ def _float_control(job: Job, work: Path, *, resume: bool) -> Network:
 
 
 def provenance_of(job: Job, source: str | Path) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    names = ("rnn2bin", "torch", "transformers", "safetensors", "numpy")
     return {
         "source": Path(source).name,
         "source_sha256": job.loaded.provenance["sha256"],
         "data_sha256": data.digest(job.parts),
         "seed": job.recipe.seed,
-        "versions": {**{name: version(name) for name in names}, "python": platform.python_version()},
+        "versions": machine.versions(),
         "data_free": job.parts.data_free,
         "levels": job.recipe.gates.levels,
         "notes": list(job.notes),

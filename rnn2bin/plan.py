@@ -31,7 +31,7 @@ WARM_UP, PROBE_STEPS = 2, 6
 CALIBRATION_PROBE = 2
 PROBE_SECONDS = 20.0  # a slow network is probed with fewer steps, at least two
 PROBE_SEQUENCES, PROBE_WINDOW = 256, 256
-CHECKPOINTS = 3  # the newest and the best, and one more while it is written
+CHECKPOINTS = distiller.KEPT + 1  # one more while it is written
 REPORT_BYTES = 1 << 20  # report.html and report.json
 FIXED_BYTES = 1 << 16  # of a checkpoint: random states, trainer state, history
 
@@ -161,21 +161,24 @@ class Disk:
 
 
 def disk_of(job: Any, network: Network, out: Path) -> Disk:
-    """Checkpoints with optimizer state, and the packed directory, at the moment when most lies there; less what an interrupted run left."""
+    control = job.recipe.report.float_same_compute
+    return space(out, packed=packed_bytes(job, network), checkpoint=checkpoint_bytes(network, job.recipe), control=control)
+
+
+def space(out: Path, *, packed: int, checkpoint: int, control: bool) -> Disk:
+    """Checkpoints and the packed directory, at the moment when most lies there; less what an interrupted run left. `control`: the float
+    network is trained too, beside the student's last checkpoints."""
     from rnn2bin import pipeline
 
-    packed = packed_bytes(job, network)
-    kept = 2 * CHECKPOINTS - 1 if job.recipe.report.float_same_compute else CHECKPOINTS
     work = pipeline.work_folder(out)
     there = sum(f.stat().st_size for f in work.rglob("*") if f.is_file()) if work.is_dir() else 0
-    needed = kept * checkpoint_bytes(job, network) + packed + REPORT_BYTES
+    needed = (2 * CHECKPOINTS - 1 if control else CHECKPOINTS) * checkpoint + packed + REPORT_BYTES
     at = next(p for p in out.absolute().parents if p.is_dir())
     return Disk(packed, max(packed + REPORT_BYTES, needed - there), shutil.disk_usage(at).free, at)
 
 
-def check_disk(job: Any, network: Network, out: Path) -> None:
-    """ResourceError where the disk of `out` has less free than the conversion needs."""
-    disk = disk_of(job, network, out)
+def check_disk(disk: Disk) -> None:
+    """ResourceError where less is free than the conversion needs."""
     if not disk.enough:
         raise ResourceError(
             f"{disk.at}: {size(disk.free)} free, {size(disk.needed)} needed for checkpoints and the packed network; "
@@ -194,16 +197,18 @@ def packed_bytes(job: Any, network: Network) -> int:
     return weights + len(json.dumps(header)) + len(json.dumps(config, indent=2))
 
 
-def checkpoint_bytes(job: Any, network: Network) -> int:
-    """fp32 weights, Adam's two moments, and the carried states of teacher and student."""
+def checkpoint_bytes(network: torch.nn.Module, recipe: Recipe) -> int:
+    """fp32 weights, the best ones so far, Adam's two moments, and of a Network the carried states of teacher and student."""
     weights = sum(t.numel() for t in network.state_dict().values())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    states = sum(sum(layer.state_sizes) for _, layer in network.spec.cell_names()) * job.recipe.train.batch_size
-    return 4 * (weights + 2 * trained + 2 * states) + FIXED_BYTES
+    cells = network.spec.cell_names() if isinstance(network, Network) else ()
+    states = sum(sum(layer.state_sizes) for _, layer in cells) * recipe.train.batch_size
+    return 4 * (2 * weights + 2 * trained + 2 * states) + FIXED_BYTES
 
 
 def memory(job: Any, network: Network) -> int:
-    """Estimate of what training adds to the process: weights of both networks, gradients, Adam, the data, and a window's activations.
+    """Estimate of what training adds to the process: weights of both networks, the best ones so far, gradients, Adam, the data, and a
+    window's activations.
 
     distill/window.py keeps, for each step and row of a cell, about four values a gate and unit, four a unit and its input until the
     backward pass, which needs six a gate and unit more for the cell it is at; logits are held about six times.
@@ -219,7 +224,7 @@ def memory(job: Any, network: Network) -> int:
     working = max(6 * (len(layer.kind.gates) + 1) * layer.width for layer in layers)
     activations = steps * rows * (kept + working + 6 * network.spec.main.output_size)
     held = sum(t.numel() * t.element_size() for p in _each(job) for t in (p.inputs, p.targets) if t is not None)
-    return 4 * (fixed + 4 * trained + activations) + held
+    return 4 * (fixed + 5 * trained + activations) + held
 
 
 def _each(job: Any) -> Iterator[data.Part]:

@@ -10,6 +10,8 @@ import rnn2bin
 ROOT = Path(rnn2bin.__file__).parent
 ORDER = [
     "errors",
+    "signals",
+    "storage",
     "spec",
     "recipe",
     "recipe_yaml",
@@ -22,11 +24,13 @@ ORDER = [
     "cost",
     "student",
     "distill",
+    "machine",
     "pack",
     "runtime",
     "evaluation",
     "pipeline",
     "plan",
+    "reproduce",
     "modules",
     "hub",
     "doctor",

@@ -7,7 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from rnn2bin import cli, doctor, pipeline
+from rnn2bin import cli, doctor, machine, pipeline
 from rnn2bin.distill import native
 
 
@@ -18,7 +18,7 @@ def test_command():
     assert found["conversion"]["ok"]
     assert found["conversion"]["error"] is None
     assert found["conversion"]["seconds"] < 60
-    assert set(found["versions"]) == {"python", *doctor.PACKAGES}
+    assert set(found["versions"]) == {"python", *machine.PACKAGES}
     assert found["devices"][0] == "cpu"
     assert found["threads"]["torch"] >= 1
     assert found["disk"]["free_bytes"] > 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rnn2bin import pack, runtime, spec
+from rnn2bin import pack, runtime, spec, storage
 from rnn2bin.cells.network import Network
 from rnn2bin.errors import DivergedError, ResourceError, UnsupportedError, UsageError
 from rnn2bin.spec import EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
@@ -105,7 +105,8 @@ def test_a_failure_without_an_old_directory_leaves_nothing(tmp_path):
     assert left(tmp_path) == []
 
 
-def test_a_rename_that_fails_brings_the_old_directory_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_rename_that_fails_leaves_the_old_directory(tmp_path, monkeypatch, exchanges):
     out = write(tmp_path / "out")
     before = sha256(out / pack.WEIGHTS)
     plain = Path.rename
@@ -115,7 +116,13 @@ def test_a_rename_that_fails_brings_the_old_directory_back(tmp_path, monkeypatch
             raise OSError(28, "No space left on device")
         return plain(self, target)
 
+    def exchange(one, other):
+        if exchanges:
+            raise OSError(28, "No space left on device")
+        return False
+
     monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(storage, "_exchange", exchange)
     with pytest.raises(ResourceError, match=r"No space left on device\); nothing was changed"), pack.staging(out, force=True) as partial:
         (partial / "x").write_text("new")
     assert sha256(out / pack.WEIGHTS) == before

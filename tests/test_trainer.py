@@ -13,7 +13,7 @@ import pytest
 import torch
 from tolerances import assert_close
 
-from rnn2bin import data, student, tasks
+from rnn2bin import data, storage, student, tasks
 from rnn2bin.cells.network import Network, Trace
 from rnn2bin.data import Batches, Part
 from rnn2bin.distill import losses, trainer
@@ -219,7 +219,7 @@ def test_training_is_reproducible_and_the_seed_matters(tmp_path):
 def test_resuming_without_a_whole_checkpoint_starts_anew(tmp_path):
     run(TEXT, tmp_path / "a")
     for folder in (tmp_path / "a").glob("checkpoint-*"):
-        (folder / trainer.COMPLETE).unlink()
+        (folder / storage.MANIFEST).unlink()
     assert trainer.newest_checkpoint(tmp_path / "a") is None
     steps: list[int] = []
     run(TEXT, tmp_path / "a", resume=True, report=lambda now: steps.append(now["step"]))

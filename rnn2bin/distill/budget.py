@@ -63,8 +63,8 @@ class Price:
         return charged
 
 
-def choice(metric: float, found: float | None, wanted: float | None, *, higher_is_better: bool) -> float:
-    """The number by which a checkpoint is chosen: its metric; one that reads too much stands behind all that do not, the densest last."""
+def choice(worth: float, found: float | None, wanted: float | None) -> float:
+    """What a checkpoint is worth, higher is better: its metric; one that reads too much stands behind all that do not, the densest last."""
     if found is None or wanted is None or found <= wanted + TOLERANCE:
-        return metric
-    return (-1 if higher_is_better else 1) * (1e6 + found)
+        return worth
+    return -1e6 - found

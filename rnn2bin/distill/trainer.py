@@ -6,12 +6,12 @@ Batching, accumulation, checkpoints, resuming, devices and several processes are
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
-import signal
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from rnn2bin import tasks
+from rnn2bin import signals, storage, tasks
 from rnn2bin.cells.network import Network, Output, State, Walk
 from rnn2bin.cells.weights import Cell
 from rnn2bin.data import Batch, Batches, Part
@@ -38,7 +38,10 @@ from rnn2bin.recipe import Gates, Recipe
 SELECTION_SEQUENCES = 1024  # the validation part is cut to these for the measurements during training
 SELECTION_TOKENS = 65_536
 CALIBRATION_BATCHES = 20
-COMPLETE = "distill.json"  # written last: a checkpoint without it is not resumed from
+KEPT = 2  # checkpoints: the newest, and the one before it for when that is damaged
+STATE, BEST = "distill.json", "best.safetensors"
+
+log = logging.getLogger("rnn2bin")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Trained:
     best_step: int
     tokens: int
     binarized: bool
+    seconds_before: float = field(default=0.0, compare=False)  # that earlier processes spent on the steps this one went on from
 
 
 def mode_at(gates: Gates, progress: float) -> Discretize:
@@ -127,10 +131,12 @@ class AnnealTrainer(Trainer):
         self.progress, self.keeps_up = 0.0, True
         self.history: list[Point] = []
         self.last_loss, self.tokens = math.nan, 0
+        self.began, self.seconds_before = time.perf_counter(), 0.0
         self.binarized = False
+        self.best_step, self.best = 0, dict[str, Tensor]()  # the weights with the best hard metric so far
         super().__init__(
             model=student,
-            args=arguments(recipe, out, steps=total_steps(recipe, float_student=float_student), higher_is_better=higher_is_better),
+            args=arguments(recipe, out, steps=total_steps(recipe, float_student=float_student)),
             train_dataset=feed,
             eval_dataset=feed,
             data_collator=lambda items: {"batch": items[0]},
@@ -141,6 +147,10 @@ class AnnealTrainer(Trainer):
     def measure(self, hard_mode: Discretize, soft_mode: Discretize) -> Measured:
         """The student now."""
         raise NotImplementedError
+
+    def student(self) -> torch.nn.Module:
+        """What is trained, without what wraps it."""
+        return getattr(self.model, "module", self.model)  # type: ignore[return-value, arg-type]
 
     # -- what the Trainer asks for
 
@@ -156,20 +166,26 @@ class AnnealTrainer(Trainer):
         """The loss, noted; DivergedError where it is not finite."""
         self.last_loss = float(total.detach())
         if not math.isfinite(self.last_loss):
-            raise DivergedError(
-                f"training diverged: the loss is {self.last_loss} at step {self.state.global_step}; "
-                f"the last good checkpoint stays in {self.args.output_dir}; lower train.learning_rate or train.clip"
-            )
+            raise self.diverged(f"the loss is {self.last_loss}")
         return total
+
+    def diverged(self, what: str) -> DivergedError:
+        return DivergedError(
+            f"training diverged: {what} at step {self.state.global_step}; nothing was packed, the last good checkpoint stays in "
+            f"{self.args.output_dir}; lower train.learning_rate or train.clip, and start over with --force"
+        )
 
     def training_mode(self) -> Discretize:
         return FLOAT if self.float_student else mode_at(self.recipe.gates, self.progress)
 
     def after_step(self) -> None:
-        """Moves the anneal on; levels back into bounds."""
+        """Moves the anneal on; levels back into bounds. DivergedError where a weight is not finite: before it is measured or saved."""
         for part in self.model.modules():  # type: ignore[union-attr]
             if isinstance(part, Cell):
                 part.project_levels()
+        for name, weight in self.student().named_parameters():
+            if not bool(torch.isfinite(weight).all()):
+                raise self.diverged(f"{name} is not finite")
         self.progress = schedules.advance(
             self.progress, 1 / self.recipe.train.steps, closed_loop=self.recipe.gates.closed_loop, keeps_up=self.keeps_up
         )
@@ -178,15 +194,27 @@ class AnnealTrainer(Trainer):
         """Hard and soft metric on the selection part."""
         soft_mode = FLOAT if self.float_student else soft_mode_at(self.recipe.gates, self.progress)
         found = self.measure(FLOAT if self.float_student else BINARY, soft_mode)
+        if not (math.isfinite(found.hard) and math.isfinite(found.soft)):
+            raise self.diverged(f"{self.metric} is {found.hard} with hard gates and {found.soft} with soft ones")
         at = (self.state.global_step, self.last_loss, found.hard, found.soft)
         point = Point(*at, soft_mode.temperature, soft_mode.slope, self.progress, found.saturation, found.density)
+        if all(self._worth(point) > self._worth(earlier) for earlier in self.history):
+            self.best_step, self.best = point.step, self._snapshot()
         self.history.append(point)
         self._judge(point)
-        chosen_by = budgets.choice(found.hard, found.density, self.recipe.budget.density, higher_is_better=self.higher_is_better)
-        metrics = {"eval_hard": found.hard, "eval_soft": found.soft, "eval_choice": chosen_by}
+        metrics = {"eval_hard": found.hard, "eval_soft": found.soft}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        state = self.student().state_dict()
+        return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in state.items() if isinstance(t, Tensor)}
+
+    def _worth(self, point: Point) -> float:
+        """What checkpoints are chosen by, higher is better: the hard metric, within the density budget."""
+        metric = point.hard if self.higher_is_better else -point.hard
+        return budgets.choice(metric, point.density, self.recipe.budget.density)
 
     def _judge(self, point: Point) -> None:
         """Whether the anneal may go on (closed loop), and whether the gates have binarized: then training ends."""
@@ -203,26 +231,46 @@ class AnnealTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process saves a random state of its own
         if self.args.should_save:
-            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            out = Path(str(self.args.output_dir))
+            folder = out / f"checkpoint-{self.state.global_step}"
             self.save_more(folder)
-            content = {
-                "progress": self.progress,
-                "keeps_up": self.keeps_up,
-                "tokens": self.tokens,
-                "last_loss": self.last_loss,
-                "history": [asdict(p) for p in self.history],
-            }
-            write_synced(folder / COMPLETE, json.dumps(content))
+            storage.seal(folder)
+            for older in checkpoints(out)[:-KEPT]:
+                shutil.rmtree(older, ignore_errors=True)
 
     def save_more(self, folder: Path) -> None:
-        """What a subclass keeps beside; written before the mark that the checkpoint is complete."""
+        """What the Trainer does not know of."""
+        save_file(self.best, folder / BEST)
+        content = {
+            "step": self.state.global_step,
+            "progress": self.progress,
+            "keeps_up": self.keeps_up,
+            "tokens": self.tokens,
+            "seconds": self.seconds_before + time.perf_counter() - self.began,
+            "last_loss": self.last_loss,
+            "binarized": self.binarized,
+            "best_step": self.best_step,
+            "history": [asdict(p) for p in self.history],
+        }
+        (folder / STATE).write_text(json.dumps(content))
 
     def restore(self, folder: Path) -> None:
-        content = json.loads((folder / COMPLETE).read_text())
+        content = json.loads((folder / STATE).read_text())
+        self.state.global_step = content["step"]
         self.progress, self.keeps_up, self.tokens = content["progress"], content["keeps_up"], content["tokens"]
-        self.last_loss = content["last_loss"]
-        self.history = [Point(**p) for p in content["history"]]
+        self.last_loss, self.binarized, self.best_step = content["last_loss"], content["binarized"], content["best_step"]
+        self.history, self.seconds_before = [Point(**p) for p in content["history"]], content["seconds"]
+        self.best = load_file(folder / BEST)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to train: said by what was restored, the Trainer itself would take one more step."""
+        return self.state.global_step >= self.args.max_steps or (self.binarized and not self.float_student)
+
+    def choose_best(self) -> None:
+        self.student().load_state_dict({**self.student().state_dict(), **self.best})
 
 
 def batches(part: Part, recipe: Recipe, task: tasks.Task, *, length: int) -> Batches:
@@ -300,7 +348,7 @@ class DistillTrainer(AnnealTrainer):
         return (total, output) if return_outputs else total
 
     def student(self) -> Network:
-        return getattr(self.model, "module", self.model)  # type: ignore[return-value, arg-type]
+        return super().student()  # type: ignore[return-value]
 
     def measure(self, hard_mode: Discretize, soft_mode: Discretize) -> Measured:
         saturated: list[float] = []
@@ -326,8 +374,9 @@ class DistillTrainer(AnnealTrainer):
         return Measured(found["hard"].value, found["soft"].value, sum(saturated) / len(saturated), dense)
 
     def save_more(self, folder: Path) -> None:
+        super().save_more(folder)
         save_file(flatten_state(self.carried), folder / "carried.safetensors")
-        write_synced(folder / "price.json", json.dumps(asdict(self.price)))
+        (folder / "price.json").write_text(json.dumps(asdict(self.price)))
 
     def restore(self, folder: Path) -> None:
         super().restore(folder)
@@ -346,13 +395,15 @@ def total_steps(recipe: Recipe, *, float_student: bool) -> int:
 
 
 class _Project(TrainerCallback):
-    """Calls the trainer back after each weight update."""
+    """Calls the trainer back after each weight update; the last one is measured whatever its number."""
 
     def __init__(self, trainer: AnnealTrainer) -> None:
         self.trainer = trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.after_step()
+        if control.should_training_stop:
+            control.should_evaluate = control.should_save = True
 
 
 class _Progress(TrainerCallback):
@@ -383,7 +434,7 @@ class _Progress(TrainerCallback):
         }
 
 
-def arguments(recipe: Recipe, out: Path, *, steps: int, higher_is_better: bool) -> TrainingArguments:
+def arguments(recipe: Recipe, out: Path, *, steps: int) -> TrainingArguments:
     train = recipe.train
     return TrainingArguments(
         output_dir=str(out),
@@ -398,10 +449,7 @@ def arguments(recipe: Recipe, out: Path, *, steps: int, higher_is_better: bool) 
         eval_steps=train.evaluate_every,
         save_strategy="steps",
         save_steps=train.evaluate_every,
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_choice",
-        greater_is_better=higher_is_better,
+        # Which checkpoints stay, and which weights were best, is ours: the Trainer deletes before the new one is whole.
         logging_strategy="no",
         logging_nan_inf_filter=False,
         report_to="none",
@@ -414,19 +462,29 @@ def arguments(recipe: Recipe, out: Path, *, steps: int, higher_is_better: bool) 
     )
 
 
+def checkpoints(out: Path) -> list[Path]:
+    """All of them, whole or not, oldest first."""
+    numbered = {folder: folder.name.rpartition("-")[2] for folder in out.glob("checkpoint-*")}
+    return sorted((folder for folder, number in numbered.items() if number.isdigit()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def newest_checkpoint(out: Path) -> Path | None:
-    """The latest complete checkpoint in `out`; incomplete ones are passed over."""
-    found = [f for f in out.glob("checkpoint-*") if (f / COMPLETE).is_file() and (f / "trainer_state.json").is_file()]
-    return max(found, key=lambda f: int(f.name.rpartition("-")[2]), default=None)
+    """The latest whole checkpoint in `out`."""
+    return next((folder for folder in reversed(checkpoints(out)) if storage.flaw(folder) is None), None)
 
 
 def discard_newer(out: Path, checkpoint: Path | None) -> None:
-    """Remove checkpoints that this run will write again (all of them where it starts anew): as the newest by number they would make the
-    Trainer's rotation delete the ones that are being written."""
-    kept = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    for folder in out.glob("checkpoint-*"):
-        number = folder.name.rpartition("-")[2]
-        if number.isdigit() and int(number) > kept:
+    """Remove checkpoints that this run will write again (all of them where it starts anew), with a word where one was not whole: as the
+    newest by number they would make the rotation delete the ones that are being written."""
+    for folder in checkpoints(out):
+        if checkpoint is None or step_of(folder) > step_of(checkpoint):
+            flaw = storage.flaw(folder)
+            if flaw:
+                log.warning("%s is passed over: %s", folder, flaw)
             shutil.rmtree(folder)
 
 
@@ -460,40 +518,19 @@ def fit(trainer: AnnealTrainer, *, resume: bool = False, report: Callable[[dict[
     discard_newer(out, checkpoint)
     if checkpoint:
         trainer.restore(checkpoint)
-    with stop_signals() as stopped:
-        trainer.add_callback(_Progress(trainer, report, stopped))
-        trainer.model.train()  # type: ignore[union-attr]
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stopped:
-        raise InterruptedRunError(f"interrupted at step {trainer.state.global_step}; the same command with --resume goes on from there")
-    if not trainer.history or trainer.history[-1].step != trainer.state.global_step:
-        trainer.evaluate()
-    best = trainer.state.best_global_step or trainer.state.global_step
-    at = next((p for p in trainer.history if p.step == best), trainer.history[-1])
+    if not trainer.ended:
+        with signals.noted() as stopped:
+            trainer.add_callback(_Progress(trainer, report, stopped))
+            trainer.model.train()  # type: ignore[union-attr]
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if stopped:
+            raise InterruptedRunError(f"interrupted at step {trainer.state.global_step}; the same command with --resume goes on from there")
+    trainer.choose_best()
+    at = next(p for p in trainer.history if p.step == trainer.best_step)
     soft = FLOAT if trainer.float_student else soft_mode_at(trainer.recipe.gates, at.progress)
-    return Trained(trainer.history, soft, trainer.state.global_step, best, trainer.tokens, trainer.binarized)
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted in the list instead of killing; a second one kills."""
-    seen: list[int] = []
-    before: dict[signal.Signals, Any] = {}
-
-    def note(number: int, _: Any) -> None:
-        seen.append(number)
-        signal.signal(number, before[signal.Signals(number)])
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        pass
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return Trained(
+        trainer.history, soft, trainer.history[-1].step, at.step, trainer.tokens, trainer.binarized, seconds_before=trainer.seconds_before
+    )
 
 
 def detached(output: Output) -> State:
@@ -520,15 +557,3 @@ def unflatten_state(tensors: dict[str, Tensor], layers: tuple[Any, ...]) -> tupl
         ]
 
     return of("teacher"), of("student")
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Temporary name, fsync, rename: the file is there whole or not at all."""
-    import os
-
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(path)

@@ -441,6 +441,7 @@ def convert_module(
     loss: Callable[[Any, Any], Tensor] | None = None,
     metric: Callable[..., float] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    resume: bool = False,
     force: bool = False,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> ModuleResult:
@@ -449,5 +450,5 @@ def convert_module(
 
     options = {"forward": forward} if forward else {}
     return conversion.convert(
-        module, recipe=recipe, data=data, out=out, loss=loss, metric=metric, force=force, progress=progress, **options
+        module, recipe=recipe, data=data, out=out, loss=loss, metric=metric, resume=resume, force=force, progress=progress, **options
     )

@@ -4,31 +4,40 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import platform
 import random
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from rnn2bin import evaluation, modules, pack, pipeline, recipe_yaml
+from rnn2bin import evaluation, machine, modules, pack, pipeline, plan, recipe_yaml
 from rnn2bin.cost import Read
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
-from rnn2bin.errors import DataError, DivergedError, InterruptedRunError
+from rnn2bin.errors import DataError
 from rnn2bin.evaluation import controls as control
 from rnn2bin.evaluation import html
 from rnn2bin.evaluation.bootstrap import paired_drop
 from rnn2bin.evaluation.density import DensityCounter
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize, sample
 from rnn2bin.modules import Call, Cells
-from rnn2bin.modules.training import Forward, Gated, Job, Loss, Measured, Metric, ModuleTrainer, forward, measure, variances
+from rnn2bin.modules.training import (
+    Forward,
+    Gated,
+    Job,
+    Loss,
+    Measured,
+    Metric,
+    ModuleTrainer,
+    check_batch,
+    forward,
+    measure,
+    variances,
+)
 from rnn2bin.recipe import Recipe
 
 
@@ -62,6 +71,7 @@ def convert(
     loss: Loss | None = None,
     metric: Metric | Any = None,
     forward: Forward = forward,
+    resume: bool = False,
     force: bool = False,
     progress: pipeline.Progress | None = None,
 ) -> ModuleResult:
@@ -70,21 +80,67 @@ def convert(
     `data`: an iterable of batches (tensors, tuples or dicts; see `training.forward`), split by seed into train, valid and test with
     the recipe's shares, or a dict of three iterables under these names. `loss(output, batch)` is added to the match of the teacher's
     outputs. `metric(module, batches)` chooses the checkpoint and is reported; higher is better unless its `higher_is_better` is False.
-    Without one it is the mean squared error in units of the teacher's variance. An interrupted run cannot be resumed.
-    Raises UnsupportedError, DataError, RecipeError, DivergedError, BudgetError, InterruptedRunError.
+    Without one it is the mean squared error in units of the teacher's variance.
+    An interrupted run goes on with `resume` and the same arguments, bit for bit where the batches come in the same order again: those of
+    lists, tuples and iterators do; a loader that shuffles must do so by a seed of its own.
+    Raises UnsupportedError, DataError, RecipeError, UsageError, DivergedError, BudgetError, ResourceError, InterruptedRunError.
     """
     folder = Path(out) if out is not None else Path(type(module).__name__ + ".rnn2bin")
-    pack.check_free(folder, force=force)
+    if not resume:
+        pack.check_free(folder, force=force)
     student = modules.binarize(module, recipe=recipe)
     batches = split(data, recipe)
+    provenance = _provenance(module, recipe, batches)
+    if resume:
+        digests = {name: provenance[name] for name in ("source_sha256", "data_sha256")}
+        done = pipeline.finished(folder, recipe=recipe, force=force, **digests)
+        if done:
+            return ModuleResult(folder, done, source=module)
+        pack.check_free(folder, force=force)
     teacher = copy.deepcopy(module).eval().requires_grad_(False).cpu()
     job = Job(teacher, forward, loss, metric, variances(teacher, batches.valid, forward), recipe)
+    plan.check_disk(
+        plan.space(
+            folder,
+            packed=sum(t.nbytes for t in student.state_dict().values() if isinstance(t, Tensor)),
+            checkpoint=plan.checkpoint_bytes(student, recipe),
+            control=recipe.report.float_same_compute,
+        )
+    )
+    work = pipeline.check_work(folder, _key(job, provenance, batches), resume=resume, force=force)
+    with pipeline.keeping(work):
+        report = _convert(job, module, student, batches, folder, work, provenance=provenance, resume=resume, force=force, progress=progress)
+        pipeline.discard(work)
+    return ModuleResult(folder, report, source=module)
+
+
+def _key(job: Job, provenance: dict[str, Any], batches: Batches) -> str:
+    """What a run that is gone on with must have in common; a function's name is all that can be told of it."""
+    train = _digest(batches.train) if isinstance(batches.train, list) else "loader"
+    names = [getattr(f, "__qualname__", type(f).__qualname__) for f in (job.run, job.loss, job.metric)]
+    recipe = job.recipe.model_dump_json(exclude={"report"})
+    return " ".join([provenance["source_sha256"], provenance["data_sha256"], train, *names, recipe])
+
+
+def _convert(
+    job: Job,
+    module: nn.Module,
+    student: nn.Module,
+    batches: Batches,
+    folder: Path,
+    work: Path,
+    *,
+    provenance: dict[str, Any],
+    resume: bool,
+    force: bool,
+    progress: pipeline.Progress | None,
+) -> pipeline.Report:
+    recipe = job.recipe
     began = time.perf_counter()
-    trained = _train(job, student, batches, folder, progress=progress)
-    tuned = _float_control(job, module, batches, folder) if recipe.report.float_same_compute else None
-    seconds = time.perf_counter() - began
+    trained = _train(job, student, batches, work, resume=resume, progress=progress)
+    tuned = _float_control(job, module, batches, work, resume=resume) if recipe.report.float_same_compute else None
+    seconds = trained.seconds_before + time.perf_counter() - began
     with pack.staging(folder, force=force) as staged:
-        provenance = _provenance(module, recipe, batches)
         task = {"name": "module", "metric": job.metric_name}
         modules.write(student, staged, levels=recipe.gates.levels, provenance=provenance, task=task)
         (staged / "recipe.yaml").write_text(recipe_yaml.dump(recipe), encoding="utf-8")
@@ -92,11 +148,11 @@ def convert(
         report["cost"] |= _cost(trained, seconds)
         report["size"] = evaluation.sizes(sum(t.nbytes for t in module.state_dict().values() if isinstance(t, Tensor)), staged)
         report["training"] = [vars(point) for point in trained.history]
-        report["provenance"] = {**provenance, "recipe": recipe.model_dump(mode="json")}
+        report["provenance"] = {**provenance, "command": None, **pipeline.made(staged, recipe), "recipe": recipe.model_dump(mode="json")}
         pipeline.write_files(staged, report, figures)
         (staged / "README.md").write_text(_card(report), encoding="utf-8")
         pipeline.refuse_over_budget(report, recipe)
-    return ModuleResult(folder, report, source=module)
+    return report
 
 
 # --- data ----------------------------------------------------------------------------------------------------------------
@@ -112,7 +168,7 @@ def split(data: Any, recipe: Recipe) -> Batches:
             raise DataError(*(f"data: {name} is {'no part' if name in data else 'missing'}; give train, valid, test" for name in wrong))
         # An iterator would be empty the second time; a list is shuffled by the recipe's seed.
         once = iter(data["train"]) is data["train"] or isinstance(data["train"], (list, tuple))
-        return _not_empty(Batches(list(data["train"]) if once else data["train"], list(data["valid"]), list(data["test"])))
+        return _checked(Batches(list(data["train"]) if once else data["train"], list(data["valid"]), list(data["test"])))
     if isinstance(data, (str, Path, Tensor)):
         raise DataError(f"data: a module takes an iterable of batches, not a {type(data).__name__}")
     whole = list(data)
@@ -121,13 +177,17 @@ def split(data: Any, recipe: Recipe) -> Batches:
     if len(whole) < valid + test + 1:
         raise DataError(f"data: {len(whole)} batches are too few to hold {valid} + {test} out; give more, or smaller ones")
     first = len(whole) - valid - test
-    return Batches(whole[:first], whole[first : first + valid], whole[first + valid :])
+    return _checked(Batches(whole[:first], whole[first : first + valid], whole[first + valid :]))
 
 
-def _not_empty(batches: Batches) -> Batches:
+def _checked(batches: Batches) -> Batches:
     empty = [name for name in ("train", "valid", "test") if isinstance(part := getattr(batches, name), list) and not part]
     if empty:
         raise DataError(*(f"data: the {name} part holds no batch" for name in empty))
+    for name in ("train", "valid", "test"):
+        part = getattr(batches, name)
+        for index, batch in enumerate(part if isinstance(part, list) else (), 1):
+            check_batch(batch, f"batch {index} of the {name} part")
     return batches
 
 
@@ -135,34 +195,30 @@ def _not_empty(batches: Batches) -> Batches:
 
 
 def _train(
-    job: Job, student: nn.Module, batches: Batches, out: Path, *, progress: pipeline.Progress | None = None, float_student: bool = False
+    job: Job,
+    student: nn.Module,
+    batches: Batches,
+    work: Path,
+    *,
+    resume: bool,
+    progress: pipeline.Progress | None = None,
+    float_student: bool = False,
 ) -> distiller.Trained:
-    """In place; checkpoints lie beside `out` while it runs."""
+    """In place; checkpoints lie in `work` while it runs."""
     weights = job.recipe.loss
     twin = modules.surgery(job.teacher).requires_grad_(False) if weights.hidden_weight() or weights.gate else None
     torch.manual_seed(job.recipe.seed)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.work-", dir=out.parent) as work:
-        trainer = ModuleTrainer(
-            student, job=job, twin=twin, train=batches.train, valid=batches.valid, out=Path(work), float_student=float_student
-        )
-        try:
-            trained = distiller.fit(trainer, report=progress)
-        except InterruptedRunError:
-            step = trainer.state.global_step
-            raise InterruptedRunError(f"interrupted at step {step}; nothing was written, and a module's run starts over") from None
-        except DivergedError as error:
-            reason = str(error).partition(";")[0]
-            raise DivergedError(f"{reason}; nothing was written; lower train.learning_rate or train.clip") from None
+    trainer = ModuleTrainer(student, job=job, twin=twin, train=batches.train, valid=batches.valid, out=work, float_student=float_student)
+    trained = distiller.fit(trainer, resume=resume, report=progress)
     student.eval().cpu()
     job.teacher.cpu()
     return trained
 
 
-def _float_control(job: Job, module: nn.Module, batches: Batches, out: Path) -> nn.Module:
+def _float_control(job: Job, module: nn.Module, batches: Batches, work: Path, *, resume: bool) -> nn.Module:
     """The float module, trained on with the same data, losses and steps."""
     twin = modules.surgery(module)
-    _train(job, twin, batches, out, float_student=True)
+    _train(job, twin, batches, work / pipeline.FLOAT_CONTROL, resume=resume, float_student=True)
     return twin
 
 
@@ -298,13 +354,12 @@ def _cost(trained: distiller.Trained, seconds: float) -> dict[str, Any]:
 
 
 def _provenance(module: nn.Module, recipe: Recipe, batches: Batches) -> dict[str, Any]:
-    names = ("rnn2bin", "torch", "transformers", "safetensors", "numpy")
     return {
         "source": type(module).__name__,
         "source_sha256": _digest(module.state_dict()),
         "data_sha256": _digest([batches.valid, batches.test]),
         "seed": recipe.seed,
-        "versions": {**{name: version(name) for name in names}, "python": platform.python_version()},
+        "versions": machine.versions(),
         "data_free": False,
         "levels": recipe.gates.levels,
         "notes": [],

@@ -69,6 +69,12 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
     return batch
 
 
+def check_batch(batch: Any, where: str) -> None:
+    """DataError where a batch holds NaN; infinities may be a mask of the module's own."""
+    if any(bool(torch.isnan(t).any()) for t in float_tensors(batch)):
+        raise DataError(f"data: {where} holds NaN; remove or repair these values")
+
+
 def float_tensors(output: Any) -> Iterator[Tensor]:
     """Every float tensor in an output of tensors, packed sequences, tuples, lists, dicts and dataclasses, in order, as float32."""
     if isinstance(output, Tensor):
@@ -230,7 +236,9 @@ class Feed(torch.utils.data.IterableDataset):
         while True:
             epoch = order.sample(self.batches, len(self.batches)) if isinstance(self.batches, list) else self.batches
             count = 0
-            for count, batch in enumerate(epoch, 1):  # noqa: B007
+            for count, batch in enumerate(epoch, 1):
+                if epoch is self.batches:  # a list was looked through when it was split
+                    check_batch(batch, f"batch {count} of the training part")
                 yield Held(batch)
             if not count:
                 raise DataError("data: the training part gave no batch")
@@ -289,6 +297,9 @@ class ModuleTrainer(AnnealTrainer):
         total = self.checked(outer_loss(self.job, output, target, batch) + inner_loss(self.recipe, calls, theirs, mode))
         return (total, output) if return_outputs else total
 
+    def student(self) -> nn.Module:
+        return self.pure
+
     def measure(self, hard_mode: Discretize, soft_mode: Discretize) -> distiller.Measured:
         saturated: list[float] = []
 
@@ -313,8 +324,8 @@ class ModuleTrainer(AnnealTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             save_model(self.pure, str(folder / "model.safetensors"))
 
-    def _load_best_model(self) -> None:
-        load_model(self.pure, Path(str(self.state.best_model_checkpoint)) / "model.safetensors", device=str(self.args.device))
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_model(self.pure, Path(resume_from_checkpoint) / "model.safetensors", device=str(self.args.device))
 
 
 def steps_seen(calls: Sequence[Call]) -> int:
