@@ -7,6 +7,7 @@ steps of all sequences at once, the layers on the sequences. That this gives wha
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from rnn2bin.errors import UnsupportedError, UsageError
 from rnn2bin.loaders.assemble import Assembly
 from rnn2bin.loaders.graph import GraphBuilder, close
 from rnn2bin.loaders.onnx_proto import Graph, Input, read_graph
-from rnn2bin.loaders.onnx_trace import Tracer, Value
+from rnn2bin.loaders.onnx_trace import MOST_ELEMENTS, Tracer, Value
 from rnn2bin.recipe import Source
 
 if TYPE_CHECKING:
@@ -46,6 +47,13 @@ class Layout:
             return (batch * steps, *(n or 1 for n in dims[1:])) if len(dims) - 1 != len(self.features) else (batch * steps, *self.features)
         rest = iter(self.features)
         return tuple(batch if k == self.batch else steps if k == self.time else next(rest) for k in range(len(dims)))
+
+
+def bounded(shape: Sequence[int]) -> Sequence[int]:
+    """The shape of an input, where its numbers can be held."""
+    if math.prod(shape) > MOST_ELEMENTS:
+        raise UnsupportedError(f"an input of shape {tuple(shape)}; refused, it would exhaust the memory")
+    return shape
 
 
 class _NotRun(UnsupportedError):
@@ -188,7 +196,7 @@ class _Reading:
         import torch
 
         generator = torch.Generator().manual_seed(0)
-        shapes = [self.layout.shape(self.main.dims, b, t) for b, t in self.sizes()]
+        shapes = [bounded(self.layout.shape(self.main.dims, b, t)) for b, t in self.sizes()]
         if self.main.integer:
             data = tuple(torch.randint(2, shape, generator=generator) for shape in shapes)
         else:
@@ -211,7 +219,7 @@ class _Reading:
         made = []
         for batch, steps in self.sizes():
             shape = [batch if n is None else n for n in one.dims]
-            made.append(torch.full(shape, steps) if one.integer else torch.zeros(shape))
+            made.append(torch.full(bounded(shape), steps) if one.integer else torch.zeros(bounded(shape)))
         return Value(tuple(made), "lengths" if one.integer and len(one.dims) == 1 else None, deps, one.name)
 
     def entry(self, tracer: Tracer, name: str, *, wide: bool = False) -> str:
@@ -240,6 +248,7 @@ class _Reading:
             candidates = [self.graph.outputs.index(self.source.output)]
         else:
             candidates = [k for k, one in enumerate(outputs) if one.recurrent or one.problems]
+            candidates.sort(key=lambda k: bool(tracer.states) and outputs[k].last)  # states go out where states come in
         if not candidates:
             raise UnsupportedError("no LSTM or GRU layer leads to an output; there is no gate to make binary")
         best = next((k for k in candidates if outputs[k].name and not outputs[k].problems), candidates[0])
@@ -262,9 +271,11 @@ class _Reading:
     def output(self, tracer: Tracer, value: Value) -> str:
         """The output's name in the builder; from rows back to (T,B,O)."""
         assert value.name is not None
-        if not self.layout.rows:
-            return value.name
         builder = tracer.builder
+        if not self.layout.rows:
+            single = [axis for axis in range(value.data[0].ndim) if all(t.shape[axis] == 1 for t in value.data)]
+            surplus = single[: max(0, value.data[0].ndim - 3)]
+            return builder.add("Squeeze", value.name, axes=surplus) if surplus else value.name
         counted = builder.add("Slice", builder.add("Shape", tracer.counted), *(builder.literal([n]) for n in (0, 2, 0)))
         width = value.data[0].numel() // tracer.rows[0]
         return builder.add("Reshape", value.name, builder.add("Concat", counted, builder.literal([width]), axis=0))
@@ -342,7 +353,7 @@ class _Reading:
             elif one.name in self.source.inputs:
                 feeds[one.name] = self.value(one, self.tracer(), ())
             else:
-                size = [len(rows) if n is None else n for n in one.dims]
+                size = bounded([len(rows) if n is None else n for n in one.dims])
                 zero = torch.ones(size, dtype=torch.int64) if one.integer else torch.zeros(size)
                 feeds[one.name] = Value((carried.get(one.name, zero),), None, frozenset({one.name}), one.name)
         return feeds

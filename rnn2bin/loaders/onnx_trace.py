@@ -45,6 +45,7 @@ class Value:
     origin: str = ""  # the input that it only rearranges
     embedded: str = ""  # of tokens: the name of their table's rows
     recurrent: bool = False  # a gated layer leads to it
+    last: bool = False  # it only rearranges last states of layers
     problems: tuple[str, ...] = ()
     label: str = ""  # of a tensor in the file
 
@@ -157,8 +158,10 @@ class Tracer:
         others = all(one is None or not one.deps for one in operands[1:])
         origin = first.origin if first is not None and op in MOVES and others else ""
         recurrent = not sized and any(one is not None and one.recurrent for one in operands)
+        read = [one for one in operands if one is not None and not one.constant]
+        last = recurrent and op in (*MOVES, "Concat") and all(one.last or not one.deps for one in read)
         return [
-            Value(data[:1] if fold else data, "" if fold else name, deps, origin, recurrent=recurrent)
+            Value(data[:1] if fold else data, "" if fold else name, deps, origin, recurrent=recurrent, last=last)
             for data, fold, name in zip(results, folded, names, strict=True)
         ]
 
@@ -553,7 +556,7 @@ def _walk(
             names = _rolled(tracer, x, names, hidden)
     ran = _ran(tracer, cell, layer, directions, options)
     deps = x.deps.union(*(one.deps for one in (*starts, layer.lengths) if one is not None))
-    made = [Value(data, name, deps, recurrent=True) for data, name in zip(ran, names, strict=False)]
+    made = [Value(data, name, deps, recurrent=True, last=k > 0) for k, (data, name) in enumerate(zip(ran, names, strict=False))]
     return made[0], made[1], made[2] if len(made) > 2 else None
 
 
