@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from tolerances import assert_close
+from torch import nn
 
 from rnn2bin import loaders
 from rnn2bin.cells.network import teacher_network
@@ -613,3 +614,113 @@ def test_changed_nodes_raise_nothing_but_our_errors(tmp_path):
             loaders.load(path)
         except Rnn2binError:
             continue
+
+
+# --- networks as PyTorch exports them --------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Embedding, two layers in both directions, attention over time."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.rnn = nn.Embedding(11, WIDTH), nn.LSTM(WIDTH, HIDDEN, 2, batch_first=True, bidirectional=True)
+        self.query, self.head = nn.Linear(2 * HIDDEN, 1), nn.Linear(2 * HIDDEN, OUT)
+
+    def forward(self, tokens):
+        y, _ = self.rnn(self.table(tokens))
+        return self.head((y * self.query(torch.tanh(y)).softmax(1)).sum(1))
+
+
+class Convolved(nn.Module):
+    """A convolution with its batch norm before the layer, a linear layer for every step behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(WIDTH, 6, 3, padding=1), nn.BatchNorm1d(6)
+        self.rnn, self.head = nn.GRU(6, HIDDEN, batch_first=True), nn.Linear(HIDDEN, OUT)
+        nn.init.uniform_(self.norm.running_mean)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(x.transpose(1, 2)))).transpose(1, 2)
+        return self.head(self.rnn(x)[0]).log_softmax(-1)
+
+
+class LastState(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(WIDTH, HIDDEN, bidirectional=True, batch_first=True), nn.Linear(2 * HIDDEN, 1)
+
+    def forward(self, x):
+        _, (h, _) = self.rnn(x)
+        return torch.sigmoid(self.head(torch.cat([h[-2], h[-1]], -1)))
+
+
+class Residual(nn.Module):
+    """Projected layers with a skip and a layer norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.GRU(WIDTH, HIDDEN, batch_first=True), nn.GRU(HIDDEN, HIDDEN, batch_first=True)
+        self.norm, self.head = nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, OUT)
+
+    def forward(self, x):
+        a, _ = self.first(x)
+        b, _ = self.second(a)
+        return self.head(self.norm(a + b))
+
+
+MODULES = [Attention, Convolved, LastState, Residual]
+
+
+def exported(module: nn.Module, path: Path, *, dynamo: bool, free: bool = True) -> Path:
+    example = torch.randint(11, (2, 9)) if isinstance(module, Attention) else torch.randn(2, 9, WIDTH)
+    names = {"input_names": ["x"], "output_names": ["y"], "dynamo": dynamo}
+    if free:
+        names |= (
+            {"dynamic_shapes": {next(iter(module.forward.__code__.co_varnames[1:2])): {0: "B", 1: "T"}}}
+            if dynamo
+            else {"dynamic_axes": {"x": {0: "B", 1: "T"}}}
+        )
+    if dynamo:
+        pytest.importorskip("onnxscript")
+        names["verbose"] = False
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (example,), path, **names)
+    return path
+
+
+@pytest.mark.parametrize("exporter", ["script", "dynamo", "fixed"])
+@pytest.mark.parametrize("kind", MODULES, ids=lambda m: m.__name__)
+def test_what_pytorch_exports_is_the_module(kind, exporter, tmp_path):
+    torch.manual_seed(2)
+    module = kind().eval().requires_grad_(False)
+    path = exported(module, tmp_path / "m.onnx", dynamo=exporter == "dynamo", free=exporter != "fixed")
+    made = network(path)
+    x = torch.randint(11, (9, B)) if kind is Attention else torch.randn(9, B, WIDTH)
+    wanted, ours = module(x.transpose(0, 1)), made(x).y
+    assert_close(ours, wanted.transpose(0, 1) if ours.ndim == 3 else wanted)
+    if exporter != "fixed":
+        assert made.spec.main.graph is None or made.spec.main.graph.steps is None
+
+
+def test_an_exported_network_converts_through_the_command_line(tmp_path):
+    torch.manual_seed(3)
+    module = Convolved().eval().requires_grad_(False)
+    path = exported(module, tmp_path / "m.onnx", dynamo=False)
+    x = floats(40, 12, WIDTH)
+    np.savez(tmp_path / "d.npz", inputs=x.numpy(), targets=module(x).argmax(-1).numpy())
+    steps = ["train.steps=3", "train.batch_size=4", "train.window=6", "train.evaluate_every=2", "report.controls=false"]
+    options = [part for step in steps for part in ("--set", step)]
+    out = tmp_path / "out"
+    result = CliRunner().invoke(main, ["convert", str(path), "--data", str(tmp_path / "d.npz"), "--out", str(out), *options])
+    assert result.exit_code == 0, result.output
+    from rnn2bin import runtime
+
+    y, _ = runtime.load(out)(x.transpose(0, 1))
+    assert y.shape == (12, 40, OUT)
+    assert runtime.load(out).spec.main.graph is not None

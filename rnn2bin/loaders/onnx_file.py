@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,13 +91,18 @@ def _read(graph: Graph, source: Source) -> Assembly:
             if isinstance(layout, str):
                 problems.append(layout)
                 break
+            if layout.rows and lengths != LENGTHS[0]:  # they have no length
+                continue
             try:
                 return _Reading(graph, source, main, layout, lengths).assembly()
             except _NotRun:
                 raise
             except UnsupportedError as error:
                 problems += error.reasons
-    raise UnsupportedError(*list(dict.fromkeys(problems))[:6])
+        if any(n is not None for n in main.dims[:1]):
+            problems.append("the file names the size of the batch; where that is in the way, export the network with a dynamic batch axis")
+    told = {re.sub(r"\d+", "", problem): problem for problem in reversed(problems)}  # the same with other sizes is no news
+    raise UnsupportedError(*reversed(told.values()))
 
 
 def _layouts(main: Input, source: Source, *, carried: bool) -> Iterator[Layout | str]:
@@ -174,7 +180,7 @@ class _Reading:
             input_shape=() if self.main.integer else self.layout.features,
             batch_first=not self.layout.rows and self.layout.batch == 0,
             embedding=tracer.embedding,
-            steps=self.lengths[0] if fixed else None,
+            steps=self.lengths[0] if fixed and not self.layout.rows else None,
         )
         if self.layout.rows:
             self.compare(found, at, list(dict.fromkeys(tracer.states)))

@@ -363,6 +363,20 @@ def _freed(shape: list[int], found: Sequence[tuple[int, ...]], batch: int) -> li
     return shape
 
 
+@special("Expand")
+def _expand(tracer: Tracer, node: Operation, operands: list[Value | None], values: ChainMap[str, Value]) -> Sequence[Value]:
+    """In a file made for one batch size, constants (first states of zeros) were made for it: one row of them serves any."""
+    x = _must(operands, 0)
+    if x.constant and (tracer.fixed_batch or 1) > 1:
+        tensor = x.data[0]
+        for axis in range(tensor.ndim):
+            first = tensor.narrow(axis, 0, 1)
+            if tensor.shape[axis] == tracer.fixed_batch and bool((tensor == first).all()):
+                tensor = first
+        x = tracer.literal(tensor)
+    return tracer.apply("Expand", [x, _must(operands, 1)], hint=node.outputs[0])
+
+
 @special("BatchNormalization")
 def _batch_norm(tracer: Tracer, node: Operation, operands: list[Value | None], values: ChainMap[str, Value]) -> Sequence[Value]:
     if node.attributes.get("training_mode"):
