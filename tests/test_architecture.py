@@ -24,6 +24,7 @@ ORDER = [
     "pack",
     "runtime",
     "evaluation",
+    "export",
     "pipeline",
     "plan",
     "modules",
