@@ -173,6 +173,20 @@ def run(out: Path, data: str, backend: str, target: Path | None, json_out: bool)
     as_json(summary) if json_out else click.echo("\n".join(f"{name}: {value}" for name, value in summary.items()))
 
 
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--to", required=True, type=click.Choice(["onnx", "torch"]), help="An ONNX graph, or a state dict for nn.LSTM and nn.GRU.")
+@click.option("--out", "target", type=click.Path(path_type=Path), help="File to write (default: OUT.onnx or OUT.pt here).")
+@json_option
+def export(out: Path, to: str, target: Path | None, json_out: bool) -> None:
+    """Write a packed directory OUT as a file that onnxruntime or plain PyTorch runs."""
+    quiet_libraries()
+    from rnn2bin.export import export as write
+
+    written = write(out, to=to, out=target)
+    as_json(written) if json_out else click.echo("\n".join([f"{written['file']}: {written['bytes']} bytes", *written["meaning"]]))
+
+
 @main.group()
 def recipes() -> None:
     """The bundled recipes."""

@@ -116,6 +116,11 @@ class Source(Closed):
     cell: Literal["gru_reset_before"] | None = Field(None, description="recognised networks: the GRU's reset gate multiplies h before U_n")
     readout: Readout | None = Field(None, description="recognised networks: what the head reads")
     activations: list[Activation] | None = Field(None, description="recognised networks: what follows each linear layer, in order")
+    output: str | None = Field(None, description="graph files: which output is the network's; default: the first that a layer leads to")
+    inputs: dict[str, int | float | list[int | float]] = Field(
+        default_factory=dict, description="graph files: inputs that always have the same value (`{sr: 16000}`)"
+    )
+    input_shape: list[Count] | None = Field(None, description="graph files that leave it open: sizes of one step of the input")
 
     @property
     def automatic(self) -> bool:

@@ -159,6 +159,7 @@ class GraphSpec:
 
     The value `input` is what the section reads behind its embedding, `tokens` the token numbers themselves; both (B,T,…) where
     `batch_first`, else (T,B,…), and so is the value named by `output`: (B,T',O) where `per_step`, or (B,O). `activation` follows it.
+    `lengths` (B,) are the sequences' own lengths, T where a call gives none.
     `steps`: the only T that fits. `stepwise`: a sequence may be cut anywhere if the state is carried. `padded`: with lengths given, what
     stands behind a sequence's end changes nothing before it.
     """
@@ -327,7 +328,7 @@ def _graph_reasons(section: SectionSpec) -> list[str]:
     placed = [node.attributes.get("layer") for node in graph.nodes if node.op == "Recurrent"]
     if placed != list(range(len(section.layers))):
         reasons.append(f"its recurrent nodes are layers {placed}; wanted each of {len(section.layers)} once, in order")
-    known = {"input", "tokens", "", *graph.tensors}
+    known = {"input", "tokens", "lengths", "", *graph.tensors}
     for node in graph.nodes:
         reasons += [f"{node.op} reads {name!r}, which nothing before it makes" for name in node.inputs if name not in known]
         known |= set(node.outputs)

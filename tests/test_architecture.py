@@ -28,6 +28,7 @@ ORDER = [
     "pack",
     "runtime",
     "evaluation",
+    "export",
     "pipeline",
     "plan",
     "reproduce",

@@ -212,12 +212,13 @@ class Section(nn.Module):
         rows = inputs.rows(inputs.dtype) if isinstance(inputs, Lookup) else inputs
         swap = lambda v: v.transpose(0, 1) if graph.batch_first else v
         values: dict[str, Tensor] = dict(self.graph.named_parameters()) if graph.tensors else {}
-        values |= {"input": swap(rows), "tokens": swap(x)}
+        lengths = run.lengths if run.lengths is not None else torch.full((x.shape[1],), len(x), device=x.device)
+        values |= {"input": swap(rows), "tokens": swap(x), "lengths": lengths}
         for node in graph.nodes:
             operands = [values[name] if name else None for name in node.inputs]
             try:
                 made = run.recurrent(operands, **node.attributes) if node.op == "Recurrent" else OPS[node.op](operands, node.attributes)
-            except (RuntimeError, IndexError, KeyError, ValueError, TypeError, AssertionError) as error:
+            except (RuntimeError, LookupError, ValueError, TypeError, AssertionError, ArithmeticError) as error:
                 shapes = ", ".join("-" if v is None else str(tuple(v.shape)) for v in operands)
                 raise UnsupportedError(f"{node.op} ({', '.join(node.outputs)}) does not run on ({shapes}): {error}") from None
             values |= zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ Values = Sequence[Tensor | None]
 Result = Tensor | tuple[Tensor, ...]
 Operation = Callable[[Values, dict[str, Any]], Result]
 
-MOST_ELEMENTS = 2**31
+MOST_ELEMENTS = ContextVar("MOST_ELEMENTS", default=2**31)  # of a tensor; less while a file is read
 DTYPES = {
     "float32": torch.float32,
     "int64": torch.int64,
@@ -56,7 +57,7 @@ def numbers(values: Values, index: int, attributes: dict[str, Any], name: str) -
 
 def bounded(shape: Sequence[int]) -> list[int]:
     """The shape, where its elements can be held; UnsupportedError otherwise."""
-    if any(n < 0 for n in shape) or math.prod(shape) > MOST_ELEMENTS:
+    if any(n < 0 for n in shape) or math.prod(shape) > MOST_ELEMENTS.get():
         raise UnsupportedError(f"an operation wants a tensor of shape {tuple(shape)}; refused, it would exhaust the memory")
     return list(shape)
 
@@ -80,6 +81,17 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Erf": torch.erf,
     "Sin": torch.sin,
     "Cos": torch.cos,
+    "Tan": torch.tan,
+    "Asin": torch.asin,
+    "Acos": torch.acos,
+    "Atan": torch.atan,
+    "Sinh": torch.sinh,
+    "Cosh": torch.cosh,
+    "Asinh": torch.asinh,
+    "Acosh": torch.acosh,
+    "Atanh": torch.atanh,
+    "IsNaN": torch.isnan,
+    "IsInf": torch.isinf,
     "Not": torch.logical_not,
     "Softplus": functional.softplus,
     "Softsign": functional.softsign,
@@ -92,8 +104,7 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Add": torch.add,
     "Sub": torch.sub,
     "Mul": torch.mul,
-    "Pow": torch.pow,
-    "MatMul": torch.matmul,
+    "Pow": lambda a, b: torch.pow(a, b).to(a.dtype),
     "Equal": torch.eq,
     "Greater": torch.gt,
     "GreaterOrEqual": torch.ge,
@@ -110,7 +121,12 @@ def _of_one(function: Callable[[Tensor], Tensor]) -> Operation:
 
 
 def _of_two(function: Callable[[Tensor, Tensor], Tensor]) -> Operation:
-    return lambda values, attributes: function(given(values, 0), given(values, 1))
+    def run(values: Values, attributes: dict[str, Any]) -> Tensor:
+        a, b = given(values, 0), given(values, 1)
+        bounded(torch.broadcast_shapes(a.shape, b.shape))
+        return function(a, b)
+
+    return run
 
 
 OPS |= {name: _of_one(function) for name, function in _UNARY.items()}
@@ -123,32 +139,43 @@ def _div(values: Values, attributes: dict[str, Any]) -> Tensor:
     return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
 
 
-@operation("Max")
-def _max(values: Values, attributes: dict[str, Any]) -> Tensor:
-    result = given(values, 0)
-    for index in range(1, len(values)):
-        result = torch.maximum(result, given(values, index))
-    return result
+@operation("Mod")
+def _mod(values: Values, attributes: dict[str, Any]) -> Tensor:
+    function = torch.fmod if attributes.get("fmod") else torch.remainder
+    return function(given(values, 0), given(values, 1))
 
 
-@operation("Min")
-def _min(values: Values, attributes: dict[str, Any]) -> Tensor:
-    result = given(values, 0)
-    for index in range(1, len(values)):
-        result = torch.minimum(result, given(values, index))
-    return result
+def _of_many(function: Callable[[Tensor, Tensor], Tensor]) -> Operation:
+    def run(values: Values, attributes: dict[str, Any]) -> Tensor:
+        result = given(values, 0)
+        for index in range(1, len(values)):
+            bounded(torch.broadcast_shapes(result.shape, given(values, index).shape))
+            result = function(result, given(values, index))
+        return result
+
+    return run
+
+
+OPS |= {"Max": _of_many(torch.maximum), "Min": _of_many(torch.minimum), "Sum": _of_many(torch.add)}
+
+
+@operation("Mean")
+def _mean(values: Values, attributes: dict[str, Any]) -> Tensor:
+    return torch.stack(torch.broadcast_tensors(*(given(values, k) for k in range(len(values))))).mean(0)
 
 
 @operation("Where")
 def _where(values: Values, attributes: dict[str, Any]) -> Tensor:
-    return torch.where(given(values, 0), given(values, 1), given(values, 2))
+    condition, a, b = (given(values, k) for k in range(3))
+    bounded(torch.broadcast_shapes(condition.shape, a.shape, b.shape))
+    return torch.where(condition, a, b)
 
 
 @operation("Clip")
 def _clip(values: Values, attributes: dict[str, Any]) -> Tensor:
     x, low, high = given(values, 0), maybe(values, 1), maybe(values, 2)
     bounds = [float(v) if v is not None else attributes.get(name) for v, name in ((low, "min"), (high, "max"))]
-    return x if bounds == [None, None] else x.clamp(*bounds)
+    return x if bounds == [None, None] else x.clamp(*bounds).to(x.dtype)
 
 
 @operation("LeakyRelu")
@@ -163,7 +190,25 @@ def _elu(values: Values, attributes: dict[str, Any]) -> Tensor:
 
 @operation("Selu")
 def _selu(values: Values, attributes: dict[str, Any]) -> Tensor:
-    return functional.selu(given(values, 0))
+    x, alpha, gamma = given(values, 0), attributes.get("alpha", 1.6732631921768188), attributes.get("gamma", 1.0507010221481323)
+    return gamma * torch.where(x > 0, x, alpha * torch.expm1(x))
+
+
+@operation("Celu")
+def _celu(values: Values, attributes: dict[str, Any]) -> Tensor:
+    return functional.celu(given(values, 0), attributes.get("alpha", 1.0))
+
+
+@operation("ThresholdedRelu")
+def _thresholded_relu(values: Values, attributes: dict[str, Any]) -> Tensor:
+    x = given(values, 0)
+    return torch.where(x > attributes.get("alpha", 1.0), x, x.new_zeros(()))
+
+
+@operation("Swish")
+def _swish(values: Values, attributes: dict[str, Any]) -> Tensor:
+    x = given(values, 0)
+    return x * torch.sigmoid(attributes.get("alpha", 1.0) * x)
 
 
 @operation("Gelu")
@@ -198,12 +243,40 @@ def _cast(values: Values, attributes: dict[str, Any]) -> Tensor:
     return given(values, 0).to(DTYPES[attributes["to"]])
 
 
+@operation("CastLike")
+def _cast_like(values: Values, attributes: dict[str, Any]) -> Tensor:
+    return given(values, 0).to(given(values, 1).dtype)
+
+
 @operation("CumSum")
 def _cumsum(values: Values, attributes: dict[str, Any]) -> Tensor:
-    return given(values, 0).cumsum(int(given(values, 1)))
+    x, axis = given(values, 0), int(given(values, 1))
+    turned = x.flip(axis) if attributes.get("reverse") else x
+    total = turned.cumsum(axis)
+    total = total - turned if attributes.get("exclusive") else total
+    return total.flip(axis) if attributes.get("reverse") else total
 
 
 # --- products --------------------------------------------------------------------------------------------------------------
+
+
+@operation("MatMul")
+def _matmul(values: Values, attributes: dict[str, Any]) -> Tensor:
+    a, b = given(values, 0), given(values, 1)
+    if a.ndim > 1 and b.ndim > 1:
+        bounded([*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]])
+    return a @ b
+
+
+@operation("Einsum")
+def _einsum(values: Values, attributes: dict[str, Any]) -> Tensor:
+    operands = [given(values, index) for index in range(len(values))]
+    equation = attributes["equation"].replace(" ", "")
+    sizes: dict[str, int] = {}
+    for term, operand in zip(equation.split("->")[0].split(","), operands, strict=True):
+        sizes |= {letter: n for letter, n in zip(term, operand.shape, strict=False) if n != 1}
+    bounded([sizes.get(letter, 1) for letter in equation.partition("->")[2]])
+    return torch.einsum(equation, operands)
 
 
 @operation("Gemm")
@@ -211,7 +284,7 @@ def _gemm(values: Values, attributes: dict[str, Any]) -> Tensor:
     a, b, c = given(values, 0), given(values, 1), maybe(values, 2)
     a = a.t() if attributes.get("transA") else a
     b = b.t() if attributes.get("transB") else b
-    y = attributes.get("alpha", 1.0) * (a @ b)
+    y = attributes.get("alpha", 1.0) * (a @ b) if attributes.get("alpha", 1.0) != 1 else a @ b
     return y if c is None else y + attributes.get("beta", 1.0) * c
 
 
@@ -240,18 +313,24 @@ def _padded(x: Tensor, kernel: Sequence[int], strides: Sequence[int], attributes
     return functional.pad(x, [pads[i + side * axes] for i in reversed(range(axes)) for side in (0, 1)], value=fill)
 
 
+def _window(attributes: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """A pool's kernel and strides; UnsupportedError for what no network here has asked for yet."""
+    kernel = attributes["kernel_shape"]
+    if attributes.get("ceil_mode") or any(d != 1 for d in attributes.get("dilations") or []):
+        raise UnsupportedError("pools with ceil_mode or dilations are not run")
+    return kernel, attributes.get("strides") or [1] * len(kernel)
+
+
 @operation("MaxPool")
 def _max_pool(values: Values, attributes: dict[str, Any]) -> Tensor:
-    x, kernel = given(values, 0), attributes["kernel_shape"]
-    strides = attributes.get("strides") or [1] * len(kernel)
+    x, (kernel, strides) = given(values, 0), _window(attributes)
     x = _padded(x, kernel, strides, attributes, float("-inf"))
     return {1: functional.max_pool1d, 2: functional.max_pool2d}[len(kernel)](x, kernel, strides)
 
 
 @operation("AveragePool")
 def _average_pool(values: Values, attributes: dict[str, Any]) -> Tensor:
-    x, kernel = given(values, 0), attributes["kernel_shape"]
-    strides = attributes.get("strides") or [1] * len(kernel)
+    x, (kernel, strides) = given(values, 0), _window(attributes)
     function: Any = {1: functional.avg_pool1d, 2: functional.avg_pool2d}[len(kernel)]
     total = function(_padded(x, kernel, strides, attributes, 0.0), kernel, strides)
     if attributes.get("count_include_pad"):
@@ -265,6 +344,11 @@ def _average_pool(values: Values, attributes: dict[str, Any]) -> Tensor:
 @operation("Shape")
 def _shape(values: Values, attributes: dict[str, Any]) -> Tensor:
     return torch.tensor(given(values, 0).shape[attributes.get("start", 0) : attributes.get("end")])
+
+
+@operation("Size")
+def _size(values: Values, attributes: dict[str, Any]) -> Tensor:
+    return torch.tensor(given(values, 0).numel())
 
 
 @operation("Reshape")
@@ -302,7 +386,9 @@ def _unsqueeze(values: Values, attributes: dict[str, Any]) -> Tensor:
 
 @operation("Concat")
 def _concat(values: Values, attributes: dict[str, Any]) -> Tensor:
-    return torch.cat([given(values, index) for index in range(len(values))], attributes["axis"])
+    parts, axis = [given(values, index) for index in range(len(values))], attributes["axis"]
+    bounded([sum(part.numel() for part in parts)])
+    return torch.cat(parts, axis)
 
 
 @operation("Split")
@@ -333,14 +419,56 @@ def _gather(values: Values, attributes: dict[str, Any]) -> Tensor:
     x, index, axis = given(values, 0), given(values, 1).long(), attributes.get("axis", 0)
     axis %= x.ndim
     index = torch.where(index < 0, index + x.shape[axis], index)
+    bounded([*x.shape[:axis], index.numel(), *x.shape[axis + 1 :]])
     chosen = x.index_select(axis, index.flatten())
-    return chosen.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+    return chosen.reshape([*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]])
 
 
 @operation("GatherElements")
 def _gather_elements(values: Values, attributes: dict[str, Any]) -> Tensor:
     x, index, axis = given(values, 0), given(values, 1).long(), attributes.get("axis", 0)
     return x.gather(axis, torch.where(index < 0, index + x.shape[axis], index))
+
+
+@operation("GatherND")
+def _gather_nd(values: Values, attributes: dict[str, Any]) -> Tensor:
+    x, index, outer = given(values, 0), given(values, 1).long(), attributes.get("batch_dims", 0)
+    places = list(index.unbind(-1))
+    bounded([*index.shape[:-1], *x.shape[outer + len(places) :]])
+    for axis in range(outer):
+        places.insert(axis, torch.arange(x.shape[axis]).reshape(*[-1 if a == axis else 1 for a in range(index.ndim - 1)]))
+    return x[tuple(places)]
+
+
+@operation("ScatterND")
+def _scatter_nd(values: Values, attributes: dict[str, Any]) -> Tensor:
+    x, index, updates = given(values, 0), given(values, 1).long(), given(values, 2)
+    if attributes.get("reduction", "none") not in ("none", "add"):
+        raise UnsupportedError(f"ScatterND with reduction {attributes['reduction']}")
+    return x.index_put(index.unbind(-1), updates, accumulate=attributes.get("reduction") == "add")
+
+
+@operation("Trilu")
+def _trilu(values: Values, attributes: dict[str, Any]) -> Tensor:
+    k = maybe(values, 1)
+    return (torch.triu if attributes.get("upper", 1) else torch.tril)(given(values, 0), int(k) if k is not None else 0)
+
+
+@operation("TopK")
+def _top_k(values: Values, attributes: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    found = given(values, 0).topk(int(given(values, 1)), attributes.get("axis", -1), bool(attributes.get("largest", 1)))
+    return found.values, found.indices
+
+
+@operation("ReverseSequence")
+def _reverse_sequence(values: Values, attributes: dict[str, Any]) -> Tensor:
+    """Each sequence of a batch reversed within its own length."""
+    x, lengths, time = given(values, 0), given(values, 1), attributes.get("time_axis", 0)
+    moved = x.movedim((time, attributes.get("batch_axis", 1)), (0, 1))
+    at = torch.arange(len(moved), device=x.device)[:, None]
+    index = torch.where(at < lengths[None], lengths[None] - 1 - at, at)
+    index = index.reshape(*index.shape, *[1] * (x.ndim - 2)).expand(moved.shape)
+    return moved.gather(0, index).movedim((0, 1), (time, attributes.get("batch_axis", 1)))
 
 
 @operation("Expand")
@@ -422,21 +550,66 @@ def _reduction(function: Callable[[Tensor, tuple[int, ...], bool], Tensor]) -> O
     return run
 
 
+def _product(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
+    for axis in sorted((axis % x.ndim for axis in axes), reverse=True):
+        x = x.prod(axis, keep)
+    return x
+
+
 OPS |= {
     "ReduceMean": _reduction(lambda x, axes, keep: x.mean(axes, keep)),
     "ReduceSum": _reduction(lambda x, axes, keep: x.sum(axes, keep)),
     "ReduceMax": _reduction(lambda x, axes, keep: x.amax(axes, keep)),
     "ReduceMin": _reduction(lambda x, axes, keep: x.amin(axes, keep)),
     "ReduceL2": _reduction(lambda x, axes, keep: x.square().sum(axes, keep).sqrt()),
-    "ReduceProd": _reduction(lambda x, axes, keep: x.prod(axes[0], keep) if len(axes) == 1 else x.prod()),
+    "ReduceL1": _reduction(lambda x, axes, keep: x.abs().sum(axes, keep)),
+    "ReduceSumSquare": _reduction(lambda x, axes, keep: x.square().sum(axes, keep)),
+    "ReduceLogSum": _reduction(lambda x, axes, keep: x.sum(axes, keep).log()),
+    "ReduceLogSumExp": _reduction(lambda x, axes, keep: x.logsumexp(axes, keep)),
+    "ReduceProd": _reduction(lambda x, axes, keep: _product(x, axes, keep)),
     "GlobalAveragePool": lambda values, attributes: given(values, 0).mean(tuple(range(2, given(values, 0).ndim)), True),
     "GlobalMaxPool": lambda values, attributes: given(values, 0).amax(tuple(range(2, given(values, 0).ndim)), True),
 }
 
 
-@operation("ArgMax")
-def _arg_max(values: Values, attributes: dict[str, Any]) -> Tensor:
-    return given(values, 0).argmax(attributes.get("axis", 0), keepdim=bool(attributes.get("keepdims", 1)))
+def _first_place(best: Callable[..., Tensor]) -> Operation:
+    def run(values: Values, attributes: dict[str, Any]) -> Tensor:
+        if attributes.get("select_last_index"):
+            raise UnsupportedError("ArgMax and ArgMin with select_last_index are not run")
+        return best(given(values, 0), attributes.get("axis", 0), keepdim=bool(attributes.get("keepdims", 1)))
+
+    return run
+
+
+OPS |= {"ArgMax": _first_place(torch.argmax), "ArgMin": _first_place(torch.argmin)}
+
+
+@operation("LpNormalization")
+def _lp_norm(values: Values, attributes: dict[str, Any]) -> Tensor:
+    x, axis = given(values, 0), attributes.get("axis", -1)
+    return x / (x.abs().sum(axis, True) if attributes.get("p", 2) == 1 else x.square().sum(axis, True).sqrt())
+
+
+@operation("InstanceNormalization")
+def _instance_norm(values: Values, attributes: dict[str, Any]) -> Tensor:
+    return functional.instance_norm(
+        given(values, 0), None, None, given(values, 1), given(values, 2), True, 0.0, attributes.get("epsilon", 1e-5)
+    )
+
+
+@operation("GroupNormalization")
+def _group_norm(values: Values, attributes: dict[str, Any]) -> Tensor:
+    """Scale and bias (C,), as from opset 21 on."""
+    return functional.group_norm(
+        given(values, 0), attributes["num_groups"], given(values, 1), given(values, 2), attributes.get("epsilon", 1e-5)
+    )
+
+
+@operation("RMSNormalization")
+def _rms_norm(values: Values, attributes: dict[str, Any]) -> Tensor:
+    x, scale, axis = given(values, 0), given(values, 1), attributes.get("axis", -1)
+    axes = tuple(range(axis % x.ndim, x.ndim))
+    return x * (x.square().mean(axes, True) + attributes.get("epsilon", 1e-5)).rsqrt() * scale
 
 
 @operation("LayerNormalization")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rnn2bin import spec as spec_module
 from rnn2bin.errors import ResourceError, UnsupportedError, UsageError
-from rnn2bin.loaders import huggingface, npz, pytorch, recognise, safetensors_file
+from rnn2bin.loaders import huggingface, npz, onnx_file, pytorch, recognise, safetensors_file
 from rnn2bin.loaders.assemble import Assembly, build, leftovers
 from rnn2bin.loaders.common import READ_NOW, fingerprint, regular_file
 from rnn2bin.loaders.render import parts, source_yaml, spec_parts, text
@@ -28,15 +28,15 @@ __all__ = ["Inspection", "Loaded", "inspect", "load"]
 # Named tensors, from whose names and shapes (or the recipe's `source:`) the network is recognised.
 READERS = {"pytorch": pytorch.read, "safetensors": safetensors_file.read, "npz": npz.read, "huggingface": huggingface.read}
 # Files that say themselves how their parts join: (path, source) -> Assembly.
-GRAPH_READERS: dict[str, Callable[[Path, Source], Assembly]] = {}
+GRAPH_READERS: dict[str, Callable[[Path, Source], Assembly]] = {"onnx": onnx_file.read}
 SUFFIXES = {
     **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".pickle", ".jit", ".ts", ".torchscript"), "pytorch"),
     ".safetensors": "safetensors",
     ".npz": "npz",
+    ".onnx": "onnx",
 }
 # Known, but not read: said by name, so that nobody has to wonder.
 OTHERS = {
-    ".onnx": "an ONNX graph",
     **dict.fromkeys((".h5", ".hdf5", ".keras"), "a Keras (HDF5) model"),
     ".pt2": "a torch.export program",
     **dict.fromkeys((".tflite", ".pb"), "a TensorFlow graph"),
@@ -131,7 +131,7 @@ def inspect(path: str | Path, *, source: Source | None = None) -> Inspection:
         source="" if graph else source_yaml(resolved.draft, resolved.reasons, [*(source.ignore if source else []), *resolved.ignore]),
         reasons=resolved.reasons,
         readout_stated=resolved.readout_stated,
-        parts=spec_parts(spec) if graph and spec else parts(resolved.draft, shapes),
+        parts=[*resolved.assembly.notes, *spec_parts(spec)] if graph and spec else parts(resolved.draft, shapes),
         provenance=_provenance(path, name),
     )
 

@@ -40,11 +40,12 @@ LOOKS_LIKE = (
 
 @dataclass
 class Assembly:
-    """The outcome: `spec` is None where the parts do not make one; `reasons` is empty exactly when it can be used."""
+    """The outcome: `spec` is None where the parts do not make one; `reasons` is empty exactly when it can be used; `notes` are told."""
 
     spec: RnnSpec | None = None
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def assemble(source: Source, tensors: Mapping[str, torch.Tensor]) -> tuple[RnnSpec, dict[str, torch.Tensor]]:

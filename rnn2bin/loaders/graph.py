@@ -24,6 +24,8 @@ MOST_LITERALS = 65536
 STEPS = (29, 17, 64, 128, 400)  # tried in turn: convolutions and pools need some length
 BATCH = 3
 TOLERANCE = 1e-4  # of outputs against their own scale; float32 sums in another order stay far below
+# A mean over an axis of one moves too; whether an activation may be taken from before these is tried.
+MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Gather", "Slice", "ReduceMean")
 PEELED = {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Sigmoid": "sigmoid", "Relu": "relu", "Tanh": "tanh"}
 
 
@@ -46,7 +48,7 @@ class GraphBuilder:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     layers: list[LayerSpec] = field(default_factory=list)
     weights: list[dict[str, Tensor]] = field(default_factory=list)  # of each layer: "fwd.gates.weight_ih" …
-    _names: set[str] = field(default_factory=lambda: {"", "input", "tokens"})
+    _names: set[str] = field(default_factory=lambda: {"", "input", "tokens", "lengths"})
 
     def name(self, hint: str) -> str:
         """A value name that is free, made of `hint`."""
@@ -261,10 +263,11 @@ class _Probe:
         return axes
 
     def same(self, other: _Probe, x: Tensor) -> bool:
-        return self.holds(lambda p: _same(p.run(x).y, other.run(x).y))
+        return self.holds(lambda p: close(p.run(x).y, other.run(x).y))
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
+    """Same shape, and equal but for the rounding of float32."""
     if a.shape != b.shape:
         return False
     scale = max(float(b.abs().max()) if b.numel() else 0.0, 1e-3)
@@ -277,9 +280,9 @@ def _settled(probe: _Probe, steps: int | None) -> _Probe:
     x = probe.input(length)
     y = probe.run(x).y
     # Sequences of a batch must not touch each other, else batch and time are the other way round, or the network mixes them on purpose.
-    # The last one tells: a layer that walks over the batch changes all but the first.
-    alone = probe.run(x[:, -1:]).y
-    if not _same(alone, y[:, -1:] if probe.graph.per_step else y[-1:]):
+    # One in the middle tells: a layer that walks over the batch changes all but the first, or backwards all but the last.
+    alone = probe.run(x[:, 1:2]).y
+    if not close(alone, y[:, 1:2] if probe.graph.per_step else y[1:2]):
         raise UnsupportedError("the sequences of a batch change each other's outputs; export the network with a dynamic batch axis")
     probe = probe.with_graph(output_size=y.shape[-1], steps=None if free else length)
     probe = _peeled(probe, x)
@@ -330,16 +333,23 @@ def _with_features(probe: _Probe, length: int, free: bool) -> _Probe:
 
 
 def _peeled(probe: _Probe, x: Tensor) -> _Probe:
-    """The last activation is kept apart: losses are computed before it."""
-    graph = probe.graph
-    producer = next((node for node in graph.nodes if graph.output in node.outputs), None)
-    name = PEELED.get(producer.op) if producer else None
-    if producer is None or name is None:
-        return probe
-    shorter = tuple(node for node in graph.nodes if node is not producer)
-    if any(graph.output in node.inputs for node in shorter):
-        return probe
-    peeled = probe.with_graph(nodes=shorter, output=producer.inputs[0], activation=name)
+    """The last activation is kept apart: losses are computed before it. What follows it may only move numbers about."""
+    graph, at = probe.graph, probe.graph.output
+    while True:
+        producer = next((node for node in graph.nodes if at in node.outputs), None)
+        if producer is None or sum(at in node.inputs for node in graph.nodes) > (at != graph.output):
+            return probe
+        if producer.op in PEELED:
+            break
+        if producer.op not in MOVES:
+            return probe
+        at = producer.inputs[0]
+    before = producer.inputs[0]
+    shorter = tuple(
+        replace(node, inputs=tuple(before if name == at else name for name in node.inputs)) for node in graph.nodes if node is not producer
+    )
+    output = before if at == graph.output else graph.output
+    peeled = probe.with_graph(nodes=shorter, output=output, activation=PEELED[producer.op])
     return peeled if peeled.same(probe, x) else probe
 
 
@@ -352,7 +362,7 @@ def _is_stepwise(probe: _Probe, length: int) -> bool:
     first = probe.run(x[:cut])
     second = probe.run(x[cut : cut + 1], first.state)
     third = probe.run(x[cut + 1 :], second.state)
-    return _same(torch.cat([first.y, second.y, third.y]), probe.run(x).y)
+    return close(torch.cat([first.y, second.y, third.y]), probe.run(x).y)
 
 
 def _is_padded(probe: _Probe, length: int) -> bool:
@@ -365,7 +375,7 @@ def _is_padded(probe: _Probe, length: int) -> bool:
     for row, n in enumerate(lengths.tolist()):
         alone = probe.run(x[:n, row : row + 1]).y
         ours = y[:n, row : row + 1] if probe.graph.per_step else y[row : row + 1]
-        if not _same(ours, alone) or (probe.graph.per_step and len(y) != length):
+        if not close(ours, alone) or (probe.graph.per_step and len(y) != length):
             return False
     return True
 

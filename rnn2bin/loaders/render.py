@@ -98,7 +98,7 @@ def text(
     """The whole of `rnn2bin inspect` as text."""
     found, reasons = [_plain(line) for line in found], [_plain(line) for line in reasons]
     tensors = [(_plain(name), shape, dtype) for name, shape, dtype in tensors]
-    width = max(len(name) for name, _, _ in tensors)
+    width = max((len(name) for name, _, _ in tensors), default=0)
     lines = [f"{format_name}: {len(tensors)} tensors"]
     lines += [f"  {name:<{width}}  {dtype:<8}  {'x'.join(map(str, shape)) or 'scalar'}" for name, shape, dtype in tensors[:MOST_ROWS]]
     if len(tensors) > MOST_ROWS:

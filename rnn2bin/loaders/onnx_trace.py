@@ -1,0 +1,658 @@
+"""ONNX operations, run on probes while a GraphBuilder is fed: what is the same at every probed size becomes a constant, `If` takes the
+branch that its constant condition names, recurrent operations become layers, everything else a node.
+
+A probe is one choice of batch and length. Values that only sizes decide (`Shape` and what follows from it) are known at each; one that is
+equal at all of them folds, so that the batch and the length stay free exactly where the file leaves them so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import ChainMap
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from rnn2bin.errors import UnsupportedError
+from rnn2bin.loaders.graph import Direction, GraphBuilder
+from rnn2bin.loaders.onnx_proto import STANDARD, Graph, Operation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_ELEMENTS = 2**26  # of a value while a file is read
+# What only moves numbers about: a state input stays one behind these.
+MOVES = ("Identity", "Cast", "Gather", "Slice", "Split", "Squeeze", "Unsqueeze", "Reshape", "Transpose", "Flatten")
+CASTS = {1: "float32", 10: "float32", 11: "float32", 16: "float32", 9: "bool", **dict.fromkeys((2, 3, 4, 5, 6, 7, 12, 13), "int64")}
+PARAMETERS = {
+    "hardsigmoid": (0.2, 0.5),
+    "elu": (1.0,),
+    "affine": (1.0, 0.0),
+    "leakyrelu": (0.01,),
+    "thresholdedrelu": (1.0,),
+    "scaledtanh": (1.0, 1.0),
+}
+PHI = {"tanh": "tanh", "relu": "relu", "sigmoid": "sigmoid", "softsign": "softsign", "elu": "elu", "affine": "identity"}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value of the file: what it is at each probe, and its `name` in the builder: "" for a constant, None where none can be given."""
+
+    data: tuple[Tensor, ...]
+    name: str | None = ""
+    deps: frozenset[str] = frozenset()  # the inputs on whose numbers it depends
+    origin: str = ""  # the input that it only rearranges
+    embedded: str = ""  # of tokens: the name of their table's rows
+    recurrent: bool = False  # a gated layer leads to it
+    last: bool = False  # it only rearranges last states of layers
+    problems: tuple[str, ...] = ()
+    label: str = ""  # of a tensor in the file
+
+    @property
+    def constant(self) -> bool:
+        return self.name == "" and not self.problems
+
+
+@dataclass
+class Tracer:
+    """Runs a graph at several probes at once. `rows`: (T, B) are one axis of the file's input, N = T·B long; the names of T and B then
+    come from the builder's value `counted`. `fixed_batch`: the batch that the file was made for, where it names one."""
+
+    builder: GraphBuilder
+    rows: tuple[int, ...] = ()  # N at each probe
+    counted: str = "input"
+    fixed_batch: int | None = None
+    embedding: Tensor | int | None = None
+    states: list[str] = field(default_factory=list)  # inputs that are carried states
+    lengths: list[str] = field(default_factory=list)  # inputs that are lengths
+    unknown: list[str] = field(default_factory=list)  # operations that are not run
+    read: list[frozenset[str]] = field(default_factory=list)  # what the layers' inputs depend on
+    steps: list[tuple[int, int]] = field(default_factory=list)  # (T, B) of every layer at the first probe
+    _emitted: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
+
+    def run(self, graph: Graph, feeds: Mapping[str, Value]) -> list[Value]:
+        """The graph's outputs."""
+        from rnn2bin.cells import ops
+
+        limit = ops.MOST_ELEMENTS.set(MOST_ELEMENTS)
+        try:
+            values = self._graph(graph, ChainMap(dict(feeds)))
+            return [self._find(values, name) for name in graph.outputs]
+        finally:
+            ops.MOST_ELEMENTS.reset(limit)
+
+    def _graph(self, graph: Graph, values: ChainMap[str, Value]) -> MutableMapping[str, Value]:
+        inside = values.new_child({name: Value((tensor,), label=name) for name, tensor in graph.tensors.items()})
+        made: set[str] = set(inside.maps[0]) | {one.name for one in graph.inputs}
+        for node in graph.nodes:
+            twice = [name for name in node.outputs if name in made]
+            if twice:
+                raise UnsupportedError(f"{node.op} makes {twice[0]!r}, which is there already; the file is damaged")
+            made |= {name for name in node.outputs if name}
+            operands = [self._find(inside, name) if name else None for name in node.inputs]
+            inside |= zip(node.outputs, self._node(node, operands, inside, graph.opset), strict=False)
+        return inside
+
+    def _find(self, values: Mapping[str, Value], name: str) -> Value:
+        if name not in values:
+            raise UnsupportedError(f"{name!r} is read, but nothing before makes it: the graph has a cycle, or its nodes are out of order")
+        return values[name]
+
+    def _node(self, node: Operation, operands: list[Value | None], values: ChainMap[str, Value], opset: int) -> Sequence[Value]:
+        label = f"{node.op} ({node.name or next(filter(None, node.outputs), '')})"
+        problems = tuple(dict.fromkeys(p for one in operands if one is not None for p in one.problems))
+        if not problems:
+            try:
+                return self._made(node, operands, values, opset)
+            except MemoryError:
+                raise
+            except UnsupportedError as error:
+                problems = tuple(f"{label}: {reason}" for reason in error.reasons)
+            except Exception as error:  # what torch says of operands that do not fit has many types
+                problems = (f"{label} does not run on {_shapes(operands)}: {error}",)
+        return [Value((), None, problems=problems)] * len(node.outputs)
+
+    def _made(self, node: Operation, operands: list[Value | None], values: ChainMap[str, Value], opset: int) -> Sequence[Value]:
+        from rnn2bin.cells.ops import OPS
+
+        if node.domain in STANDARD and node.op in SPECIAL:
+            return SPECIAL[node.op](self, node, operands, values)
+        if node.domain not in STANDARD or node.op not in OPS or node.op in ("Compact", "Spread", "PlainRnn"):
+            name = node.op if node.domain in STANDARD else f"{node.domain}.{node.op}"
+            self.unknown.append(name)
+            raise UnsupportedError("rnn2bin does not run this operation")
+        if node.op in ("Softmax", "LogSoftmax") and opset < 13:
+            return [self._old_softmax(node, operands[0])]
+        return self.apply(node.op, operands, len(node.outputs), _plain(node), hint=next(filter(None, node.outputs), ""))
+
+    # --- ordinary operations ---
+
+    def apply(
+        self, op: str, operands: Sequence[Value | None], count: int = 1, attributes: Mapping[str, Any] | None = None, *, hint: str = ""
+    ) -> list[Value]:
+        """An operation's results; a node is made unless they are constant."""
+        from rnn2bin.cells.ops import OPS
+
+        attributes = dict(attributes or {})
+        constant = all(one is None or one.constant for one in operands) and op != "Shape"
+        ran = []
+        for probe in range(1 if constant else self.probes(operands)):
+            made = OPS[op]([None if one is None else one.data[probe % len(one.data)] for one in operands], attributes)
+            ran.append(made if isinstance(made, tuple) else (made,))
+        if any(t.numel() > MOST_ELEMENTS for made in ran for t in made):
+            raise UnsupportedError(f"makes more than {MOST_ELEMENTS} numbers from a short input; refused, it would exhaust the memory")
+        results = list(zip(*ran, strict=True))[: max(count, 1)]
+        if constant:
+            return [Value(data) for data in results]
+        sized = op in ("Shape", "Size")
+        deps = frozenset() if sized else frozenset().union(*(one.deps for one in operands if one is not None))
+        folded = [not deps and all(_equal(data[0], other) for other in data[1:]) for data in results]
+        names: Sequence[str | None] = [None] * len(results)
+        if all(folded):
+            names = [""] * len(results)
+        elif all(one is None or one.name is not None for one in operands):
+            inputs = [self.use(one) for one in operands]
+            names = self.builder.add_many(op, inputs, [self.builder.name(hint or op) for _ in results], **attributes)
+        first = operands[0] if operands else None
+        others = all(one is None or not one.deps for one in operands[1:])
+        origin = first.origin if first is not None and op in MOVES and others else ""
+        recurrent = not sized and any(one is not None and one.recurrent for one in operands)
+        read = [one for one in operands if one is not None and not one.constant]
+        last = recurrent and op in (*MOVES, "Concat") and all(one.last or not one.deps for one in read)
+        return [
+            Value(data[:1] if fold else data, "" if fold else name, deps, origin, recurrent=recurrent, last=last)
+            for data, fold, name in zip(results, folded, names, strict=True)
+        ]
+
+    def probes(self, operands: Sequence[Value | None]) -> int:
+        return max((len(one.data) for one in operands if one is not None), default=1)
+
+    def one(self, op: str, *operands: Value | None, hint: str = "", **attributes: Any) -> Value:
+        return self.apply(op, operands, 1, attributes, hint=hint)[0]
+
+    def use(self, value: Value | None) -> str:
+        """The builder's name of a value; a constant is made when it is first read."""
+        if value is None:
+            return ""
+        if value.name is None:
+            raise UnsupportedError(f"reads {_inputs(value.deps)}, besides the sequence itself; rnn2bin carries one real input")
+        if value.name:
+            return value.name
+        tensor = value.data[0]
+        if id(tensor) not in self._emitted:
+            self._emitted[id(tensor)] = (tensor, self.builder.constant(tensor, value.label or "constant"))
+        return self._emitted[id(tensor)][1]
+
+    def literal(self, numbers: Any) -> Value:
+        import torch
+
+        return Value((torch.as_tensor(numbers),))
+
+    def _old_softmax(self, node: Operation, x: Value | None) -> Value:
+        """Before opset 13 the axes from `axis` on (1 unless said) were one."""
+        assert x is not None
+        axis, rank = int(node.attributes.get("axis", 1)), x.data[0].ndim
+        if axis in (-1, rank - 1):
+            return self.one(node.op, x, axis=-1)
+        flat = self.one("Flatten", x, axis=axis % rank)
+        return self.one("Reshape", self.one(node.op, flat, axis=-1), self.one("Shape", x))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    import torch
+
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _shapes(operands: Sequence[Value | None]) -> str:
+    return "(" + ", ".join("-" if one is None or not one.data else str(tuple(one.data[0].shape)) for one in operands) + ")"
+
+
+def _inputs(names: frozenset[str]) -> str:
+    return "input " + " and ".join(repr(name) for name in sorted(names))
+
+
+def _plain(node: Operation) -> dict[str, Any]:
+    """A node's attributes as `cells.ops` takes them."""
+    attributes = {name: value for name, value in node.attributes.items() if value is not None}
+    match node.op:
+        case "Cast":
+            if attributes["to"] not in CASTS:
+                raise UnsupportedError(f"casts to element type {attributes['to']}, which rnn2bin does not have")
+            return {"to": CASTS[attributes["to"]]}
+        case "ConstantOfShape":
+            value = attributes.get("value")
+            if value is None:
+                return {}
+            kind = "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+            return {"value": value.flatten()[0].item(), "dtype": kind}
+        case "Split" if "split" not in attributes:
+            return {**attributes, "num_outputs": len(node.outputs)}
+        case "EyeLike" | "CastLike" | "Dropout":
+            return {}
+    return attributes
+
+
+# --- operations that need more than their operands' numbers ------------------------------------------------------------------------
+
+Special = Callable[[Tracer, Operation, list[Value | None], ChainMap[str, Value]], Sequence[Value]]
+SPECIAL: dict[str, Special] = {}
+
+
+def special(*names: str) -> Callable[[Special], Special]:
+    def enter(function: Special) -> Special:
+        SPECIAL.update(dict.fromkeys(names, function))
+        return function
+
+    return enter
+
+
+def _must(operands: Sequence[Value | None], index: int) -> Value:
+    value = operands[index] if index < len(operands) else None
+    if value is None:
+        raise UnsupportedError(f"its input {index} is missing")
+    return value
+
+
+def _fixed(operands: Sequence[Value | None], index: int) -> Tensor:
+    value = _must(operands, index)
+    if not value.constant:
+        raise UnsupportedError(f"its input {index} is not constant; layers are converted whose weights stand in the file")
+    return value.data[0]
+
+
+@special("Constant")
+def _constant(tracer: Tracer, node: Operation, operands: list[Value | None], values: ChainMap[str, Value]) -> Sequence[Value]:
+    import torch
+
+    for name, dtype in (
+        ("value_float", torch.float32),
+        ("value_floats", torch.float32),
+        ("value_int", torch.int64),
+        ("value_ints", torch.int64),
+    ):
+        if name in node.attributes:
+            return [Value((torch.tensor(node.attributes[name], dtype=dtype),))]
+    if not isinstance(node.attributes.get("value"), torch.Tensor):
+        raise UnsupportedError("holds neither floats nor whole numbers")
+    return [Value((node.attributes["value"],), label=node.outputs[0])]
+
+
+@special("Dropout")
+def _dropout(tracer: Tracer, node: Operation, operands: list[Value | None], values: ChainMap[str, Value]) -> Sequence[Value]:
+    return [_must(operands, 0)]
+
+
+@special("Identity", "Cast")
+def _same_tokens(tracer: Tracer, node: Operation, operands: list[Value | None], values: ChainMap[str, Value]) -> Sequence[Value]:
+    x = _must(operands, 0)
+    (made,) = tracer.apply(node.op, [x], 1, _plain(node), hint=node.outputs[0])
+    integer = made.data[0].dtype == x.data[0].dtype
+    return [replace(made, embedded=x.embedded if integer else "")]
+
+
+@special("Transpose")
+def _transpose(tracer: Tracer, node: Operation, operands: list[Value | None], values: ChainMap[str, Value]) -> Sequence[Value]:
+    x = _must(operands, 0)
+    (made,) = tracer.apply("Transpose", [x], 1, node.attributes, hint=node.outputs[0])
+    if not x.embedded or made.data[0].ndim != 2:
+        return [made]
+    turned = list(node.attributes.get("perm", [1, 0])) == [1, 0]
+    return [replace(made, embedded=tracer.builder.add("Transpose", x.embedded, perm=[1, 0, 2]) if turned else x.embedded)]
+
+
+@special("Gather")
+def _gather(tracer: Tracer, node: Operation, operands: list[Value | None], values: ChainMap[str, Value]) -> Sequence[Value]:
+    """Rows of a constant table by tokens are the network's embedding."""
+    table, index = _must(operands, 0), _must(operands, 1)
+    plain = tracer.apply("Gather", operands, 1, node.attributes, hint=node.outputs[0])
+    known = table.data[0] if table.constant else None
+    if known is None or not index.embedded or node.attributes.get("axis", 0) or known.ndim != 2 or not known.is_floating_point():
+        return plain
+    if tracer.embedding is not None and tracer.embedding is not known:
+        return plain
+    tracer.embedding = known
+    return [replace(plain[0], name=index.embedded)]
+
+
+@special("OneHot")
+def _one_hot(tracer: Tracer, node: Operation, operands: list[Value | None], values: ChainMap[str, Value]) -> Sequence[Value]:
+    index, depth, levels = (_must(operands, k) for k in range(3))
+    plain = tracer.apply("OneHot", operands, 1, node.attributes, hint=node.outputs[0])
+    last = node.attributes.get("axis", -1) in (-1, index.data[0].ndim)
+    if (
+        not (index.embedded and last and depth.constant and levels.constant and levels.data[0].tolist() == [0, 1])
+        or tracer.embedding is not None
+    ):
+        return plain
+    tracer.embedding = int(depth.data[0])
+    return [replace(plain[0], name=index.embedded)]
+
+
+@special("Reshape")
+def _reshape(tracer: Tracer, node: Operation, operands: list[Value | None], values: ChainMap[str, Value]) -> Sequence[Value]:
+    """In a file made for one batch size the shapes name it: there the batch is put back, and `settle` tells whether that was right."""
+    x, shape = _must(operands, 0), _must(operands, 1) if len(operands) > 1 else tracer.literal(node.attributes["shape"])
+    attributes = {k: v for k, v in node.attributes.items() if k != "shape"}
+    if tracer.fixed_batch and shape.constant and not x.constant and not tracer.rows:
+        shape = tracer.literal(_freed(shape.data[0].tolist(), [tuple(t.shape) for t in x.data], tracer.fixed_batch))
+    return tracer.apply("Reshape", [x, shape], 1, attributes, hint=node.outputs[0])
+
+
+def _freed(shape: list[int], found: Sequence[tuple[int, ...]], batch: int) -> list[int]:
+    """`shape` with the axis that names the batch (of the file's own size) left open; `found`: the operand's shape at every probe."""
+    moving = [axis for axis, sizes in enumerate(zip(*found, strict=True)) if len(set(sizes)) > 1]
+    places = [k for k, n in enumerate(shape) if n == batch]
+    for k in places:
+        if k in moving:
+            return [0 if axis == k else n for axis, n in enumerate(shape)]
+    if (
+        not moving
+        or 0 in shape
+        or any(math.prod(one) % max(1, math.prod(n for n in shape if n > 0)) == 0 for one in found if -1 in shape and not places)
+    ):
+        return shape
+    if -1 not in shape:
+        at = places[0] if places else 0
+        return [-1 if axis == at else n for axis, n in enumerate(shape)]
+    rest = math.prod(n for k, n in enumerate(shape) if n > 0 and k != (places[0] if places else -1))
+    sizes = {math.prod(n for axis, n in enumerate(one) if axis != moving[0]) for one in found}
+    if places and len(sizes) == 1 and rest and next(iter(sizes)) % rest == 0:
+        return [-1 if axis == places[0] else next(iter(sizes)) // rest if n == -1 else n for axis, n in enumerate(shape)]
+    return shape
+
+
+@special("Expand")
+def _expand(tracer: Tracer, node: Operation, operands: list[Value | None], values: ChainMap[str, Value]) -> Sequence[Value]:
+    """In a file made for one batch size, constants (first states of zeros) were made for it: one row of them serves any."""
+    x = _must(operands, 0)
+    if x.constant and (tracer.fixed_batch or 1) > 1:
+        tensor = x.data[0]
+        for axis in range(tensor.ndim):
+            first = tensor.narrow(axis, 0, 1)
+            if tensor.shape[axis] == tracer.fixed_batch and bool((tensor == first).all()):
+                tensor = first
+        x = tracer.literal(tensor)
+    return tracer.apply("Expand", [x, _must(operands, 1)], hint=node.outputs[0])
+
+
+@special("BatchNormalization")
+def _batch_norm(tracer: Tracer, node: Operation, operands: list[Value | None], values: ChainMap[str, Value]) -> Sequence[Value]:
+    if node.attributes.get("training_mode"):
+        raise UnsupportedError("stands in training mode; export the network in eval mode")
+    x = _must(operands, 0)
+    scale, bias, mean, variance = (_fixed(operands, k).double() for k in range(1, 5))
+    factor = scale / (variance + node.attributes.get("epsilon", 1e-5)).sqrt()
+    shape = [-1] + [1] * (x.data[0].ndim - 2)
+    first, then = (tracer.literal(t.float().reshape(shape)) for t in (factor, bias - mean * factor))
+    return [tracer.one("Add", tracer.one("Mul", x, first), then, hint=node.outputs[0])]
+
+
+@special("If")
+def _if(tracer: Tracer, node: Operation, operands: list[Value | None], values: ChainMap[str, Value]) -> Sequence[Value]:
+    condition = _must(operands, 0)
+    if not condition.constant:
+        if not condition.deps:
+            raise UnsupportedError("its condition depends on the size of the input")
+        numbers = ", ".join(f"{name}: NUMBER" for name in sorted(condition.deps))
+        raise UnsupportedError(
+            f"its condition depends on {_inputs(condition.deps)}; fix it in the recipe: source: {{inputs: {{{numbers}}}}}"
+        )
+    branch = node.attributes.get("then_branch" if bool(condition.data[0].flatten()[0]) else "else_branch")
+    if not isinstance(branch, Graph) or len(branch.outputs) != len(node.outputs):
+        raise UnsupportedError("its branches do not fit it")
+    inside = tracer._graph(branch, values)
+    return [tracer._find(inside, name) for name in branch.outputs]
+
+
+# --- recurrent operations ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A recurrent node, its operands in the layout (T,B,·)."""
+
+    op: str
+    hidden: int
+    ways: tuple[str, ...]  # forward, reverse
+    x: Value
+    w: Tensor  # (D, G·H, I)
+    r: Tensor  # (D, G·H, H)
+    b: Tensor  # (D, 2·G·H)
+    lengths: Value | None
+    h0: Value | None
+    c0: Value | None
+
+
+@special("LSTM", "GRU", "RNN")
+def _recurrent(tracer: Tracer, node: Operation, operands: list[Value | None], values: ChainMap[str, Value]) -> Sequence[Value]:
+    """Outputs Y (T,D,B,H), Y_h (D,B,H), Y_c; with layout 1 (B,T,D,H), (B,D,H)."""
+    import torch
+
+    layout, direction = node.attributes.get("layout", 0), node.attributes.get("direction", "forward")
+    turn = lambda value: tracer.one("Transpose", value, perm=[1, 0, 2]) if layout and value is not None else value
+    operands = [*operands, *[None] * (8 - len(operands))]
+    ways = ("forward", "reverse") if direction == "bidirectional" else (direction,)
+    w, r = _fixed(operands, 1), _fixed(operands, 2)
+    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[node.op]
+    hidden = node.attributes.get("hidden_size", r.shape[-1])
+    b = _fixed(operands, 3) if operands[3] is not None else torch.zeros(len(ways), 2 * gates * hidden)
+    wanted = ((len(ways), gates * hidden, w.shape[-1]), (len(ways), gates * hidden, hidden), (len(ways), 2 * gates * hidden))
+    if (tuple(w.shape), tuple(r.shape), tuple(b.shape)) != wanted or set(ways) - {"forward", "reverse"} or hidden < 1:
+        raise UnsupportedError(f"weights of shapes {tuple(w.shape)}, {tuple(r.shape)}, {tuple(b.shape)}; wanted {wanted} for {direction}")
+    _no_extras(node, operands)
+    layer = _Layer(
+        node.op,
+        hidden,
+        ways,
+        turn(_must(operands, 0)),
+        w,
+        r,
+        b,
+        _lengths(tracer, operands[4], layout, operands[0]),
+        turn(operands[5]),
+        turn(operands[6]),
+    )
+    y, h, c = (_plain_rnn if node.op == "RNN" else _gated)(tracer, node, layer)
+    if layout:
+        y = tracer.one("Transpose", y, perm=[2, 0, 1, 3])
+    return [one for one in (y, turn(h), turn(c)) if one is not None][: max(len(node.outputs), 1)]
+
+
+def _no_extras(node: Operation, operands: Sequence[Value | None]) -> None:
+    reasons = []
+    if node.attributes.get("clip"):
+        reasons.append(f"clips its pre-activations at {node.attributes['clip']}, which no cell here does")
+    if node.op == "LSTM" and operands[7] is not None and bool(_fixed(operands, 7).any()):
+        reasons.append("peepholes (P), which no cell here has")
+    if reasons:
+        raise UnsupportedError(*reasons)
+
+
+def _lengths(tracer: Tracer, value: Value | None, layout: int, x: Value | None) -> Value | None:
+    """None where every sequence is as long as the input."""
+    if value is None or x is None:
+        return None
+    steps = [t.shape[1 if layout else 0] for t in x.data]
+    if not value.deps and all(bool((t == n).all()) for t, n in zip(value.data * len(steps), steps, strict=False)):
+        return None
+    if value.origin:
+        tracer.lengths.append(value.origin)
+    return value
+
+
+def _functions(node: Operation, count: int, directions: int) -> list[tuple[str, tuple[float, ...]]]:
+    """The activations of a node with their parameters, the same for each direction."""
+    defaults = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"]}[node.op]
+    names = [name.lower() for name in node.attributes.get("activations") or defaults * directions]
+    alphas, betas = iter(node.attributes.get("activation_alpha") or []), iter(node.attributes.get("activation_beta") or [])
+    found = []
+    for name in names:
+        rest = PARAMETERS.get(name, ())
+        found.append((name, tuple(round(next(source, value), 7) for value, source in zip(rest, (alphas, betas), strict=False))))
+    if len(found) != count * directions or found != found[:count] * directions:
+        raise UnsupportedError(f"activations {', '.join(names)}: wanted {count}, the same for each direction")
+    return found[:count]
+
+
+def _phi(name: str, parameters: tuple[float, ...]) -> str:
+    if name not in PHI or parameters != PARAMETERS.get(name, ()):
+        raise UnsupportedError(f"activation {name}{list(parameters) or ''}, which no cell here has; known: {', '.join(PHI)}")
+    return PHI[name]
+
+
+def _gated(tracer: Tracer, node: Operation, layer: _Layer) -> tuple[Value, Value, Value | None]:
+    lstm = layer.op == "LSTM"
+    (gate, slope), *others = _functions(node, 3 if lstm else 2, len(layer.ways))
+    phis = {_phi(*one) for one in others}
+    if gate not in ("sigmoid", "hardsigmoid") or (gate == "hardsigmoid" and slope[1] != 0.5):
+        raise UnsupportedError(f"gates with activation {gate}{list(slope) or ''}; known: Sigmoid, and HardSigmoid with beta 0.5")
+    if len(phis) > 1:
+        raise UnsupportedError(f"two activations, {' and '.join(sorted(phis))}, for candidate and cell; wanted the same")
+    cell = "lstm" if lstm else "gru" if node.attributes.get("linear_before_reset") else "gru_reset_before"
+    options = {"activation": phis.pop(), "hard_sigmoid": 2 * slope[0] if gate == "hardsigmoid" else 0.0}
+    coupled = bool(node.attributes.get("input_forget"))
+    directions = [_direction(layer.op, layer.w[k], layer.r[k], layer.b[k], coupled=coupled) for k in range(len(layer.ways))]
+    x = _backwards(tracer, layer.x, layer) if layer.ways == ("reverse",) else layer.x
+    y, h, c = _walk(tracer, cell, replace(layer, x=x), directions, options, hint=node.outputs[0] or node.op)
+    if layer.ways == ("reverse",):
+        y = _backwards(tracer, y, layer)
+    if len(layer.ways) == 1:
+        return tracer.one("Unsqueeze", y, tracer.literal([1])), h, c
+    parted = tracer.one("Reshape", y, tracer.literal([0, 0, 2, layer.hidden]))
+    return tracer.one("Transpose", parted, perm=[0, 2, 1, 3]), h, c
+
+
+def _direction(op: str, w: Tensor, r: Tensor, b: Tensor, *, coupled: bool) -> Direction:
+    """ONNX's row blocks i,o,f,c and z,r,h -> PyTorch's i,f,g,o and r,z,n."""
+    import torch
+
+    hidden = r.shape[1]
+    if op == "GRU":
+        order = lambda t: torch.cat([t.split(hidden)[k] for k in (1, 0, 2)])
+    else:
+
+        def order(t: Tensor) -> Tensor:
+            i, o, f, g = t.split(hidden)
+            return torch.cat([i, -i if coupled else f, g, o])  # coupled: f = 1 − σ(pre of i) = σ(−pre of i)
+
+    b_ih, b_hh = b.chunk(2)
+    return Direction(order(w), order(r), order(b_ih), order(b_hh))
+
+
+def _backwards(tracer: Tracer, x: Value, layer: _Layer) -> Value:
+    """x (T,B,·) reversed in time, each sequence within its own length."""
+    if layer.lengths is not None:
+        return tracer.one("ReverseSequence", x, layer.lengths, time_axis=0, batch_axis=1)
+    return tracer.one("Slice", x, *(tracer.literal([n]) for n in (-1, -(2**62), 0, -1)))
+
+
+def _walk(
+    tracer: Tracer, cell: str, layer: _Layer, directions: Sequence[Direction], options: Mapping[str, Any], *, hint: str
+) -> tuple[Value, Value, Value | None]:
+    """The layer itself: y (T,B,D·H), h (D,B,H), c (D,B,H)."""
+    x, hidden = layer.x, layer.hidden
+    tracer.read.append(x.deps)
+    tracer.steps.append((x.data[0].shape[0], x.data[0].shape[1]))
+    starts = [_start(tracer, one) for one in (layer.h0, layer.c0 if cell == "lstm" else None)]
+    lengths = layer.lengths if layer.lengths is not None and not layer.lengths.origin else None
+    emittable = all(one is None or one.name is not None for one in (x, lengths, *starts))
+    names: tuple[str | None, ...] = (None, None, None)
+    if emittable:
+        read, began = tracer.use(x), [tracer.use(one) for one in starts]
+        if tracer.rows:
+            read = _unrolled(tracer, x, read, began, layer)
+        names = tracer.builder.recurrent(
+            cell, read, directions, h0=began[0], c0=began[1], lengths=tracer.use(lengths), hint=hint, **options
+        )
+        if tracer.rows:
+            names = _rolled(tracer, x, names, hidden)
+    ran = _ran(tracer, cell, layer, directions, options)
+    deps = x.deps.union(*(one.deps for one in (*starts, layer.lengths) if one is not None))
+    made = [Value(data, name, deps, recurrent=True, last=k > 0) for k, (data, name) in enumerate(zip(ran, names, strict=False))]
+    return made[0], made[1], made[2] if len(made) > 2 else None
+
+
+def _start(tracer: Tracer, value: Value | None) -> Value | None:
+    """None for zeros and for a state that is carried from call to call: both are ours."""
+    if value is None or (value.constant and not bool(value.data[0].any())):
+        return None
+    if value.origin:
+        tracer.states.append(value.origin)
+        return None
+    if value.constant or not value.deps:
+        rows = value.data[0]
+        if not bool((rows == rows[:, :1]).all()) or not all(bool((t == rows[:, :1]).all()) for t in value.data):
+            raise UnsupportedError("a constant first state that differs between the sequences of a batch")
+        return None if not bool(rows.any()) else tracer.literal(rows[:, :1].clone())
+    return value
+
+
+def _unrolled(tracer: Tracer, x: Value, name: str, began: Sequence[str], layer: _Layer) -> str:
+    """The file's rows as (T,B,I): those of one step (1,N,I), or those of one sequence (N,1,I)."""
+    shapes = [tuple(t.shape) for t in x.data]
+    if any(math.prod(shape[:2]) != n or 1 not in shape[:2] for shape, n in zip(shapes, tracer.rows, strict=False)):
+        raise UnsupportedError(f"the layer sees {shapes[0][:2]} steps and sequences for {tracer.rows[0]} rows of the input")
+    if layer.ways != ("forward",) or layer.lengths is not None or any(began) or (shapes[0][0] == 1 and layer.h0 is None):
+        raise UnsupportedError("one step a call needs a forward layer whose state comes in and goes out")
+    counted = tracer.builder.add("Slice", tracer.builder.add("Shape", tracer.counted), *(tracer.builder.literal([n]) for n in (0, 2, 0)))
+    shape = tracer.builder.add("Concat", counted, tracer.builder.literal([shapes[0][2]]), axis=0)
+    return tracer.builder.add("Reshape", name, shape)
+
+
+def _rolled(tracer: Tracer, x: Value, names: Sequence[str], hidden: int) -> tuple[str | None, ...]:
+    """The layer's outputs (T,B,H) as the file's rows. After one step the state is the output; the last cell stays ours."""
+    one_step = x.data[0].shape[0] == 1
+    y = tracer.builder.add("Reshape", names[0], tracer.builder.literal([1, -1, hidden] if one_step else [-1, 1, hidden]))
+    return (y, y, None) if one_step else (y, None, None)
+
+
+def _ran(tracer: Tracer, cell: str, layer: _Layer, directions: Sequence[Direction], options: Mapping[str, Any]) -> list[tuple[Tensor, ...]]:
+    """What the layer makes at each probe: y (T,B,D·H), h (D,B,H), c (D,B,H)."""
+    import torch
+
+    from rnn2bin.cells.network import Section
+    from rnn2bin.gates.estimators import FLOAT
+    from rnn2bin.loaders.assemble import split_direction
+    from rnn2bin.spec import LayerSpec, SectionSpec
+
+    spec = LayerSpec(cell, layer.w.shape[2], layer.hidden, len(directions), **options)
+    section = Section(SectionSpec((spec,)), None, "strict").eval()
+    weights: dict[str, Tensor] = {}
+    for way, one in zip(("fwd", "bwd"), directions, strict=False):
+        parts = split_direction(cell, one.weight_ih, one.weight_hh, one.bias_ih, one.bias_hh)
+        weights |= {f"layers.0.{way}.{name}": values for name, values in parts.items()}
+    section.load_state_dict(weights)
+    results = []
+    for probe, x in enumerate(layer.x.data):
+        at = lambda value, probe=probe: value.data[probe % len(value.data)]  # type: ignore[misc]
+        began = [at(one) if one is not None else x.new_zeros(1) for one in (layer.h0, layer.c0)][: 2 if cell == "lstm" else 1]
+        wide = [
+            (s[:, :1] if s.ndim == 3 and s.shape[1] != x.shape[1] else s).expand(len(directions), x.shape[1], layer.hidden) for s in began
+        ]
+        state = [[tuple(s[k] for s in wide) for k in range(len(directions))]]
+        with torch.no_grad():
+            out = section(x, state, lengths=at(layer.lengths) if layer.lengths is not None else None, mode=FLOAT)
+        results.append((out.y, *(torch.stack(s) for s in zip(*out.state[0], strict=True))))
+    return list(zip(*results, strict=True))
+
+
+def _plain_rnn(tracer: Tracer, node: Operation, layer: _Layer) -> tuple[Value, Value, None]:
+    """A layer without gates, carried as it is: one operation for each direction."""
+    ((name, parameters),) = _functions(node, 1, len(layer.ways))
+    if name not in ("tanh", "relu"):
+        raise UnsupportedError(f"activation {name}{list(parameters) or ''} of a layer without gates; known: Tanh, Relu")
+    if layer.h0 is not None and layer.h0.origin:
+        raise UnsupportedError("a state that is carried from call to call, in a layer without gates")
+    made = []
+    for k, way in enumerate(layer.ways):
+        b_ih, b_hh = layer.b[k].chunk(2)
+        start = None if layer.h0 is None else tracer.one("Gather", layer.h0, tracer.literal(k), axis=0)
+        weights = [tracer.literal(t) for t in (layer.w[k], layer.r[k], b_ih + b_hh)]
+        made.append(
+            tracer.apply("PlainRnn", [layer.x, *weights, start, layer.lengths], 2, {"activation": name, "reverse": int(way == "reverse")})
+        )
+    ys, hs = ([tracer.one("Unsqueeze", one[part], tracer.literal([axis])) for one in made] for part, axis in ((0, 1), (1, 0)))
+    join = lambda parts, axis: parts[0] if len(parts) == 1 else tracer.apply("Concat", parts, 1, {"axis": axis})[0]
+    return join(ys, 1), join(hs, 0), None
