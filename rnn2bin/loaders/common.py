@@ -10,7 +10,7 @@ from typing import Any
 from rnn2bin.errors import UnsafeError, UnsupportedError, UsageError
 
 READ_NOW = (
-    "formats read now: PyTorch state dict (.pt .pth .bin .ckpt), .safetensors, .npz, "
+    "formats read now: PyTorch state dict (.pt .pth .bin .ckpt), .safetensors, .npz, Keras (.h5 .hdf5 .keras), "
     "Hugging Face directory (config.json with model.safetensors or pytorch_model.bin)"
 )
 
