@@ -343,8 +343,13 @@ def _peeled(probe: _Probe, x: Tensor) -> _Probe:
     return peeled if peeled.same(probe, x) else probe
 
 
+def _masks(probe: _Probe) -> bool:
+    """Whether some input values stand for steps to skip: random input may never hold one, so running it says nothing of them."""
+    return any(node.op == "Compact" for node in probe.graph.nodes)
+
+
 def _is_stepwise(probe: _Probe, length: int) -> bool:
-    if any(layer.directions == 2 for layer in probe.section.layers):
+    if _masks(probe) or any(layer.directions == 2 for layer in probe.section.layers):
         return False
     import torch
 
@@ -378,7 +383,7 @@ def _chain(probe: _Probe) -> _Probe | None:
     layers, graph = probe.section.layers, probe.graph
     width = probe.section.embedding.embedding_dim if probe.section.embedding else layers[0].input_size
     fits = all(layer.input_size == before for layer, before in zip(layers, [width, *(one.output_size for one in layers)], strict=False))
-    if not fits or graph.steps is not None or (not probe.section.embedding and graph.input_shape != (layers[0].input_size,)):
+    if not fits or graph.steps is not None or _masks(probe) or (not probe.section.embedding and graph.input_shape != (layers[0].input_size,)):
         return None
     found = list(_linears(probe))
     inputs = [probe.input(length) for length in itertools.islice(probe.lengths(), 2)]

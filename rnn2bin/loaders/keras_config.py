@@ -7,6 +7,7 @@ one nested in another. Source: keras-team/keras, `Functional.get_config` and `Se
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 MODELS = ("Sequential", "Functional", "Model")
 MOST_LAYERS = 2000
 MOST_NESTED = 8
+OPERATIONS = ("NotEqual", "ExpandDims", "ZerosLike", "LogicalOr", "Any", "Squeeze")  # of Keras 3, between layers; no layer has their names
 # Keras 1's names of classes and options, and what Keras 2 calls them.
 OLD_KINDS = {"Convolution1D": "Conv1D", "Convolution2D": "Conv2D", "TimeDistributedDense": "Dense"}
 OLD_OPTIONS = {
@@ -120,11 +122,23 @@ class Ref:
 
 
 @dataclass(frozen=True)
+class Call:
+    """What a layer reads in one call: its tensors, behind them initial states; the mask, where the file says which."""
+
+    reads: list[Ref]
+    mask: Ref | None = None
+
+    @property
+    def all(self) -> list[Ref]:
+        return self.reads + ([self.mask] if self.mask else [])
+
+
+@dataclass(frozen=True)
 class Model:
-    """Layers by name, in the file's order; what each of their calls reads; what goes in and out."""
+    """Layers by name, in the file's order; their calls; what goes in and out."""
 
     layers: dict[str, Layer]
-    calls: dict[str, list[list[Ref]]]
+    calls: dict[str, list[Call]]
     inputs: list[Ref]
     outputs: list[Ref]
 
@@ -147,7 +161,6 @@ def model(entry: Any, depth: int = 0) -> Model:
 def layer(entry: Any, depth: int = 0) -> Layer:
     """A layer from its entry, with the layers within it."""
     kind, config = _kind(entry), _get(entry, "config", (dict, list))
-    custom = entry.get("registered_name") if isinstance(entry.get("registered_name"), str) else None
     name = entry.get("name") or (config.get("name") if isinstance(config, dict) else None) or kind
     if not isinstance(name, str):
         raise UnsupportedError(f"a layer's name is {_short(name)}, not text")
@@ -155,11 +168,20 @@ def layer(entry: Any, depth: int = 0) -> Layer:
         return Layer(name, kind, config if isinstance(config, dict) else {}, model=model(entry, depth + 1))
     if not isinstance(config, dict):
         raise UnsupportedError(f"layer {name!r}: its config is no map")
-    if custom and ">" in custom and not custom.startswith("keras"):
-        kind = custom  # a class of somebody's own may share its name with one of Keras
-    found = Layer(name, OLD_KINDS.get(kind, kind), {OLD_OPTIONS.get(key, key): value for key, value in config.items()})
+    found = Layer(name, _owned(kind, entry), {OLD_OPTIONS.get(key, key): value for key, value in config.items()})
     found.parts = dict(_parts(found, depth + 1))
     return found
+
+
+def _owned(kind: str, entry: Mapping[str, Any]) -> str:
+    """The class under a name that is Keras's alone: somebody's own class may be called LSTM too."""
+    module, registered = (value if isinstance(value := entry.get(key), str) else "" for key in ("module", "registered_name"))
+    if module.startswith("keras.src.ops.") or (not module and kind in OPERATIONS):
+        return f"ops.{kind}"
+    foreign = module and not re.match(r"(tf_)?keras\b|tensorflow\b|builtins\b", module)
+    if foreign or (">" in registered and not registered.startswith("keras")):
+        return registered if ">" in registered else f"{module}>{kind}"
+    return OLD_KINDS.get(kind, kind)
 
 
 def _parts(outer: Layer, depth: int) -> Iterator[tuple[str, Layer]]:
@@ -182,8 +204,6 @@ def _parts(outer: Layer, depth: int) -> Iterator[tuple[str, Layer]]:
 
 def container_names(layers: Sequence[Layer]) -> list[str]:
     """The names under which Keras 3 saves a list of layers: their classes in snake case, numbered."""
-    import re
-
     names, counts = [], dict[str, int]()
     for each in layers:
         plain = re.sub(r"\W+", "", each.kind.rpartition(">")[2])
@@ -198,7 +218,7 @@ def _sequential(layers: list[Layer], config: Mapping[str, Any]) -> Model:
         raise UnsupportedError("a Sequential model without layers")
     if layers[0].kind != "InputLayer":
         layers = [Layer("input of the model", "InputLayer", _input_config(layers[0], config)), *layers]
-    calls = {after.name: [[Ref(before.name)]] for before, after in zip(layers, layers[1:], strict=False)}
+    calls = {after.name: [Call([Ref(before.name)])] for before, after in zip(layers, layers[1:], strict=False)}
     if len({each.name for each in layers}) < len(layers):
         raise UnsupportedError("two layers of one name")
     return Model({each.name: each for each in layers}, calls, [Ref(layers[0].name)], [Ref(layers[-1].name)])
@@ -222,7 +242,7 @@ def _functional(entries: list[Any], config: Mapping[str, Any], depth: int) -> Mo
         if found.name in layers:
             raise UnsupportedError(f"two layers named {found.name!r}")
         layers[found.name] = found
-        calls[found.name] = [_references(node, found) for node in _get(entry, "inbound_nodes", (list,))]
+        calls[found.name] = [_read_call(node, found) for node in _get(entry, "inbound_nodes", (list,))]
     inputs, outputs = (_ends(config, key) for key in ("input_layers", "output_layers"))
     return Model(layers, calls, inputs, outputs)
 
@@ -241,24 +261,26 @@ def _ref(value: Any) -> Ref:
     return Ref(*value[:3])
 
 
-def _references(node: Any, owner: Layer) -> list[Ref]:
-    """What one call of a layer reads: its tensors, and behind them initial states."""
+def _read_call(node: Any, owner: Layer) -> Call:
+    kwargs: dict[str, Any] = {}
     if isinstance(node, list):
         found = [_ref(each) for each in (node if not node or isinstance(node[0], list) else [node])]
-        kwargs: dict[str, Any] = {}
         for each in node:
             kwargs |= each[3] if isinstance(each, list) and len(each) > 3 and isinstance(each[3], dict) else {}
         states = kwargs.pop("initial_state", None) or []
         found += [_ref(each) for each in (states if isinstance(states, list) else [states])]
     elif isinstance(node, dict):
-        kwargs = dict(_get(node, "kwargs", (dict,)))
-        found = list(_histories(_get(node, "args", (list,)), owner)) + list(_histories(kwargs.pop("initial_state", None), owner))
+        kwargs, args = dict(_get(node, "kwargs", (dict,))), _get(node, "args", (list,))
+        if owner.kind == "ops.NotEqual" and len(args) == 2 and isinstance(args[1], int | float):
+            owner.config["value"], args = args[1], args[:1]
+        found = list(_histories(args, owner)) + list(_histories(kwargs.pop("initial_state", None), owner))
     else:
         raise owner.refuse("its inbound nodes are not readable")
+    masks = list(_histories(kwargs.pop("mask", None), owner)) if isinstance(node, dict) else []
     odd = [key for key, value in kwargs.items() if key != "training" and value not in (None, [], [None])]
-    if odd:
-        raise owner.refuse(f"is called with {', '.join(map(str, odd))}, which rnn2bin does not follow")
-    return found
+    if odd or len(masks) > 1:
+        raise owner.refuse(f"is called with {', '.join(map(str, odd)) or 'masks'}, which rnn2bin does not follow")
+    return Call(found, masks[0] if masks else None)
 
 
 def _histories(value: Any, owner: Layer, depth: int = 0) -> Iterator[Ref]:

@@ -22,7 +22,7 @@ from rnn2bin.loaders import hdf5, keras_layers
 from rnn2bin.loaders.assemble import Assembly
 from rnn2bin.loaders.common import members
 from rnn2bin.loaders.graph import GraphBuilder
-from rnn2bin.loaders.keras_config import Layer, Model, Ref, layer, model
+from rnn2bin.loaders.keras_config import Call, Layer, Model, Ref, layer, model
 from rnn2bin.loaders.keras_draft import draft
 from rnn2bin.loaders.keras_layers import Context, Value
 from rnn2bin.loaders.keras_weights import CELLS, KERNELS, ROOTS, Weights
@@ -211,11 +211,12 @@ def _declared(file: KerasFile, given: Sequence[KerasLayer]) -> Model:
     names = list(layers)
     reads = {one.name: one.inputs for one in given}
     calls = {
-        name: [[Ref(each) for each in reads.get(name) or ([before] if before else [])]]
+        name: [Call([Ref(each) for each in reads.get(name) or ([before] if before else [])])]
         for before, name in zip(["", *names], names, strict=False)
     }
-    calls |= {name: [[]] for name, each in layers.items() if each.kind == "InputLayer"}
-    strange = [f"source.keras: {name!r} reads {ref.layer!r}, which is no layer here" for name in names for ref in calls[name][0] if ref.layer not in layers]
+    calls |= {name: [] for name, each in layers.items() if each.kind == "InputLayer"}
+    read = [(name, ref.layer) for name in names for call in calls[name] for ref in call.reads]
+    strange = [f"source.keras: {name!r} reads {other!r}, which is no layer here" for name, other in read if other not in layers]
     if strange:
         raise UnsupportedError(*strange)
     return Model(layers, calls, [Ref(name) for name, each in layers.items() if each.kind == "InputLayer"], [Ref(names[-1])])
@@ -303,7 +304,7 @@ def _leading_to(described: Model, output: Ref) -> set[str]:
             raise UnsupportedError(f"the model's config reads layer {ref.layer!r}, which it does not have")
         if ref.layer not in used:
             used.add(ref.layer)
-            open_ += [each for call in described.calls.get(ref.layer, []) for each in call]
+            open_ += [each for call in described.calls.get(ref.layer, []) for each in call.all]
     return used
 
 
@@ -324,7 +325,7 @@ def _entry(first: Layer, described: Model) -> Value:
 
 def _feeds_embedding(described: Model, name: str) -> bool:
     for reader, calls in described.calls.items():
-        if not any(ref.layer == name for call in calls for ref in call) or reader not in described.layers:
+        if not any(ref.layer == name for call in calls for ref in call.reads) or reader not in described.layers:
             continue
         found = described.layers[reader]
         if found.kind == "Embedding" or (found.model is not None and any(_feeds_embedding(found.model, ref.layer) for ref in found.model.inputs)):
@@ -351,19 +352,19 @@ def _run(ctx: Context, described: Model, given: Mapping[str, Value], outputs: Se
     """Call layers whose inputs are there until the outputs are; all reasons of the layers that cannot be made, at once."""
     needed = set().union(*(_leading_to(described, ref) for ref in outputs))
     progress = _Progress({name: [[value]] for name, value in given.items()})
-    waiting = [(described.layers[name], call) for name in described.layers if name in needed for call in described.calls.get(name, []) if call]
+    waiting = [(described.layers[name], call) for name in described.layers if name in needed for call in described.calls.get(name, []) if call.reads]
     reasons: list[str] = []
     while waiting:
         blocked = []
         stuck: set[str] = set()  # the calls of a layer keep their order
         for each, call in waiting:
-            inputs = [progress.get(ref) for ref in call] if each.name not in stuck else [None]
+            inputs = [progress.get(ref) for ref in call.all] if each.name not in stuck else [None]
             if None in inputs:
                 blocked.append((each, call))
                 stuck.add(each.name)
                 continue
             try:
-                made = _call(ctx, each, [value for value in inputs if value is not None])
+                made = _call(ctx, each, _masked(call, [value for value in inputs if value is not None]))
             except UnsupportedError as error:
                 reasons += error.reasons
                 continue
@@ -375,6 +376,14 @@ def _run(ctx: Context, described: Model, given: Mapping[str, Value], outputs: Se
     if reasons or None in results:
         raise UnsupportedError(*(dict.fromkeys(reasons) or ["the model's config is a circle: layers wait for each other"]))
     return [value for value in results if value is not None]
+
+
+def _masked(call: Call, values: list[Value]) -> list[Value]:
+    """The values read, the first with the mask that the call names."""
+    if call.mask is None:
+        return values
+    first, *rest, mask = values
+    return [replace(first, mask=mask.name), *rest]
 
 
 def _call(ctx: Context, each: Layer, inputs: list[Value]) -> list[Value]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rnn2bin.errors import UnsupportedError
@@ -48,6 +48,7 @@ class Context:
     zeroes_masked: bool
     flips_kernels: bool = False  # Theano's convolutions run the kernel backwards
     table: Tensor | None = None
+    _differing: dict[tuple[str, float], str] = field(default_factory=dict)
 
     def value(self, name: str, shape: Sequence[int | None], mask: str = "") -> Value:
         return Value(name, tuple(shape), mask)
@@ -59,6 +60,13 @@ class Context:
 
         with np.errstate(over="ignore"):
             return torch.from_numpy(np.array(values, np.float32, order="C"))
+
+    def not_equal(self, name: str, value: float) -> str:
+        """Where x is not `value`; one value for the same question, so that masks of one origin are seen to be the same."""
+        key = (name, float(value))
+        if key not in self._differing:
+            self._differing[key] = self.g.add("Not", self.g.add("Equal", name, self.g.literal(value)))
+        return self._differing[key]
 
     def flipped(self, name: str, *, axis: int) -> str:
         """Reversed along an axis."""
@@ -85,7 +93,7 @@ def call(ctx: Context, layer: Layer, inputs: list[Value]) -> list[Value]:
         raise layer.refuse("rnn2bin does not convert it here")
     if layer.config.get("data_format") not in (None, "channels_last"):
         raise layer.refuse(f"data_format {layer.config['data_format']!r}; channels_last is read")
-    if any(value.tokens for value in inputs) and layer.kind != "Embedding":
+    if any(value.tokens for value in inputs) and layer.kind not in ("Embedding", "ops.NotEqual"):
         inputs = [replace(value, name=ctx.g.add("Cast", value.name, to="float32"), tokens=False) if value.tokens else value for value in inputs]
     outputs = handler(ctx, layer, inputs)
     if layer.kind in PASS_MASKS and inputs[0].mask:
@@ -222,7 +230,7 @@ def _embedding(ctx: Context, layer: Layer, x: Value) -> Value:
     if not x.tokens:
         raise layer.refuse("reads what another layer has made; tokens are the network's own input")
     table = weight(ctx, layer, "embeddings", (None, None))
-    mask = ctx.g.add("Not", ctx.g.add("Equal", "tokens", ctx.g.literal(0))) if layer.flag("mask_zero") else ""
+    mask = ctx.not_equal("tokens", 0) if layer.flag("mask_zero") else ""
     if ctx.table is None:
         ctx.table, name = table, "input"
     else:
@@ -372,7 +380,7 @@ def _layer_norm(ctx: Context, layer: Layer, x: Value) -> Value:
 def _masking(ctx: Context, layer: Layer, x: Value) -> Value:
     """A step is masked where all its values are `mask_value`; they are zero from here on."""
     _axes(layer, x, 2)
-    differs = ctx.g.add("Not", ctx.g.add("Equal", x.name, ctx.g.literal(float(layer.number("mask_value", 0.0)))))
+    differs = ctx.not_equal(x.name, float(layer.number("mask_value", 0.0)))
     mask = ctx.g.add("ReduceMax", differs, ctx.g.literal([-1]), keepdims=0)
     return replace(x, name=ctx.zeroed(x.name, mask), mask=mask)
 
@@ -442,6 +450,55 @@ def _time_distributed(ctx: Context, layer: Layer, inputs: list[Value]) -> list[V
 LAYERS["TimeDistributed"] = _time_distributed
 
 
+# --- operations: Keras 3 writes into functional models how masks come about ---------------------------------------------------------
+
+
+@layer_kind("ops.NotEqual")
+def _not_equal(ctx: Context, layer: Layer, x: Value) -> Value:
+    value = layer.whole("value") if x.tokens else float(layer.number("value", 0.0))
+    return ctx.value(ctx.not_equal(x.name, value), x.shape)
+
+
+@layer_kind("ops.ExpandDims")
+def _expand_dims(ctx: Context, layer: Layer, x: Value) -> Value:
+    at = layer.whole("axis")
+    at = at + len(x.shape) + 2 if at < 0 else at
+    if not 0 < at <= len(x.shape) + 1:
+        raise layer.refuse(f"axis {layer.get('axis')}")
+    return ctx.value(ctx.g.add("Unsqueeze", x.name, ctx.g.literal([at])), (*x.shape[: at - 1], 1, *x.shape[at - 1 :]))
+
+
+@layer_kind("ops.ZerosLike")
+def _zeros_like(ctx: Context, layer: Layer, x: Value) -> Value:
+    if layer.text("dtype", "float32") != "bool":
+        raise layer.refuse("zeros that are no mask")
+    return ctx.value(ctx.g.add("ConstantOfShape", ctx.g.add("Shape", x.name), value=False, dtype="bool"), x.shape)
+
+
+@layer_kind("ops.Any")
+def _any(ctx: Context, layer: Layer, x: Value) -> Value:
+    if layer.get("axis") not in (-1, [-1], len(x.shape)) or layer.flag("keepdims"):
+        raise layer.refuse(f"axis {layer.get('axis')}; the last one is read")
+    return ctx.value(ctx.g.add("ReduceMax", x.name, ctx.g.literal([-1]), keepdims=0), x.shape[:-1])
+
+
+@layer_kind("ops.Squeeze")
+def _squeeze(ctx: Context, layer: Layer, x: Value) -> Value:
+    if layer.get("axis") not in (-1, [-1]) or x.shape[-1:] != (1,):
+        raise layer.refuse(f"axis {layer.get('axis')}; a last axis of one is read")
+    return ctx.value(ctx.g.add("Squeeze", x.name, ctx.g.literal([-1])), x.shape[:-1])
+
+
+def _logical_or(ctx: Context, layer: Layer, inputs: list[Value]) -> list[Value]:
+    if len(inputs) != 2:
+        raise layer.refuse(f"reads {len(inputs)} values")
+    shape = inputs[0].shape if math.prod(n or 1 for n in inputs[0].shape) >= math.prod(n or 1 for n in inputs[1].shape) else inputs[1].shape
+    return [ctx.value(ctx.g.add("Or", inputs[0].name, inputs[1].name), shape)]
+
+
+LAYERS["ops.LogicalOr"] = _logical_or
+
+
 # --- several values in ---------------------------------------------------------------------------------------------------------------
 
 
@@ -462,7 +519,7 @@ def _merge(ctx: Context, layer: Layer, inputs: list[Value]) -> list[Value]:
         raise layer.refuse("joins values of different ranks")
     if layer.kind in ("Maximum", "Minimum") and any(value.mask for value in inputs):
         raise layer.refuse("compares masked values")
-    op = {"Add": "Add", "Average": "Add", "Subtract": "Sub", "Multiply": "Mul", "Maximum": "Max", "Minimum": "Min"}[layer.kind]
+    op = {"Add": "Add", "Average": "Add", "Subtract": "Sub", "Multiply": "Mul", "Maximum": "Max", "Minimum": "Min"}[layer.kind.removeprefix("ops.")]
     y = inputs[0].name
     for value in inputs[1:]:
         y = ctx.g.add(op, y, value.name)
@@ -474,6 +531,7 @@ def _merge(ctx: Context, layer: Layer, inputs: list[Value]) -> list[Value]:
 
 
 LAYERS.update(dict.fromkeys(("Add", "Average", "Subtract", "Multiply", "Maximum", "Minimum"), _merge))
+LAYERS.update(dict.fromkeys(("ops.Add", "ops.Subtract", "ops.Multiply"), _merge))
 
 
 def _concatenate(ctx: Context, layer: Layer, inputs: list[Value]) -> list[Value]:
@@ -490,7 +548,7 @@ def _concatenate(ctx: Context, layer: Layer, inputs: list[Value]) -> list[Value]
     return [ctx.value(ctx.g.add("Concat", *(value.name for value in inputs), axis=at), shape, _joined_mask(layer, inputs))]
 
 
-LAYERS["Concatenate"] = _concatenate
+LAYERS.update(dict.fromkeys(("Concatenate", "ops.Concatenate"), _concatenate))
 
 
 def _dot(ctx: Context, layer: Layer, inputs: list[Value]) -> list[Value]:
