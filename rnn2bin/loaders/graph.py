@@ -227,16 +227,22 @@ class _Probe:
         return torch.randn(steps, batch, *self.section.input_shape, generator=generator)
 
     def run(self, x: Tensor, state: Any = None, **options: Any) -> Any:
-        """The section's Output on x (T,B,…), float gates."""
+        """The section's Output on x (T,B,…), float gates. In float64: some networks are chaotic on random input, and what float32 rounds
+        differently in another batch grows with every step."""
         import torch
 
         from rnn2bin.cells.network import Section
         from rnn2bin.gates.estimators import FLOAT
 
-        module = Section(self.section, None, "strict")
-        module.load_state_dict({name.removeprefix("main."): values for name, values in self.weights.items()})
-        with torch.no_grad():
-            return module.eval()(x, state, mode=FLOAT, **options)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            module = Section(self.section, None, "strict")
+            module.load_state_dict({name.removeprefix("main."): values for name, values in self.weights.items()})
+            with torch.no_grad():
+                return module.eval()(x.double() if x.is_floating_point() else x, state, mode=FLOAT, **options)
+        finally:
+            torch.set_default_dtype(before)
 
     def holds(self, test: Callable[[_Probe], bool]) -> bool:
         """Whether a property holds; one whose run fails does not."""

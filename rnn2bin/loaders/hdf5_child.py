@@ -45,7 +45,7 @@ def main() -> None:
     except MemoryError:
         _send(out, {"error": ["unsafe", "it wants more memory than a file of its size may"]})
     except Exception as error:  # whatever the library says of damaged bytes
-        _send(out, {"error": ["unsupported", f"not a readable HDF5 file, or truncated ({_line(error)}); copy or download it again"]})
+        _send(out, {"error": ["unsupported", f"not a readable HDF5 (Keras) file, or truncated ({_line(error)}); copy it again"]})
     out.flush()
 
 
