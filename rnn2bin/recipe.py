@@ -101,6 +101,54 @@ class DecodeSource(Closed):
     max_length: Count = Field(description="most steps it takes")
 
 
+KerasKind = Literal[
+    "Input", "Embedding", "LSTM", "GRU", "SimpleRNN", "CuDNNLSTM", "CuDNNGRU", "Dense", "Conv1D", "Conv2D", "MaxPooling1D", "AveragePooling1D",
+    "GlobalMaxPooling1D", "GlobalAveragePooling1D", "WeightedAverage", "BatchNormalization", "LayerNormalization", "Activation", "ReLU",
+    "LeakyReLU", "PReLU", "ELU", "Softmax", "Dropout", "Masking", "Flatten", "Reshape", "Permute", "RepeatVector", "Concatenate", "Add",
+    "Average", "Subtract", "Multiply", "Maximum", "Minimum", "Dot",
+]  # fmt: skip
+
+
+class KerasLayer(Closed):
+    """One layer of a Keras file in Keras's own words; what is not given is what the file says, or Keras's default."""
+
+    name: str = Field(description="the layer's name in the file")
+    kind: KerasKind | None = Field(
+        None, description="its class; WeightedAverage is Σ softmax(x·w)ₜ xₜ, known as AttentionWeightedAverage (DeepMoji)"
+    )
+    inputs: list[str] | None = Field(None, description="the layers it reads; the one before, if not given")
+    shape: list[Count | None] | None = Field(None, description="Input: of a sequence, null where any length may come: [null, 59]")
+    one_hot: bool | None = Field(None, description="Input: floats are one-hot vectors; give tokens instead")
+    activation: str | None = None
+    recurrent_activation: Literal["sigmoid", "hard_sigmoid"] | None = Field(
+        None, description="of gates; hard_sigmoid is clip(.2x+.5) in files of Keras 1 and 2, clip(x/6+.5) in those of Keras 3"
+    )
+    return_sequences: bool | None = Field(None, description="a recurrent layer gives every step, not the last only")
+    bidirectional: Literal["concat", "sum", "mul", "ave"] | None = Field(None, description="both directions, and how they are merged")
+    go_backwards: bool | None = None
+    zero_output_for_mask: bool | None = None
+    reset_after: bool | None = Field(None, description="GRU: the reset gate multiplies U h + b (Keras 2.x on TensorFlow 2, Keras 3), not h")
+    mask_zero: bool | None = Field(None, description="Embedding: token 0 is padding, which recurrent layers skip")
+    mask_value: float | None = None
+    padding: Literal["valid", "same", "causal"] | None = None
+    strides: Count | None = None
+    dilation_rate: Count | None = None
+    groups: Count | None = None
+    pool_size: Count | None = None
+    epsilon: Positive | None = None
+    alpha: float | None = Field(None, description="LeakyReLU, ELU")
+    axis: int | None = None
+    axes: list[int] | None = Field(None, description="Dot: of each value, the batch counted")
+    target_shape: list[int] | None = Field(None, description="Reshape: without the batch; -1 once")
+    dims: list[int] | None = Field(None, description="Permute: the new order of the axes, from 1")
+    n: Count | None = Field(None, description="RepeatVector")
+
+    def config(self) -> dict[str, Any]:
+        """What was given of Keras's own options."""
+        own = {"name", "kind", "inputs", "shape", "one_hot", "bidirectional"}
+        return self.model_dump(exclude_none=True, exclude=own)
+
+
 class Source(Closed):
     """What a bare tensor file cannot say: how its tensors join to a network. `rnn2bin inspect` prints one to start from.
 
@@ -116,7 +164,14 @@ class Source(Closed):
     cell: Literal["gru_reset_before"] | None = Field(None, description="recognised networks: the GRU's reset gate multiplies h before U_n")
     readout: Readout | None = Field(None, description="recognised networks: what the head reads")
     activations: list[Activation] | None = Field(None, description="recognised networks: what follows each linear layer, in order")
-    output: str | None = Field(None, description="graph files: which output is the network's; default: the first that a layer leads to")
+    keras: list[KerasLayer] | None = Field(
+        None,
+        description="Keras files: the layers of a file that holds weights only, in order; else what differs from the file's own config",
+    )
+    output: str | None = Field(
+        None,
+        description="graph files: which output is the network's (for Keras, the layer that gives it); default: the first that a layer leads to",
+    )
     inputs: dict[str, int | float | list[int | float]] = Field(
         default_factory=dict, description="graph files: inputs that always have the same value (`{sr: 16000}`)"
     )

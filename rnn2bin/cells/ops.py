@@ -21,12 +21,12 @@ Result = Tensor | tuple[Tensor, ...]
 Operation = Callable[[Values, dict[str, Any]], Result]
 
 MOST_ELEMENTS = ContextVar("MOST_ELEMENTS", default=2**31)  # of a tensor; less while a file is read
-DTYPES = {
-    "float32": torch.float32,
-    "int64": torch.int64,
-    "bool": torch.bool,
-}
 OPS: dict[str, Operation] = {}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """int64, bool, or float32: torch's default, so that a whole graph may run in float64."""
+    return {"float32": torch.get_default_dtype(), "int64": torch.int64, "bool": torch.bool}[name]
 
 
 def operation(name: str) -> Callable[[Operation], Operation]:
@@ -240,7 +240,7 @@ def _log_softmax(values: Values, attributes: dict[str, Any]) -> Tensor:
 @operation("Cast")
 def _cast(values: Values, attributes: dict[str, Any]) -> Tensor:
     """`to`: float32, int64 or bool; narrower types of a file are read as the wide ones."""
-    return given(values, 0).to(DTYPES[attributes["to"]])
+    return given(values, 0).to(dtype_of(attributes["to"]))
 
 
 @operation("CastLike")
@@ -510,14 +510,14 @@ def _mirrored(x: Tensor, axis: int, before: int, after: int, *, edge: bool) -> T
 @operation("Constant")
 def _constant(values: Values, attributes: dict[str, Any]) -> Tensor:
     """`value`: nested lists; `dtype`: float32, int64 or bool; `shape` where a list cannot say it."""
-    value = torch.tensor(attributes["value"], dtype=DTYPES[attributes["dtype"]])
+    value = torch.tensor(attributes["value"], dtype=dtype_of(attributes["dtype"]))
     return value.reshape(attributes["shape"]) if "shape" in attributes else value
 
 
 @operation("ConstantOfShape")
 def _constant_of_shape(values: Values, attributes: dict[str, Any]) -> Tensor:
     shape = bounded(numbers(values, 0, attributes, "shape") or [])
-    return torch.full(shape, attributes.get("value", 0.0), dtype=DTYPES[attributes.get("dtype", "float32")])
+    return torch.full(shape, attributes.get("value", 0.0), dtype=dtype_of(attributes.get("dtype", "float32")))
 
 
 @operation("Range")

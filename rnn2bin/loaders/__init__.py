@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rnn2bin import spec as spec_module
 from rnn2bin.errors import ResourceError, UnsupportedError, UsageError
-from rnn2bin.loaders import huggingface, npz, onnx_file, pytorch, recognise, safetensors_file
+from rnn2bin.loaders import huggingface, keras_file, npz, onnx_file, pytorch, recognise, safetensors_file
 from rnn2bin.loaders.assemble import Assembly, build, leftovers
 from rnn2bin.loaders.common import READ_NOW, fingerprint, regular_file
 from rnn2bin.loaders.render import parts, source_yaml, spec_parts, text
@@ -28,16 +28,16 @@ __all__ = ["Inspection", "Loaded", "inspect", "load"]
 # Named tensors, from whose names and shapes (or the recipe's `source:`) the network is recognised.
 READERS = {"pytorch": pytorch.read, "safetensors": safetensors_file.read, "npz": npz.read, "huggingface": huggingface.read}
 # Files that say themselves how their parts join: (path, source) -> Assembly.
-GRAPH_READERS: dict[str, Callable[[Path, Source], Assembly]] = {"onnx": onnx_file.read}
+GRAPH_READERS: dict[str, Callable[[Path, Source], Assembly]] = {"onnx": onnx_file.read, "keras": keras_file.read}
 SUFFIXES = {
     **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".pickle", ".jit", ".ts", ".torchscript"), "pytorch"),
     ".safetensors": "safetensors",
     ".npz": "npz",
     ".onnx": "onnx",
+    **dict.fromkeys((".h5", ".hdf5", ".keras"), "keras"),
 }
 # Known, but not read: said by name, so that nobody has to wonder.
 OTHERS = {
-    **dict.fromkeys((".h5", ".hdf5", ".keras"), "a Keras (HDF5) model"),
     ".pt2": "a torch.export program",
     **dict.fromkeys((".tflite", ".pb"), "a TensorFlow graph"),
     ".npy": "a single NumPy array",
@@ -123,15 +123,15 @@ def inspect(path: str | Path, *, source: Source | None = None) -> Inspection:
     resolved = _resolved(path, name, source)
     tensors, spec = resolved.tensors, resolved.assembly.spec
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    graph = name in GRAPH_READERS
+    graph, ignored = name in GRAPH_READERS, [*(source.ignore if source else []), *resolved.ignore]
     return Inspection(
         format=name,
         tensors=[(key, shapes[key], str(tensor.dtype).removeprefix("torch.")) for key, tensor in tensors.items()],
         recognised=None if resolved.reasons else resolved.assembly.spec,
-        source="" if graph else source_yaml(resolved.draft, resolved.reasons, [*(source.ignore if source else []), *resolved.ignore]),
+        source="" if graph and not resolved.draft else source_yaml(resolved.draft, resolved.reasons, ignored),
         reasons=resolved.reasons,
         readout_stated=resolved.readout_stated,
-        parts=[*resolved.assembly.notes, *spec_parts(spec)] if graph and spec else parts(resolved.draft, shapes),
+        parts=[*resolved.assembly.notes, *(spec_parts(spec) if spec else [])] if graph else parts(resolved.draft, shapes),
         provenance=_provenance(path, name),
     )
 
@@ -139,6 +139,8 @@ def inspect(path: str | Path, *, source: Source | None = None) -> Inspection:
 def _resolved(path: Path, name: str, source: Source | None) -> _Resolved:
     try:
         if name in READERS:
+            if source and (source.keras or source.output):
+                raise UnsupportedError("source.keras and source.output describe files that hold a whole model; this one holds tensors")
             return _resolve(_read(path, name, source), source)
         built = GRAPH_READERS[name](path, source or Source())
     except MemoryError:
@@ -147,7 +149,7 @@ def _resolved(path: Path, name: str, source: Source | None) -> _Resolved:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
     except UnsupportedError as error:
         raise UnsupportedError(*(r if r.startswith(str(path)) else f"{path}: {r}" for r in error.reasons)) from None
-    return _Resolved(built.weights, built, None, built.reasons, readout_stated=True)
+    return _Resolved(built.tensors or built.weights, built, built.draft, built.reasons, readout_stated=True)
 
 
 def _read(path: Path, name: str, source: Source | None) -> dict[str, torch.Tensor]:
@@ -169,7 +171,7 @@ def _format(path: Path) -> str:
     try:
         with path.open("rb") as stream:
             if stream.read(len(HDF5)) == HDF5:
-                kind = OTHERS[".h5"]
+                return "keras"
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
     if kind:

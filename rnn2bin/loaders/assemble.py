@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rnn2bin import spec as spec_module
 from rnn2bin.errors import UnsupportedError
@@ -40,12 +40,17 @@ LOOKS_LIKE = (
 
 @dataclass
 class Assembly:
-    """The outcome: `spec` is None where the parts do not make one; `reasons` is empty exactly when it can be used; `notes` are told."""
+    """The outcome: `spec` is None where the parts do not make one; `reasons` is empty exactly when it can be used; `notes` are told.
+
+    `draft`: the recipe's `source` to start from, where a file needs one; `tensors`: what it holds, for people to look at.
+    """
 
     spec: RnnSpec | None = None
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    draft: dict[str, Any] | None = None
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def assemble(source: Source, tensors: Mapping[str, torch.Tensor]) -> tuple[RnnSpec, dict[str, torch.Tensor]]:

@@ -229,16 +229,22 @@ class _Probe:
         return torch.randn(steps, batch, *self.section.input_shape, generator=generator)
 
     def run(self, x: Tensor, state: Any = None, **options: Any) -> Any:
-        """The section's Output on x (T,B,…), float gates."""
+        """The section's Output on x (T,B,…), float gates. In float64: some networks are chaotic on random input, and what float32 rounds
+        differently in another batch grows with every step."""
         import torch
 
         from rnn2bin.cells.network import Section
         from rnn2bin.gates.estimators import FLOAT
 
-        module = Section(self.section, None, "strict")
-        module.load_state_dict({name.removeprefix("main."): values for name, values in self.weights.items()})
-        with torch.no_grad():
-            return module.eval()(x, state, mode=FLOAT, **options)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            module = Section(self.section, None, "strict")
+            module.load_state_dict({name.removeprefix("main."): values for name, values in self.weights.items()})
+            with torch.no_grad():
+                return module.eval()(x.double() if x.is_floating_point() else x, state, mode=FLOAT, **options)
+        finally:
+            torch.set_default_dtype(before)
 
     def holds(self, test: Callable[[_Probe], bool]) -> bool:
         """Whether a property holds; one whose run fails does not."""
@@ -353,8 +359,13 @@ def _peeled(probe: _Probe, x: Tensor) -> _Probe:
     return peeled if peeled.same(probe, x) else probe
 
 
+def _masks(probe: _Probe) -> bool:
+    """Whether some input values stand for steps to skip: random input may never hold one, so running it says nothing of them."""
+    return any(node.op == "Compact" for node in probe.graph.nodes)
+
+
 def _is_stepwise(probe: _Probe, length: int) -> bool:
-    if any(layer.directions == 2 for layer in probe.section.layers):
+    if _masks(probe) or any(layer.directions == 2 for layer in probe.section.layers):
         return False
     import torch
 
@@ -388,7 +399,12 @@ def _chain(probe: _Probe) -> _Probe | None:
     layers, graph = probe.section.layers, probe.graph
     width = probe.section.embedding.embedding_dim if probe.section.embedding else layers[0].input_size
     fits = all(layer.input_size == before for layer, before in zip(layers, [width, *(one.output_size for one in layers)], strict=False))
-    if not fits or graph.steps is not None or (not probe.section.embedding and graph.input_shape != (layers[0].input_size,)):
+    if (
+        not fits
+        or graph.steps is not None
+        or _masks(probe)
+        or (not probe.section.embedding and graph.input_shape != (layers[0].input_size,))
+    ):
         return None
     found = list(_linears(probe))
     inputs = [probe.input(length) for length in itertools.islice(probe.lengths(), 2)]
