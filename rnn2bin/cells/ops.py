@@ -19,7 +19,7 @@ Values = Sequence[Tensor | None]
 Result = Tensor | tuple[Tensor, ...]
 Operation = Callable[[Values, dict[str, Any]], Result]
 
-MOST_ELEMENTS = 2**31
+MOST_ELEMENTS = 2**28  # of one value: a gigabyte of float32
 DTYPES = {
     "float32": torch.float32,
     "int64": torch.int64,

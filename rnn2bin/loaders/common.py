@@ -10,7 +10,7 @@ from typing import Any
 from rnn2bin.errors import UnsafeError, UnsupportedError, UsageError
 
 READ_NOW = (
-    "formats read now: PyTorch state dict (.pt .pth .bin .ckpt), .safetensors, .npz, "
+    "formats read now: PyTorch state dict (.pt .pth .bin .ckpt), .safetensors, .npz, TensorFlow 1 frozen graph (.pb), "
     "Hugging Face directory (config.json with model.safetensors or pytorch_model.bin)"
 )
 
