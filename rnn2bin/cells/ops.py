@@ -20,7 +20,7 @@ Values = Sequence[Tensor | None]
 Result = Tensor | tuple[Tensor, ...]
 Operation = Callable[[Values, dict[str, Any]], Result]
 
-MOST_ELEMENTS = ContextVar("MOST_ELEMENTS", default=2**31)  # of a tensor; less while a file is read
+MOST_ELEMENTS = ContextVar("MOST_ELEMENTS", default=2**28)  # of a tensor, a gigabyte of float32; less while a file is read
 OPS: dict[str, Operation] = {}
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rnn2bin import spec as spec_module
 from rnn2bin.errors import ResourceError, UnsupportedError, UsageError
-from rnn2bin.loaders import huggingface, keras_file, npz, onnx_file, pytorch, recognise, safetensors_file
+from rnn2bin.loaders import huggingface, keras_file, npz, onnx_file, pytorch, recognise, safetensors_file, tensorflow_graph
 from rnn2bin.loaders.assemble import Assembly, build, leftovers
 from rnn2bin.loaders.common import READ_NOW, fingerprint, regular_file
 from rnn2bin.loaders.render import parts, source_yaml, spec_parts, text
@@ -28,18 +28,23 @@ __all__ = ["Inspection", "Loaded", "inspect", "load"]
 # Named tensors, from whose names and shapes (or the recipe's `source:`) the network is recognised.
 READERS = {"pytorch": pytorch.read, "safetensors": safetensors_file.read, "npz": npz.read, "huggingface": huggingface.read}
 # Files that say themselves how their parts join: (path, source) -> Assembly.
-GRAPH_READERS: dict[str, Callable[[Path, Source], Assembly]] = {"onnx": onnx_file.read, "keras": keras_file.read}
+GRAPH_READERS: dict[str, Callable[[Path, Source], Assembly]] = {
+    "onnx": onnx_file.read,
+    "keras": keras_file.read,
+    "tensorflow": tensorflow_graph.read,
+}
 SUFFIXES = {
     **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".pickle", ".jit", ".ts", ".torchscript"), "pytorch"),
     ".safetensors": "safetensors",
     ".npz": "npz",
     ".onnx": "onnx",
     **dict.fromkeys((".h5", ".hdf5", ".keras"), "keras"),
+    ".pb": "tensorflow",
 }
 # Known, but not read: said by name, so that nobody has to wonder.
 OTHERS = {
     ".pt2": "a torch.export program",
-    **dict.fromkeys((".tflite", ".pb"), "a TensorFlow graph"),
+    ".tflite": "a TensorFlow Lite model",
     ".npy": "a single NumPy array",
     ".gguf": "a GGUF file",
 }

@@ -11,7 +11,7 @@ from rnn2bin.errors import UnsafeError, UnsupportedError, UsageError
 
 READ_NOW = (
     "formats read now: PyTorch state dict, checkpoint or module (.pt .pth .bin .ckpt .pkl), TorchScript (.pt .jit .ts), "
-    ".safetensors, .npz, .onnx, Keras (.h5 .hdf5 .keras), "
+    ".safetensors, .npz, .onnx, Keras (.h5 .hdf5 .keras), TensorFlow 1 frozen graph (.pb), "
     "Hugging Face directory (config.json with model.safetensors or pytorch_model.bin, whole or in shards)"
 )
 

@@ -449,20 +449,20 @@ def _linears(probe: _Probe) -> Iterator[_Linear]:
             continue
         matrix = matrix if node.attributes.get("transB") else matrix.t().contiguous()
         bias = constants.get(node.inputs[2]) if len(node.inputs) > 2 else None
-        after, at = _only(readers, node.outputs[0]), node.outputs[0]
+        after, at = _follow(readers, node.outputs[0])
         if bias is None and after is not None and after.op == "Add":
             bias = constants.get(next((name for name in after.inputs if name != at), ""))
-            at = after.outputs[0]
-            after = _only(readers, at)
-        while after is not None and after.op in ("Identity", "Dropout", "Transpose", "Squeeze", "Unsqueeze", "Reshape"):
-            at = after.outputs[0]
-            after = _only(readers, at)
+            after, _ = _follow(readers, after.outputs[0])
         yield _Linear(matrix, bias, PEELED.get(after.op, "none") if after is not None else "none")
 
 
-def _only(readers: dict[str, list[Node]], name: str) -> Node | None:
-    found = readers.get(name, [])
-    return found[0] if len(found) == 1 else None
+def _follow(readers: dict[str, list[Node]], name: str) -> tuple[Node | None, str]:
+    """The one node that does something with a value, changes of shape apart, and the name that it reads the value by."""
+    while len(found := readers.get(name, [])) == 1:
+        if found[0].op not in ("Identity", "Dropout", "Transpose", "Squeeze", "Unsqueeze", "Reshape") or found[0].inputs[0] != name:
+            return found[0], name
+        name = found[0].outputs[0]
+    return None, name
 
 
 def _heads(linears: Sequence[_Linear], width: int, graph: GraphSpec) -> Iterator[list[tuple[LinearSpec, Tensor, Tensor | None]]]:
