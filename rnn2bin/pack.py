@@ -18,8 +18,8 @@ from torch import Tensor
 from rnn2bin import spec as specs
 from rnn2bin.cells.network import Network
 from rnn2bin.errors import DivergedError, ResourceError, UnsupportedError, UsageError
+from rnn2bin.packed import CONFIG, WEIGHTS, read_config
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PARTIAL = ".partial"
 
 
@@ -110,23 +110,6 @@ def config_of(student: Network, *, provenance: dict[str, Any], task: dict[str, A
         "task": task,
         "provenance": provenance,
     }
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a packed directory; UsageError where there is none, UnsupportedError where it is not ours or too new."""
-    file = path / CONFIG
-    if not file.is_file():
-        raise UsageError(f"{path}: not a packed directory (no {CONFIG}); make one with: rnn2bin convert MODEL --out {path}")
-    try:
-        config = json.loads(file.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UnsupportedError(f"{file}: not readable JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("model_type") != "rnn2bin":
-        raise UnsupportedError(f"{file}: not an rnn2bin model")
-    version = config.get("format_version")
-    if type(version) is not int or not 1 <= version <= specs.FORMAT_VERSION:
-        raise UnsupportedError(f"{file}: format version {version!r}; this rnn2bin reads up to {specs.FORMAT_VERSION}: update it")
-    return config
 
 
 def build(config: dict[str, Any]) -> Network:

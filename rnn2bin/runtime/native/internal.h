@@ -1,0 +1,78 @@
+/* A model in memory: weights in the kernels' layouts. Nothing here changes after r2b_open. */
+#ifndef RNN2BIN_INTERNAL_H
+#define RNN2BIN_INTERNAL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "config.h"
+#include "rnn2bin.h"
+
+enum {
+  TALL = 128,     /* rows of a tile: of each active column that much lies together */
+  SHORT = 16,     /* tall matrices are padded to whole sixteens; tiles shrink by halves down to it */
+  GROUP = 8,      /* rows of a group of candidate rows: read together where one of them is wanted */
+  AHEAD = 8,      /* active columns fetched in advance */
+  SLACK = 16,     /* places of a list beyond its end that may be read and written */
+  ALIGNMENT = 64,
+};
+
+/* fp16 weights (rows, cols) in tiles [rows / height][cols][height]. Tall tiles serve rows that are all wanted, groups a choice of rows. */
+typedef struct {
+  int rows, wanted, cols; /* rows padded; those that there are */
+  int height;             /* TALL or GROUP */
+  uint16_t *weights;
+} matrix;
+
+/* One direction of one layer. Vectors over copies are `width` long, unit j of copy k at k * hidden + j. */
+typedef struct {
+  const layer_config *layer;
+  const bool *binary;
+  int inputs;                   /* input columns of the matrices: 0 where the table stands for them */
+  int gate_rows, candidate_rows; /* padded */
+  matrix gates, candidate, projection;
+  float *gate_bias, *lo, *hi; /* (G, width) */
+  float *bias, *bias_hh;      /* (H); bias_hh NULL but for a reset-after GRU */
+  float *table;               /* (V, gate_rows + candidate_rows): W * embedding, or NULL */
+} cell;
+
+typedef struct {
+  matrix weight;
+  float *bias; /* padded rows */
+} linear;
+
+typedef struct {
+  const section_config *config;
+  const uint16_t *embedding; /* (V, E), or NULL; owned */
+  cell cells[MOST_LAYERS][2];
+  linear linears[MOST_LINEAR];
+  int output;
+} section;
+
+struct kernels;
+
+struct r2b_model {
+  network_config config;
+  section sections[2];
+  const struct kernels *kernels;
+  int compute;
+  float *zeros; /* as long as the longest row of products */
+  int longest;  /* of products: gate_rows + candidate_rows, padded rows of linear layers */
+  int widest;   /* of what one part hands to the next */
+  int most_columns, most_hidden, most_width;
+  void **owned; /* all allocations */
+  size_t owned_count, owned_room;
+};
+
+/* 64-byte aligned, zeroed, freed with the model; NULL when memory is out. */
+void *model_allocate(r2b_model *model, size_t bytes);
+
+static inline int padded(int n, int to) { return (n + to - 1) / to * to; }
+
+/* Rows of the tile that begins at `row` of a matrix with `rows` left. */
+static inline int tile_rows(int left, int height) {
+  while (height > left) height /= 2;
+  return height;
+}
+
+#endif

@@ -1,0 +1,56 @@
+/* What one instruction set offers. The bodies are in kernels/, compiled once for each. */
+#ifndef RNN2BIN_KERNELS_H
+#define RNN2BIN_KERNELS_H
+
+#include "internal.h"
+
+/* Active columns, ascending: the input's first, then the recurrent ones. SLACK more places can be written. */
+typedef struct {
+  int32_t *index;
+  float *value;
+  int inputs, total;
+} columns;
+
+/* One sequence's step of one cell. */
+typedef struct {
+  columns active;                 /* the input's are listed already; the kernel adds the recurrent ones */
+  int gates_from, candidate_from; /* columns before these are in `base` already */
+  const float *base;              /* (gate_rows + candidate_rows): the input's share so far, or zeros */
+  float *h, *c;                   /* the state, updated; c only of an LSTM */
+  float *read;                    /* (R): what others read of h, before the step and after it */
+  float *products;                /* (gate_rows): written */
+} step_row;
+
+/* Scratch of one thread, and what it counted. */
+typedef struct {
+  float *gates;     /* (G, width) */
+  float *candidate; /* (H) */
+  float *recurrent; /* (H) */
+  float *spare;     /* (width) */
+  int32_t *open;    /* (2, H) */
+  int32_t *groups;  /* (H / GROUP) */
+  columns active;
+  const float *zeros;
+  r2b_counters *counters;
+} scratch;
+
+/* One row of a product: out = init + W[:, active] * values, over the active columns `from` to `to`. */
+typedef struct {
+  const columns *active;
+  int from, to;
+  const float *init;
+  float *out;
+} product_row;
+
+typedef struct kernels {
+  const char *name;
+  int (*list)(const float *values, int n, int offset, int32_t *index, float *value); /* non-zero values; how many */
+  void (*product)(const matrix *m, const product_row *rows, int count, r2b_counters *counters);
+  void (*step[3])(const cell *cell, step_row *rows, product_row *products, int count, scratch *work); /* by cell_kind */
+  void (*activate)(activation kind, float *y, int n);
+  void (*candidate_inputs)(const cell *cell, const product_row *row, scratch *work); /* all rows of the candidate */
+} kernels;
+
+const kernels *kernels_choose(void);
+
+#endif
