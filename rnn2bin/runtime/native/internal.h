@@ -11,18 +11,24 @@
 enum {
   TALL = 128,     /* rows of a tile: of each active column that much lies together */
   SHORT = 16,     /* tall matrices are padded to whole sixteens; tiles shrink by halves down to it */
-  GROUP = 8,      /* rows of a group of candidate rows: read together where one of them is wanted */
-  AHEAD = 8,      /* active columns fetched in advance */
+  GROUP = 8,      /* units that elementwise work takes together */
+  AHEAD = 16,     /* active columns fetched in advance */
+  STRIP = 16,     /* columns that a row is padded to */
   SLACK = 16,     /* places of a list beyond its end that may be read and written */
   ALIGNMENT = 64,
 };
 
-/* fp16 weights (rows, cols) in tiles [rows / height][cols][height]. Tall tiles serve rows that are all wanted, groups a choice of rows. */
+/* fp16 weights (wanted, cols) in tiles [rows / height][cols][height]: all rows of a choice of columns. */
 typedef struct {
   int rows, wanted, cols; /* rows padded; those that there are */
-  int height;             /* TALL or GROUP */
   uint16_t *weights;
 } matrix;
+
+/* The same weights row by row (rows, stride): all columns of a choice of rows. */
+typedef struct {
+  int cols, stride; /* stride: padded columns */
+  uint16_t *weights;
+} row_matrix;
 
 /* One direction of one layer. Vectors over copies are `width` long, unit j of copy k at k * hidden + j. */
 typedef struct {
@@ -31,6 +37,7 @@ typedef struct {
   int inputs;                   /* input columns of the matrices: 0 where the table stands for them */
   int gate_rows, candidate_rows; /* padded */
   matrix gates, candidate, projection;
+  row_matrix candidate_by_row;
   float *gate_bias, *lo, *hi; /* (G, width) */
   float *bias, *bias_hh;      /* (H); bias_hh NULL but for a reset-after GRU */
   float *table;               /* (V, gate_rows + candidate_rows): W * embedding, or NULL */
@@ -69,8 +76,9 @@ void *model_allocate(r2b_model *model, size_t bytes);
 
 static inline int padded(int n, int to) { return (n + to - 1) / to * to; }
 
-/* Rows of the tile that begins at `row` of a matrix with `rows` left. */
-static inline int tile_rows(int left, int height) {
+/* Height of a tile with so many rows left. */
+static inline int tile_rows(int left) {
+  int height = TALL;
   while (height > left) height /= 2;
   return height;
 }

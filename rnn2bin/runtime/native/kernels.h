@@ -13,12 +13,12 @@ typedef struct {
 
 /* One sequence's step of one cell. */
 typedef struct {
-  columns active;                 /* the input's are listed already; the kernel adds the recurrent ones */
-  int gates_from, candidate_from; /* columns before these are in `base` already */
-  const float *base;              /* (gate_rows + candidate_rows): the input's share so far, or zeros */
-  float *h, *c;                   /* the state, updated; c only of an LSTM */
-  float *read;                    /* (R): what others read of h, before the step and after it */
-  float *products;                /* (gate_rows): written */
+  columns active;    /* the input's are listed already; the kernel adds the recurrent ones */
+  int gates_from;    /* columns before this one are in `gates_base` already */
+  const float *gates_base, *candidate_base; /* (gate_rows), (candidate_rows): the input's share so far, or zeros */
+  float *h, *c;      /* the state, updated; c only of an LSTM */
+  float *read;       /* (R): what others read of h, before the step and after it */
+  float *products;   /* (gate_rows): written */
 } step_row;
 
 /* Scratch of one thread, and what it counted. */
@@ -29,6 +29,8 @@ typedef struct {
   float *spare;     /* (width) */
   int32_t *open;    /* (2, H) */
   int32_t *groups;  /* (H / GROUP) */
+  int32_t *wanted;  /* (H) */
+  float *dense;     /* (columns): what the active ones are a list of */
   columns active;
   const float *zeros;
   r2b_counters *counters;
@@ -36,7 +38,7 @@ typedef struct {
 
 /* One row of a product: out = init + W[:, active] * values, over the active columns `from` to `to`. */
 typedef struct {
-  const columns *active;
+  columns *active;
   int from, to;
   const float *init;
   float *out;
@@ -48,7 +50,6 @@ typedef struct kernels {
   void (*product)(const matrix *m, const product_row *rows, int count, r2b_counters *counters);
   void (*step[3])(const cell *cell, step_row *rows, product_row *products, int count, scratch *work); /* by cell_kind */
   void (*activate)(activation kind, float *y, int n);
-  void (*candidate_inputs)(const cell *cell, const product_row *row, scratch *work); /* all rows of the candidate */
 } kernels;
 
 const kernels *kernels_choose(void);

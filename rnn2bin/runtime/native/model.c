@@ -1,9 +1,10 @@
 /* Opens a packed directory: reads and checks it, and lays the weights out as the kernels read them. */
-#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "error.h"
 #include "half.h"
@@ -11,6 +12,7 @@
 #include "safetensors.h"
 
 /* Products of embedding and weights are made once a token where that takes milliseconds; else once a step. */
+enum { HUGE_PAGE = 2 << 20 };
 static const uint64_t MOST_FOLDED_PRODUCTS = 1u << 28, MOST_TABLE_BYTES = 1u << 28;
 
 typedef struct {
@@ -26,9 +28,13 @@ void *model_allocate(r2b_model *model, size_t bytes) {
     model->owned = grown;
     model->owned_room = room;
   }
-  size_t whole = (bytes + 2 * ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; /* at least one byte, and vectors may read beyond the end */
-  void *memory = aligned_alloc(ALIGNMENT, whole);
+  size_t alignment = bytes >= HUGE_PAGE ? HUGE_PAGE : ALIGNMENT;
+  size_t whole = (bytes + ALIGNMENT + alignment - 1) / alignment * alignment; /* at least one byte, and vectors may read beyond the end */
+  void *memory = aligned_alloc(alignment, whole);
   if (!memory) return fail("out of memory: %zu bytes", bytes), NULL;
+#if defined(MADV_HUGEPAGE)
+  if (alignment == HUGE_PAGE) madvise(memory, whole, MADV_HUGEPAGE); /* columns lie apart: fewer pages to look up */
+#endif
   memset(memory, 0, whole);
   model->owned[model->owned_count++] = memory;
   return memory;
@@ -55,8 +61,8 @@ static float *floats(loader *l, const uint8_t *data, size_t count, size_t room) 
   return values;
 }
 
-static int new_matrix(r2b_model *model, matrix *m, int rows, int cols, int height) {
-  *m = (matrix){.wanted = rows, .rows = padded(rows, height == TALL ? SHORT : GROUP), .cols = cols, .height = height};
+static int new_matrix(r2b_model *model, matrix *m, int rows, int cols) {
+  *m = (matrix){.wanted = rows, .rows = padded(rows, SHORT), .cols = cols};
   m->weights = model_allocate(model, (size_t)m->rows * (size_t)m->cols * sizeof *m->weights);
   return m->weights ? 0 : -1;
 }
@@ -64,7 +70,7 @@ static int new_matrix(r2b_model *model, matrix *m, int rows, int cols, int heigh
 /* Columns `first` to `first + cols` of a matrix from a row-major one (wanted, cols). */
 static void lay_out(matrix *m, const uint8_t *source, int first, int cols) {
   for (int row = 0; row < m->rows;) {
-    int height = tile_rows(m->rows - row, m->height), real = m->wanted - row < height ? m->wanted - row : height;
+    int height = tile_rows(m->rows - row), real = m->wanted - row < height ? m->wanted - row : height;
     uint16_t *tile = m->weights + (size_t)row * (size_t)m->cols;
     for (int j = 0; j < cols; j++) {
       uint16_t *column = tile + (size_t)(first + j) * (size_t)height;
@@ -72,6 +78,17 @@ static void lay_out(matrix *m, const uint8_t *source, int first, int cols) {
     }
     row += height;
   }
+}
+
+static int new_row_matrix(r2b_model *model, row_matrix *m, int rows, int cols) {
+  *m = (row_matrix){.cols = cols, .stride = padded(cols, STRIP)};
+  m->weights = model_allocate(model, (size_t)rows * (size_t)m->stride * sizeof *m->weights);
+  return m->weights ? 0 : -1;
+}
+
+static void lay_out_rows(row_matrix *m, int rows, const uint8_t *source, int first, int cols) {
+  for (int k = 0; k < rows; k++)
+    memcpy(m->weights + (size_t)k * (size_t)m->stride + first, source + 2 * (size_t)k * (size_t)cols, 2 * (size_t)cols);
 }
 
 /* The widths of what a thread of this model needs at most. */
@@ -130,11 +147,12 @@ static int load_levels(loader *l, cell *c, const char *prefix) {
 }
 
 /* A table's row: the input's share of one token, made by the kernels themselves, so that no bit differs from a product at the step. */
-static void fold_token(loader *l, const cell *with, columns *active, scratch *work, float *row) {
+static void fold_token(loader *l, const cell *with, columns *active, float *row) {
+  r2b_counters counters = {0};
   product_row gates = {active, 0, active->total, l->model->zeros, row}, candidate = gates;
   candidate.out = row + with->gate_rows;
-  l->model->kernels->product(&with->gates, &gates, 1, work->counters);
-  l->model->kernels->candidate_inputs(with, &candidate, work);
+  l->model->kernels->product(&with->gates, &gates, 1, &counters);
+  l->model->kernels->product(&with->candidate, &candidate, 1, &counters);
 }
 
 static int fold_table(loader *l, const section *s, cell *c, const sources *from) {
@@ -142,36 +160,39 @@ static int fold_table(loader *l, const section *s, cell *c, const sources *from)
   int wide = c->layer->input, rows = c->gate_rows + c->candidate_rows, failed = 0;
   cell with = *c;
   size_t kept = model->owned_count;
-  r2b_counters counters = {0};
-  scratch work = {.zeros = model->zeros, .counters = &counters};
   columns active = {0};
   float *values;
   c->table = model_allocate(model, (size_t)s->config->vocabulary * (size_t)rows * sizeof(float));
   if (!c->table) return -1;
   kept = model->owned_count;
-  failed = new_matrix(model, &with.gates, c->layer->gates * c->layer->hidden, wide, TALL) ||
-           new_matrix(model, &with.candidate, c->layer->hidden, wide, GROUP);
+  failed = new_matrix(model, &with.gates, c->layer->gates * c->layer->hidden, wide) ||
+           new_matrix(model, &with.candidate, c->layer->hidden, wide);
   values = failed ? NULL : model_allocate(model, (size_t)wide * sizeof(float));
   active.index = values ? model_allocate(model, (size_t)(wide + SLACK) * sizeof(int32_t)) : NULL;
   active.value = active.index ? model_allocate(model, (size_t)(wide + SLACK) * sizeof(float)) : NULL;
-  work.groups = active.value ? model_allocate(model, (size_t)c->candidate_rows * sizeof(int32_t)) : NULL;
-  if (work.groups) {
+  if (active.value) {
     lay_out(&with.gates, from->gates_ih, 0, wide);
     lay_out(&with.candidate, from->candidate_ih, 0, wide);
     for (int v = 0; v < s->config->vocabulary; v++) {
       for (int j = 0; j < wide; j++) values[j] = s->embedding ? half_to_float(s->embedding[(size_t)v * (size_t)wide + (size_t)j]) : j == v;
       active.total = active.inputs = model->kernels->list(values, wide, 0, active.index, active.value);
-      fold_token(l, &with, &active, &work, c->table + (size_t)v * (size_t)rows);
+      fold_token(l, &with, &active, c->table + (size_t)v * (size_t)rows);
     }
   }
   while (model->owned_count > kept) free(model->owned[--model->owned_count]);
-  return work.groups ? 0 : -1;
+  return active.value ? 0 : -1;
 }
 
 static bool folds(const section *s, const cell *c) {
   uint64_t rows = (uint64_t)(c->gate_rows + c->candidate_rows), vocabulary = (uint64_t)s->config->vocabulary;
   uint64_t products = rows * vocabulary * (uint64_t)(s->embedding ? c->layer->input : 1);
   return vocabulary && products <= MOST_FOLDED_PRODUCTS && rows * vocabulary * sizeof(float) <= MOST_TABLE_BYTES;
+}
+
+static void lay_out_cell(cell *c, int first, const uint8_t *gates, const uint8_t *candidate, int cols) {
+  lay_out(&c->gates, gates, first, cols);
+  lay_out(&c->candidate, candidate, first, cols);
+  lay_out_rows(&c->candidate_by_row, c->layer->hidden, candidate, first, cols);
 }
 
 static int load_cell(loader *l, section *s, int index, int direction) {
@@ -183,18 +204,18 @@ static int load_cell(loader *l, section *s, int index, int direction) {
   snprintf(prefix, sizeof prefix, "%s.layers.%d.%s", s->config->name, index, direction ? "bwd" : "fwd");
   c->binary = y->binary[direction];
   c->gate_rows = padded(y->gates * y->hidden, SHORT);
-  c->candidate_rows = padded(y->hidden, GROUP);
+  c->candidate_rows = padded(y->hidden, SHORT);
   if (find_weights(l, y, prefix, &from) || load_vectors(l, c, prefix) || load_levels(l, c, prefix)) return -1;
   bool folded = index == 0 && folds(s, c);
   c->inputs = folded ? 0 : y->input;
-  if ((folded && fold_table(l, s, c, &from)) || new_matrix(model, &c->gates, y->gates * y->hidden, c->inputs + y->recurrent, TALL) ||
-      new_matrix(model, &c->candidate, y->hidden, c->inputs + y->recurrent, GROUP))
+  if ((folded && fold_table(l, s, c, &from)) || new_matrix(model, &c->gates, y->gates * y->hidden, c->inputs + y->recurrent) ||
+      new_matrix(model, &c->candidate, y->hidden, c->inputs + y->recurrent) ||
+      new_row_matrix(model, &c->candidate_by_row, y->hidden, c->inputs + y->recurrent))
     return -1;
-  if (!folded) lay_out(&c->gates, from.gates_ih, 0, y->input), lay_out(&c->candidate, from.candidate_ih, 0, y->input);
-  lay_out(&c->gates, from.gates_hh, c->inputs, y->recurrent);
-  lay_out(&c->candidate, from.candidate_hh, c->inputs, y->recurrent);
+  if (!folded) lay_out_cell(c, 0, from.gates_ih, from.candidate_ih, y->input);
+  lay_out_cell(c, c->inputs, from.gates_hh, from.candidate_hh, y->recurrent);
   if (!from.projection) return 0;
-  if (new_matrix(model, &c->projection, y->projection, y->hidden, TALL)) return -1;
+  if (new_matrix(model, &c->projection, y->projection, y->hidden)) return -1;
   lay_out(&c->projection, from.projection, 0, y->hidden);
   return 0;
 }
@@ -203,7 +224,7 @@ static int load_linear(loader *l, section *s, int index) {
   const linear_config *found = &s->config->linear[index];
   linear *to = &s->linears[index];
   const uint8_t *weight = find(l, found->out, found->in, "%s.head.%d.weight", s->config->name, index);
-  if (!weight || new_matrix(l->model, &to->weight, found->out, found->in, TALL)) return -1;
+  if (!weight || new_matrix(l->model, &to->weight, found->out, found->in)) return -1;
   lay_out(&to->weight, weight, 0, found->in);
   size_t room = (size_t)to->weight.rows;
   to->bias = found->bias ? floats(l, find(l, found->out, 0, "%s.head.%d.bias", s->config->name, index), (size_t)found->out, room)
@@ -238,11 +259,11 @@ static void measure(r2b_model *model, section *s) {
   const section_config *found = s->config;
   for (int k = 0; k < found->layers; k++) {
     const layer_config *y = &found->layer[k];
-    at_least(&model->longest, padded(y->gates * y->hidden, SHORT) + padded(y->hidden, GROUP));
+    at_least(&model->longest, padded(y->gates * y->hidden, SHORT) + padded(y->hidden, SHORT));
     at_least(&model->longest, padded(y->projection, SHORT));
     at_least(&model->most_columns, y->input + (y->recurrent > y->hidden ? y->recurrent : y->hidden));
     at_least(&model->most_width, y->width);
-    at_least(&model->most_hidden, padded(y->hidden, GROUP));
+    at_least(&model->most_hidden, padded(y->hidden, SHORT));
     at_least(&model->widest, y->input);
     s->output = y->directions * y->recurrent;
     at_least(&model->widest, s->output);

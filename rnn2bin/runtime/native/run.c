@@ -48,55 +48,35 @@ static void list_inputs(r2b_state *s, const call *c, int index, const float *bel
     }
 }
 
-/* How much of the inputs' share is made in advance, for the whole chunk: what reads each weight once for many steps. */
-typedef enum { ADVANCE_NONE, ADVANCE_GATES, ADVANCE_ALL } advance;
+/* Gate rows are all wanted at every step: the inputs' share of a chunk's steps is one product, which reads each weight once. Candidate rows
+ * wait for their gates. */
+static bool in_advance(const call *c, const cell *cell) { return cell->inputs && c->count > 1; }
 
-/* Candidate rows wait for their gates, unless the input is so dense that one product for all is cheaper. */
-static advance advance_of(const r2b_state *s, const call *c, const cell *cell) {
-  int64_t listed = 0, rows = (int64_t)c->count * s->batch;
-  if (!cell->inputs || c->count == 1) return ADVANCE_NONE;
-  for (int64_t k = 0; k < rows; k++) listed += s->active[k].inputs;
-  return 4 * listed > 3 * rows * cell->inputs ? ADVANCE_ALL : ADVANCE_GATES;
-}
-
-static void make_in_advance(r2b_state *s, const call *c, const cell *cell, advance how) {
-  const kernels *with = s->model->kernels;
+static void make_in_advance(r2b_state *s, const call *c, const cell *cell) {
   int rows = 0;
-  if (how == ADVANCE_NONE) return;
-  for (int k = 0; k < c->count * s->batch; k++) {
-    float *out = s->products + (size_t)k * (size_t)s->model->longest;
-    memset(out + cell->gate_rows, 0, sizeof(float) * (size_t)cell->candidate_rows);
+  for (int k = 0; k < c->count * s->batch; k++)
     if (is_real(c, k / s->batch, k % s->batch))
-      s->product_rows[rows++] = (product_row){&s->active[k], 0, s->active[k].inputs, s->model->zeros, out};
-  }
-  with->product(&cell->gates, s->product_rows, rows, &s->counters);
-  for (int k = 0; how == ADVANCE_ALL && k < rows; k++) {
-    product_row row = s->product_rows[k];
-    row.out += cell->gate_rows;
-    with->candidate_inputs(cell, &row, &s->work);
-  }
-}
-
-static const float *base_of(const r2b_state *s, const call *c, const cell *cell, advance how, int at) {
-  if (cell->table) return cell->table + c->tokens[at] * (cell->gate_rows + cell->candidate_rows);
-  return how == ADVANCE_NONE ? s->model->zeros : s->products + (size_t)at * (size_t)s->model->longest;
+      s->product_rows[rows++] =
+          (product_row){&s->active[k], 0, s->active[k].inputs, s->model->zeros, s->products + (size_t)k * (size_t)s->model->longest};
+  s->model->kernels->product(&cell->gates, s->product_rows, rows, &s->counters);
 }
 
 /* The rows of the batch that take step `step` of the chunk, with where in the chunk each is: a backward direction begins at its end. */
-static int fill_rows(r2b_state *s, const call *c, int index, int direction, int step, advance how, float *out) {
+static int fill_rows(r2b_state *s, const call *c, int index, int direction, int step, float *out) {
   const cell *cell = &c->section->cells[index][direction];
   const cell_state *state = &s->cells[index][direction];
   int count = 0, wide = cell->layer->directions * cell->layer->recurrent;
   for (int b = 0; b < s->batch; b++) {
     if (!is_real(c, step, b)) continue;
     int at = (direction ? length_of(c, b) - 1 - step : step) * s->batch + b;
-    int inputs = s->active[at].inputs;
+    bool advanced = in_advance(c, cell);
+    const float *folded = cell->table ? cell->table + c->tokens[at] * (cell->gate_rows + cell->candidate_rows) : s->model->zeros;
     s->outs[count] = out + (size_t)at * (size_t)wide + direction * cell->layer->recurrent;
     s->rows[count++] = (step_row){
         .active = s->active[at],
-        .gates_from = how == ADVANCE_NONE ? 0 : inputs,
-        .candidate_from = how == ADVANCE_ALL ? inputs : 0,
-        .base = base_of(s, c, cell, how, at),
+        .gates_from = advanced ? s->active[at].inputs : 0,
+        .gates_base = advanced ? s->products + (size_t)at * (size_t)s->model->longest : folded,
+        .candidate_base = cell->table ? folded + cell->gate_rows : s->model->zeros,
         .h = state->h + (size_t)b * (size_t)state->h_size,
         .c = state->c + (size_t)b * (size_t)state->c_size,
         .read = state->read + (size_t)b * (size_t)state->read_size,
@@ -112,10 +92,9 @@ static void run_layer(r2b_state *s, const call *c, int index, const float *below
   list_inputs(s, c, index, below);
   for (int d = 0; d < y->directions; d++) {
     const cell *cell = &c->section->cells[index][d];
-    advance how = advance_of(s, c, cell);
-    make_in_advance(s, c, cell, how);
+    if (in_advance(c, cell)) make_in_advance(s, c, cell);
     for (int t = 0; t < c->count; t++) {
-      int rows = fill_rows(s, c, index, d, t, how, out);
+      int rows = fill_rows(s, c, index, d, t, out);
       s->model->kernels->step[y->cell](cell, s->rows, s->product_rows, rows, &s->work);
       for (int k = 0; k < rows; k++) memcpy(s->outs[k], s->rows[k].read, sizeof(float) * (size_t)y->recurrent);
     }

@@ -48,6 +48,8 @@ static void carve_scratch(arena *a, scratch *to, const r2b_model *model) {
   to->spare = carve_floats(a, longest > hidden ? longest : hidden);
   to->open = carve(a, 2 * hidden, sizeof(int32_t));
   to->groups = carve(a, hidden, sizeof(int32_t));
+  to->wanted = carve(a, hidden, sizeof(int32_t));
+  to->dense = carve_floats(a, (size_t)padded(model->most_columns, STRIP));
   carve_columns(a, &to->active, model);
   to->zeros = model->zeros;
 }

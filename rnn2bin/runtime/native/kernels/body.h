@@ -12,14 +12,14 @@
 #include "elementwise.h"
 #include "product.h"
 #include "gate.h"
+#include "candidate.h"
 #include "lstm.h"
 #include "gru.h"
 
 const kernels NAME(kernels) = {
     .name = ISA,
     .list = list,
-    .product = product,
+    .product = whole_product,
     .step = {lstm, gru, gru},
     .activate = activate,
-    .candidate_inputs = candidate_inputs,
 };

@@ -26,16 +26,24 @@ static void any_copy(const cell *cell, int g, int bit, const float *products, in
   }
 }
 
-/* The groups that hold an open unit -> how many; `units`: how many units are open. `open` is padded with zeros to whole groups. */
-static int open_groups(const int32_t *open, int rows, int32_t *groups, int *units) {
-  int count = 0, sum = 0;
+/* The groups that hold an open unit -> how many. `open` is padded with zeros to whole groups. */
+static int open_groups(const int32_t *open, int rows, int32_t *groups) {
+  int count = 0;
   for (int g = 0; g < rows / GROUP; g++) {
     int any = 0;
-    for (int j = 0; j < GROUP; j++) any += open[GROUP * g + j];
+    for (int j = 0; j < GROUP; j++) any |= open[GROUP * g + j];
     groups[count] = g;
     count += any != 0;
-    sum += any;
   }
-  *units = sum;
+  return count;
+}
+
+/* The open units -> how many. */
+static int open_units(const int32_t *open, int hidden, int32_t *wanted) {
+  int count = 0;
+  for (int j = 0; j < hidden; j++) {
+    wanted[count] = j;
+    count += open[j];
+  }
   return count;
 }

@@ -33,13 +33,10 @@ INLINE void gru_update(const cell *cell, const float *r, const float *z, const f
 }
 
 /* The recurrent half of the candidate, after the product: rows of closed reset gates stay what they were, and are multiplied by 0. */
-static const float *reset_after(const cell *cell, const step_row *row, const int32_t *reads, scratch *work) {
+static const float *reset_after(const cell *cell, step_row *row, const int32_t *reads, scratch *work) {
   float *inner = work->recurrent;
-  int units, count = open_groups(reads, cell->candidate_rows, work->groups, &units);
-  product_row one = {&row->active, row->active.inputs, row->active.total, work->zeros, inner};
-  group_product(&cell->candidate, work->groups, count, units, &one, work->counters);
-  for (int k = 0; k < count; k++)
-    for (int j = GROUP * work->groups[k], end = j + GROUP; j < end; j++) inner[j] += cell->bias_hh[j];
+  product_row one = {&row->active, row->active.inputs, row->active.total, cell->bias_hh, inner};
+  candidate_product(cell, reads, &one, work);
   return inner;
 }
 
@@ -59,7 +56,6 @@ static void gru_finish(const cell *cell, step_row *row, scratch *work) {
   int32_t *update = work->open, *reads = work->open + cell->candidate_rows;
   float *r = work->gates, *z = r + layer->width, *n = work->candidate;
   const float *inner = work->zeros;
-  int units, count;
   gate(cell, 0, row->products, r);
   gate(cell, 1, row->products, z);
   gru_open(cell, row->products, update, reads);
@@ -67,12 +63,12 @@ static void gru_finish(const cell *cell, step_row *row, scratch *work) {
     inner = reset_after(cell, row, reads, work);
   else
     reset_before(cell, row, r, work);
-  count = open_groups(update, cell->candidate_rows, work->groups, &units);
-  product_row input = {&row->active, row->candidate_from, row->active.inputs, row->base + cell->gate_rows, n};
-  group_product(&cell->candidate, work->groups, count, units, &input, work->counters);
+  int count = open_groups(update, cell->candidate_rows, work->groups);
+  product_row input = {&row->active, 0, row->active.inputs, row->candidate_base, n};
+  candidate_product(cell, update, &input, work);
   if (layer->cell == CELL_GRU_RESET_BEFORE) {
     product_row recurrent = {&work->active, 0, work->active.total, n, n};
-    group_product(&cell->candidate, work->groups, count, units, &recurrent, work->counters);
+    candidate_product(cell, update, &recurrent, work);
   }
   for (int g = 0; g < count; g++) {
     int first = GROUP * work->groups[g];

@@ -10,8 +10,4 @@ static inline int list_plain(const float *values, int n, int offset, int32_t *in
   return found;
 }
 
-static int list(const float *values, int n, int offset, int32_t *index, float *value) {
-  int found = LIST_ALL(values, n, offset, index, value);
-  memset(index + found, 0, AHEAD * sizeof *index); /* what is fetched in advance beyond the end */
-  return found;
-}
+static int list(const float *values, int n, int offset, int32_t *index, float *value) { return LIST_ALL(values, n, offset, index, value); }

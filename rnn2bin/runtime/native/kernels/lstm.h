@@ -11,9 +11,9 @@ INLINE void lstm_outputs(const layer_config *layer, const float *o, const float 
 static void lstm_read(const cell *cell, const float *products, const float *o, const float *c, float *h, scratch *work) {
   const layer_config *layer = cell->layer;
   int32_t *open = work->open;
-  int units, hidden = layer->hidden;
+  int hidden = layer->hidden;
   any_copy(cell, 2, 1, products, open);
-  int count = open_groups(open, cell->candidate_rows, work->groups, &units);
+  int count = open_groups(open, cell->candidate_rows, work->groups);
   memset(h, 0, (size_t)hidden * sizeof *h);
   for (int g = 0; g < count; g++) {
     int first = work->groups[g] * GROUP;
@@ -28,21 +28,21 @@ static void lstm_project(const cell *cell, const float *h, step_row *row, scratc
   columns *active = &work->active;
   active->total = list(h, cell->layer->hidden, 0, active->index, active->value);
   product_row one = {.active = active, .from = 0, .to = active->total, .init = work->zeros, .out = work->spare};
-  product(&cell->projection, &one, 1, work->counters);
+  whole_product(&cell->projection, &one, 1, work->counters);
   memcpy(row->read, work->spare, (size_t)cell->layer->recurrent * sizeof(float));
 }
 
 static void lstm_finish(const cell *cell, step_row *row, scratch *work) {
   const layer_config *layer = cell->layer;
-  int hidden = layer->hidden, width = layer->width, units;
+  int hidden = layer->hidden, width = layer->width;
   float *i = work->gates, *f = i + width, *o = f + width, *g = work->candidate, *c = row->c;
   gate(cell, 0, row->products, i);
   gate(cell, 1, row->products, f);
   gate(cell, 2, row->products, o);
   any_copy(cell, 0, 1, row->products, work->open);
-  int count = open_groups(work->open, cell->candidate_rows, work->groups, &units);
-  product_row one = {&row->active, row->candidate_from, row->active.total, row->base + cell->gate_rows, g};
-  group_product(&cell->candidate, work->groups, count, units, &one, work->counters);
+  int count = open_groups(work->open, cell->candidate_rows, work->groups);
+  product_row one = {&row->active, 0, row->active.total, row->candidate_base, g};
+  candidate_product(cell, work->open, &one, work);
   for (int k = 0; k < count; k++)
     for (int j = GROUP * work->groups[k], end = j + GROUP; j < end; j++) g[j] = tanh_of(g[j] + cell->bias[j]);
   for (int k = 0; k < width; k += hidden) /* where i is 0, g is what an earlier step left: finite, and multiplied by 0 */
@@ -56,9 +56,9 @@ static void recurrent_columns(const cell *cell, step_row *rows, product_row *pro
   for (int b = 0; b < count; b++) {
     columns *a = &rows[b].active;
     a->total = a->inputs + list(rows[b].read, cell->layer->recurrent, cell->inputs, a->index + a->inputs, a->value + a->inputs);
-    products[b] = (product_row){a, rows[b].gates_from, a->total, rows[b].base, rows[b].products};
+    products[b] = (product_row){a, rows[b].gates_from, a->total, rows[b].gates_base, rows[b].products};
   }
-  product(&cell->gates, products, count, work->counters);
+  whole_product(&cell->gates, products, count, work->counters);
 }
 
 static void lstm(const cell *cell, step_row *rows, product_row *products, int count, scratch *work) {
