@@ -13,6 +13,7 @@ ORDER = [
     "spec",
     "recipe",
     "recipe_yaml",
+    "packed",
     "loaders",
     "gates",
     "cells",

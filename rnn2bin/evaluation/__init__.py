@@ -203,9 +203,9 @@ def _shown(part: Part, index: int, names: tuple[str, ...] | None) -> str:
 
 
 def load_model(path: Path) -> Model:
-    from rnn2bin import runtime
+    from rnn2bin.runtime import torch_backend
 
-    return runtime.load(path)
+    return torch_backend.load(path)
 
 
 def sizes(source_bytes: int, folder: Path) -> dict[str, int]:
