@@ -9,12 +9,12 @@
 
 extern const kernels r2b_scalar_kernels;
 #if defined(__x86_64__)
-extern const kernels r2b_avx2_kernels, r2b_avx512_kernels;
+extern const kernels r2b_avx2_kernels, r2b_avx512_kernels, r2b_avx512vnni_kernels;
 #elif defined(__aarch64__)
 extern const kernels r2b_neon_kernels;
 #endif
 
-enum { MOST_SETS = 3 };
+enum { MOST_SETS = 4 };
 
 #if defined(__x86_64__)
 /* Not every compiler's __builtin_cpu_supports knows this one. */
@@ -33,8 +33,10 @@ static int available(const kernels **sets) {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     sets[count++] = &r2b_avx2_kernels;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
+        __builtin_cpu_supports("avx512dq")) {
       sets[count++] = &r2b_avx512_kernels;
+      if (__builtin_cpu_supports("avx512vnni")) sets[count++] = &r2b_avx512vnni_kernels;
+    }
   }
 #elif defined(__aarch64__)
   sets[count++] = &r2b_neon_kernels;

@@ -30,6 +30,23 @@ typedef struct {
   uint16_t *weights;
 } row_matrix;
 
+/* Bytes of weights, 128 added, in tiles [cols][2 blocks][64 rows]. */
+typedef struct {
+  int cols, tiles;
+  uint8_t *bytes;
+} byte_matrix;
+
+/* What says the signs of gate rows: kernels/screen.h. Row r's weights are scale[r] * (256 high + low); a block is 64 rows of one plane. */
+typedef struct {
+  int planes;              /* 0: gates are not screened; 1: high; 2: high and low, one block of rows after the other */
+  bool keeps;              /* sums are kept from step to step */
+  int blocks, room;        /* blocks of rows; 64 * blocks */
+  byte_matrix bytes;
+  float *scale;            /* (room) */
+  float *half, *error;     /* largest error of a weight, 2-norm of a row's errors */
+  float *norm;             /* 2-norm of a row */
+} screen;
+
 /* One direction of one layer. Vectors over copies are `width` long, unit j of copy k at k * hidden + j. */
 typedef struct {
   const layer_config *layer;
@@ -37,7 +54,8 @@ typedef struct {
   int inputs;                   /* input columns of the matrices: 0 where the table stands for them */
   int gate_rows, candidate_rows; /* padded */
   matrix gates, candidate, projection;
-  row_matrix candidate_by_row;
+  row_matrix candidate_by_row, gates_by_row; /* gates_by_row where they are screened */
+  screen screen;
   float *gate_bias, *lo, *hi; /* (G, width) */
   float *bias, *bias_hh;      /* (H); bias_hh NULL but for a reset-after GRU */
   float *table;               /* (V, gate_rows + candidate_rows): W * embedding, or NULL */
@@ -66,7 +84,7 @@ struct r2b_model {
   float *zeros; /* as long as the longest row of products */
   int longest;  /* of products: gate_rows + candidate_rows, padded rows of linear layers */
   int widest;   /* of what one part hands to the next */
-  int most_columns, most_hidden, most_width;
+  int most_columns, most_hidden, most_width, most_gates;
   void **owned; /* all allocations */
   size_t owned_count, owned_room;
 };

@@ -1,5 +1,6 @@
 /* Opens a packed directory: reads and checks it, and lays the weights out as the kernels read them. */
 #define _DEFAULT_SOURCE
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,7 +13,7 @@
 #include "safetensors.h"
 
 /* Products of embedding and weights are made once a token where that takes milliseconds; else once a step. */
-enum { HUGE_PAGE = 2 << 20 };
+enum { HUGE_PAGE = 2 << 20, MOST_SCREENED = 1 << 15 }; /* columns whose products of bytes fit 32 bits */
 static const uint64_t MOST_FOLDED_PRODUCTS = 1u << 28, MOST_TABLE_BYTES = 1u << 28;
 
 typedef struct {
@@ -162,7 +163,7 @@ static int fold_table(loader *l, const section *s, cell *c, const sources *from)
   size_t kept = model->owned_count;
   columns active = {0};
   float *values;
-  c->table = model_allocate(model, (size_t)s->config->vocabulary * (size_t)rows * sizeof(float));
+  c->table = model_allocate(model, ((size_t)s->config->vocabulary * (size_t)rows + 128) * sizeof(float)); /* whole tiles can be read */
   if (!c->table) return -1;
   kept = model->owned_count;
   failed = new_matrix(model, &with.gates, c->layer->gates * c->layer->hidden, wide) ||
@@ -195,6 +196,93 @@ static void lay_out_cell(cell *c, int first, const uint8_t *gates, const uint8_t
   lay_out_rows(&c->candidate_by_row, c->layer->hidden, candidate, first, cols);
 }
 
+/* Where in a block of 64 bytes row `r` lies, so that the kernel's interleaving of four columns gives rows in their order. */
+static int place_in_block(int r) { return 16 * (r / 4 % 4) + 4 * (r / 16) + r % 4; }
+
+static uint8_t *byte_at(const screen *s, int row, int plane, int col) {
+  int block = s->planes * (row / 64) + plane;
+  return s->bytes.bytes + (((size_t)(block / 2) * (size_t)s->bytes.cols + (size_t)col) * 2 + (size_t)(block % 2)) * 64 + place_in_block(row % 64);
+}
+
+static int nearest(float x) { return (int)(x < 0.0f ? x - 0.5f : x + 0.5f); }
+
+/* One row into planes; the norms are rounded up. */
+static void screen_one(screen *s, int row, const uint16_t *weights) {
+  uint8_t *high_at = byte_at(s, row, 0, 0), *low_at = byte_at(s, row, s->planes - 1, 0);
+  float most = 0.0f;
+  double error = 0.0, norm = 0.0, worst = 0.0;
+  for (int j = 0; j < s->bytes.cols; j++) {
+    float size = fabsf(half_to_float(weights[j]));
+    most = size > most ? size : most;
+  }
+  float scale = most > 0.0f ? most / (127 * 256) : 1.0f;
+  for (int j = 0; j < s->bytes.cols; j++) {
+    float w = half_to_float(weights[j]);
+    int units = nearest(w / scale), high = (units + 32896) / 256 - 128, low = s->planes == 2 ? units - 256 * high : 0;
+    double left = (double)w - (double)scale * (256.0 * high + low);
+    low_at[128 * (size_t)j] = (uint8_t)(low + 128);
+    high_at[128 * (size_t)j] = (uint8_t)(high + 128);
+    error += left * left;
+    norm += (double)w * (double)w;
+    worst = fabs(left) > worst ? fabs(left) : worst;
+  }
+  s->scale[row] = scale;
+  s->half[row] = 1.0001f * (float)worst;
+  s->error[row] = 1.0001f * (float)sqrt(error);
+  s->norm[row] = 1.0001f * (float)sqrt(norm);
+}
+
+/* Whether the high plane alone would leave about one row in ten in doubt, half of the columns being active: the bound against the spread of
+ * a row's products, once for each threshold. Rows with outliers do not pass. */
+static bool is_coarse_enough(const cell *c) {
+  const row_matrix *m = &c->gates_by_row;
+  int rows = c->layer->gates * c->layer->hidden;
+  double share = 0.0;
+  for (int r = 0; r < rows; r++) {
+    double most = 0.0, squares = 0.0;
+    for (int j = 0; j < m->cols; j++) {
+      double w = half_to_float(m->weights[(size_t)r * (size_t)m->stride + (size_t)j]);
+      most = fmax(most, fabs(w));
+      squares += w * w;
+    }
+    if (squares > 0.0) share += c->layer->copies * 0.5 * (most / 127) * m->cols * 0.5 / sqrt(squares);
+  }
+  return share < 0.12 * rows;
+}
+
+/* Of an LSTM columns come and go, a GRU's stay: that one needs the finer sums that it can keep. */
+static int make_screen(r2b_model *model, cell *c) {
+  screen *s = &c->screen;
+  const layer_config *y = c->layer;
+  int rows = y->gates * y->hidden, cols = c->gates_by_row.cols;
+  s->keeps = y->cell != CELL_LSTM;
+  s->planes = s->keeps ? 2 : 1;
+  s->blocks = padded(rows, 128) / 64; /* whole tiles */
+  s->room = 64 * s->blocks;
+  s->bytes = (byte_matrix){.cols = cols, .tiles = s->planes * s->blocks / 2};
+  s->bytes.bytes = model_allocate(model, (size_t)s->bytes.tiles * (size_t)cols * 128);
+  float **vectors[] = {&s->scale, &s->half, &s->error, &s->norm};
+  for (int k = 0; k < 4; k++)
+    if (!(*vectors[k] = model_allocate(model, (size_t)s->room * sizeof(float)))) return -1;
+  if (!s->bytes.bytes) return -1;
+  for (int r = 0; r < rows; r++) screen_one(s, r, c->gates_by_row.weights + (size_t)r * (size_t)c->gates_by_row.stride);
+  return 0;
+}
+
+static bool screens(const r2b_model *model, const cell *c) {
+  bool all = model->compute == R2B_INT8 && model->kernels->screens && c->gates.cols <= MOST_SCREENED;
+  for (int g = 0; g < c->layer->gates; g++) all &= c->binary[g];
+  return all;
+}
+
+static int load_screen(loader *l, cell *c, const sources *from) {
+  int rows = c->layer->gates * c->layer->hidden;
+  if (new_row_matrix(l->model, &c->gates_by_row, rows, c->inputs + c->layer->recurrent)) return -1;
+  if (c->inputs) lay_out_rows(&c->gates_by_row, rows, from->gates_ih, 0, c->inputs);
+  lay_out_rows(&c->gates_by_row, rows, from->gates_hh, c->inputs, c->layer->recurrent);
+  return c->layer->cell == CELL_LSTM && !is_coarse_enough(c) ? 0 : make_screen(l->model, c);
+}
+
 static int load_cell(loader *l, section *s, int index, int direction) {
   r2b_model *model = l->model;
   cell *c = &s->cells[index][direction];
@@ -214,6 +302,7 @@ static int load_cell(loader *l, section *s, int index, int direction) {
     return -1;
   if (!folded) lay_out_cell(c, 0, from.gates_ih, from.candidate_ih, y->input);
   lay_out_cell(c, c->inputs, from.gates_hh, from.candidate_hh, y->recurrent);
+  if (screens(model, c) && load_screen(l, c, &from)) return -1;
   if (!from.projection) return 0;
   if (new_matrix(model, &c->projection, y->projection, y->hidden)) return -1;
   lay_out(&c->projection, from.projection, 0, y->hidden);
@@ -259,10 +348,11 @@ static void measure(r2b_model *model, section *s) {
   const section_config *found = s->config;
   for (int k = 0; k < found->layers; k++) {
     const layer_config *y = &found->layer[k];
-    at_least(&model->longest, padded(y->gates * y->hidden, SHORT) + padded(y->hidden, SHORT));
+    at_least(&model->longest, padded(y->gates * y->hidden, 128) + padded(y->hidden, SHORT)); /* as much as screening looks at */
     at_least(&model->longest, padded(y->projection, SHORT));
     at_least(&model->most_columns, y->input + (y->recurrent > y->hidden ? y->recurrent : y->hidden));
     at_least(&model->most_width, y->width);
+    at_least(&model->most_gates, padded(y->gates * y->hidden, 128));
     at_least(&model->most_hidden, padded(y->hidden, SHORT));
     at_least(&model->widest, y->input);
     s->output = y->directions * y->recurrent;
@@ -305,7 +395,7 @@ static int load(r2b_model *model, const char *directory) {
 }
 
 r2b_model *r2b_open(const char *directory, int32_t compute) {
-  if (compute != R2B_FP16) return fail("unknown compute type %d", compute), NULL;
+  if (compute != R2B_FP16 && compute != R2B_INT8) return fail("unknown compute type %d", compute), NULL;
   r2b_model *model = calloc(1, sizeof *model);
   if (!model) return fail("out of memory"), NULL;
   model->kernels = kernels_choose();

@@ -49,8 +49,8 @@ static void list_inputs(r2b_state *s, const call *c, int index, const float *bel
 }
 
 /* Gate rows are all wanted at every step: the inputs' share of a chunk's steps is one product, which reads each weight once. Candidate rows
- * wait for their gates. */
-static bool in_advance(const call *c, const cell *cell) { return cell->inputs && c->count > 1; }
+ * wait for their gates; a screened GRU keeps its sums over all columns. */
+static bool in_advance(const call *c, const cell *cell) { return cell->inputs && c->count > 1 && !cell->screen.keeps; }
 
 static void make_in_advance(r2b_state *s, const call *c, const cell *cell) {
   int rows = 0;
@@ -72,7 +72,7 @@ static int fill_rows(r2b_state *s, const call *c, int index, int direction, int 
     bool advanced = in_advance(c, cell);
     const float *folded = cell->table ? cell->table + c->tokens[at] * (cell->gate_rows + cell->candidate_rows) : s->model->zeros;
     s->outs[count] = out + (size_t)at * (size_t)wide + direction * cell->layer->recurrent;
-    s->rows[count++] = (step_row){
+    s->rows[count] = (step_row){
         .active = s->active[at],
         .gates_from = advanced ? s->active[at].inputs : 0,
         .gates_base = advanced ? s->products + (size_t)at * (size_t)s->model->longest : folded,
@@ -81,15 +81,34 @@ static int fill_rows(r2b_state *s, const call *c, int index, int direction, int 
         .c = state->c + (size_t)b * (size_t)state->c_size,
         .read = state->read + (size_t)b * (size_t)state->read_size,
         .products = state->products + (size_t)b * (size_t)state->product_size,
+        .screen = s->screen,
     };
+    if (cell->screen.keeps) {
+      s->rows[count].screen.sums = state->sums + (size_t)b * (size_t)state->sum_size;
+      s->rows[count].screen.before = state->before + (size_t)b * (size_t)state->before_size;
+    }
+    count++;
   }
   return count;
+}
+
+/* Sums of another cell's weights are of no use. */
+static void own_sums(r2b_state *s, const call *c, int index) {
+  for (int d = 0; d < c->section->config->layer[index].directions; d++) {
+    cell_state *state = &s->cells[index][d];
+    const cell *cell = &c->section->cells[index][d];
+    if (!cell->screen.keeps || state->of == cell) continue;
+    memset(state->sums, 0, sizeof *state->sums * (size_t)s->batch * (size_t)state->sum_size);
+    memset(state->before, 0, sizeof *state->before * (size_t)s->batch * (size_t)state->before_size);
+    state->of = cell;
+  }
 }
 
 static void run_layer(r2b_state *s, const call *c, int index, const float *below, float *out) {
   const layer_config *y = &c->section->config->layer[index];
   if (c->lengths) memset(out, 0, sizeof(float) * (size_t)c->count * (size_t)s->batch * (size_t)(y->directions * y->recurrent));
   list_inputs(s, c, index, below);
+  own_sums(s, c, index);
   for (int d = 0; d < y->directions; d++) {
     const cell *cell = &c->section->cells[index][d];
     if (in_advance(c, cell)) make_in_advance(s, c, cell);

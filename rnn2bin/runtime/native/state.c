@@ -21,16 +21,22 @@ static void *carve(arena *a, size_t count, size_t size) {
 
 static float *carve_floats(arena *a, size_t count) { return carve(a, count, sizeof(float)); }
 
-static void carve_cell(arena *a, cell_state *to, const layer_config *y, size_t batch) {
+static void carve_cell(arena *a, cell_state *to, const layer_config *y, size_t batch, bool screened) {
   bool lstm = y->cell == CELL_LSTM;
   to->h_size = lstm ? y->recurrent : y->width;
   to->c_size = lstm ? y->width : 0;
   to->read_size = y->recurrent;
-  to->product_size = padded(y->gates * y->hidden, SHORT);
+  to->product_size = padded(y->gates * y->hidden, 128); /* screening writes whole tiles */
   to->h = carve_floats(a, batch * (size_t)to->h_size);
   to->c = carve_floats(a, batch * (size_t)to->c_size);
   to->read = lstm || y->copies == 1 ? to->h : carve_floats(a, batch * (size_t)to->read_size);
   to->products = carve_floats(a, batch * (size_t)to->product_size);
+  to->sum_size = 4 * padded(y->gates * y->hidden, 128);
+  to->before_size = padded(y->input + y->recurrent, STRIP);
+  to->of = NULL;
+  if (lstm || !screened) return;
+  to->sums = carve(a, batch * (size_t)to->sum_size, sizeof(int32_t));
+  to->before = carve(a, batch * (size_t)to->before_size, sizeof(int32_t));
 }
 
 static void carve_columns(arena *a, columns *to, const r2b_model *model) {
@@ -48,10 +54,22 @@ static void carve_scratch(arena *a, scratch *to, const r2b_model *model) {
   to->spare = carve_floats(a, longest > hidden ? longest : hidden);
   to->open = carve(a, 2 * hidden, sizeof(int32_t));
   to->groups = carve(a, hidden, sizeof(int32_t));
-  to->wanted = carve(a, hidden, sizeof(int32_t));
+  to->wanted = carve(a, (size_t)model->most_gates + SLACK, sizeof(int32_t));
+  to->margin = carve_floats(a, 3 * (size_t)model->most_gates);
   to->dense = carve_floats(a, (size_t)padded(model->most_columns, STRIP));
   carve_columns(a, &to->active, model);
   to->zeros = model->zeros;
+}
+
+static void carve_screen(arena *a, screen_row *to, const r2b_model *model) {
+  size_t cols = (size_t)model->most_columns + SLACK, gates = (size_t)model->most_gates;
+  to->index = carve(a, cols + AHEAD, sizeof(int32_t));
+  to->high = carve(a, cols, sizeof(int8_t));
+  to->low = carve(a, cols, sizeof(int8_t));
+  to->units = carve(a, cols, sizeof(int32_t));
+  to->sums = carve(a, 4 * gates, sizeof(int32_t));
+  to->changed = carve_floats(a, cols);
+  to->found = carve_floats(a, cols > gates + SLACK ? cols : gates + SLACK);
 }
 
 static void carve_all(arena *a, r2b_state *s) {
@@ -59,7 +77,7 @@ static void carve_all(arena *a, r2b_state *s) {
   const section_config *entry = model->sections[0].config;
   size_t batch = (size_t)s->batch, rows = batch * (size_t)s->chunk;
   for (int k = 0; k < entry->layers; k++)
-    for (int d = 0; d < entry->layer[k].directions; d++) carve_cell(a, &s->cells[k][d], &entry->layer[k], batch);
+    for (int d = 0; d < entry->layer[k].directions; d++) carve_cell(a, &s->cells[k][d], &entry->layer[k], batch, model->compute == R2B_INT8);
   for (int k = 0; k < 2; k++) s->values[k] = carve_floats(a, rows * (size_t)model->widest);
   s->products = carve_floats(a, rows * (size_t)model->longest);
   s->pooled = carve_floats(a, batch * (size_t)model->widest);
@@ -71,6 +89,7 @@ static void carve_all(arena *a, r2b_state *s) {
   s->tokens = carve(a, batch, sizeof(int64_t));
   for (size_t k = 0; k < rows; k++) carve_columns(a, a->base ? &s->active[k] : NULL, model);
   carve_scratch(a, &s->work, model);
+  if (model->compute == R2B_INT8) carve_screen(a, &s->screen, model);
 }
 
 /* A bidirectional network reads a sequence from both ends: the whole of it goes through a layer before the next begins. */

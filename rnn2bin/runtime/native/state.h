@@ -9,6 +9,9 @@ typedef struct {
   float *h, *c, *read; /* read is h itself where others read h as it is */
   float *products;
   int h_size, c_size, read_size, product_size;
+  int32_t *sums, *before; /* of a screened GRU: (B, ·) each */
+  int sum_size, before_size;
+  const cell *of; /* whose sums they are: encoder and decoder share states, not weights */
 } cell_state;
 
 struct r2b_state {
@@ -20,6 +23,7 @@ struct r2b_state {
   float *products;   /* (chunk, B, longest): inputs' shares made in advance, outputs of linear layers */
   float *pooled;     /* (B, widest): what a head over the whole sequence reads */
   float *token_row;  /* (widest): an embedding that is in no table */
+  screen_row screen; /* what one row's screening works on */
   columns *active;   /* (chunk, B) */
   step_row *rows;    /* (B) */
   float **outs;      /* (B): where each row's output goes */

@@ -13,6 +13,9 @@
 #include "product.h"
 #include "gate.h"
 #include "candidate.h"
+#if defined(R2B_VNNI)
+#include "screen.h"
+#endif
 #include "lstm.h"
 #include "gru.h"
 
@@ -22,4 +25,7 @@ const kernels NAME(kernels) = {
     .product = whole_product,
     .step = {lstm, gru, gru},
     .activate = activate,
+#if defined(R2B_VNNI)
+    .screens = 1,
+#endif
 };

@@ -80,6 +80,6 @@ static void gru_finish(const cell *cell, step_row *row, scratch *work) {
 }
 
 static void gru(const cell *cell, step_row *rows, product_row *products, int count, scratch *work) {
-  recurrent_columns(cell, rows, products, count, work);
+  gate_products(cell, rows, products, count, work);
   for (int b = 0; b < count; b++) gru_finish(cell, &rows[b], work);
 }

@@ -52,16 +52,21 @@ static void lstm_finish(const cell *cell, step_row *row, scratch *work) {
   if (layer->projection) lstm_project(cell, h, row, work);
 }
 
-static void recurrent_columns(const cell *cell, step_row *rows, product_row *products, int count, scratch *work) {
+/* Pre-activations of all gates, less their biases; where they are screened, numbers of the same sign to each threshold. */
+static void gate_products(const cell *cell, step_row *rows, product_row *products, int count, scratch *work) {
   for (int b = 0; b < count; b++) {
     columns *a = &rows[b].active;
     a->total = a->inputs + list(rows[b].read, cell->layer->recurrent, cell->inputs, a->index + a->inputs, a->value + a->inputs);
     products[b] = (product_row){a, rows[b].gates_from, a->total, rows[b].gates_base, rows[b].products};
   }
+#if defined(R2B_VNNI)
+  for (int b = 0; cell->screen.planes && b < count; b++) screen_gates(cell, &rows[b], &products[b], work);
+  if (cell->screen.planes) return;
+#endif
   whole_product(&cell->gates, products, count, work->counters);
 }
 
 static void lstm(const cell *cell, step_row *rows, product_row *products, int count, scratch *work) {
-  recurrent_columns(cell, rows, products, count, work);
+  gate_products(cell, rows, products, count, work);
   for (int b = 0; b < count; b++) lstm_finish(cell, &rows[b], work);
 }
