@@ -86,22 +86,21 @@ def _fsync(path: Path) -> None:
 
 
 def write_model(student: Network, folder: Path, *, provenance: dict[str, Any], task: dict[str, Any]) -> None:
-    """config.json, model.safetensors, and the C runtime that runs them. Raises DivergedError where a weight is not finite in fp16."""
+    """config.json and model.safetensors. Raises DivergedError where a weight is not finite in fp16."""
     tensors = {name: t.detach().to("cpu", torch.float16).contiguous() for name, t in student.state_dict().items()}
     bad = [name for name, t in tensors.items() if not bool(torch.isfinite(t).all())]
     if bad:
         raise DivergedError(*(f"{name}: not finite in fp16; nothing was packed; lower train.learning_rate" for name in bad))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config_of(student, provenance=provenance, task=task), indent=2) + "\n")
-    write_runtime(folder / RUNTIME)
 
 
 def write_runtime(folder: Path) -> None:
-    """The sources of the native runtime, a Makefile, an example and a README: builds with a C compiler and make alone."""
+    """Into `folder`/runtime the sources of the native runtime, a Makefile, an example and a README: builds with a C compiler and make alone."""
     source = Path(__file__).parent / "runtime" / "native"
     for pattern in RUNTIME_FILES:
         for file in source.glob(pattern):
-            target = folder / file.relative_to(source)
+            target = folder / RUNTIME / file.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
 

@@ -230,6 +230,7 @@ def run(
     with pack.staging(out, force=force) as folder:
         provenance = provenance_of(job, source)
         pack.write_model(network, folder, provenance=provenance, task=task_of(job))
+        pack.write_runtime(folder)
         (folder / "recipe.yaml").write_text(recipe_yaml.dump(recipe), encoding="utf-8")
         report = write_report(job, folder, trained, provenance=provenance, seconds=seconds, fine_tuned=fine_tuned)
         refuse_over_budget(report, recipe)
@@ -294,6 +295,7 @@ def write_report(
         extra=extra,
         vocabulary=job.parts.vocabulary,
         seed=job.recipe.seed,
+        native=evaluation.load_native(folder),
     )
     report["cost"] = {
         "seconds": seconds,
@@ -381,6 +383,7 @@ def evaluate_files(source: str | Path, packed: str | Path, *, data: Any = None) 
         soft_mode=soft,
         gates=recipe.gates,
         vocabulary=job.parts.vocabulary,
+        native=evaluation.load_native(Path(packed)),
     )
     report["size"] = evaluation.sizes(job.loaded.provenance["bytes"], Path(packed))
     return report

@@ -17,9 +17,11 @@ from rnn2bin.evaluation import controls as control
 from rnn2bin.evaluation.bootstrap import paired_drop
 from rnn2bin.evaluation.density import DensityCounter
 from rnn2bin.evaluation.html import Figures, Heatmap, Histogram
+from rnn2bin.evaluation.parity import NativeNetwork, parity
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize, sample
 from rnn2bin.measure import Candidate, compare
 from rnn2bin.recipe import Gates
+from rnn2bin.runtime import library, native_backend
 from rnn2bin.runtime.torch_backend import Model
 
 SCHEMA_VERSION = 1
@@ -104,15 +106,21 @@ def evaluate_parts(
     extra: dict[str, Candidate] | None = None,
     vocabulary: tuple[str, ...] | None = None,
     seed: int = 0,
+    native: native_backend.Model | None = None,
 ) -> tuple[dict[str, Any], Figures]:
-    """The measured fields of report.json, and the figures of report.html. `binary` is the packed model on the torch backend: bits."""
+    """The measured fields of report.json, and the figures of report.html. `binary` is the packed model on the torch backend: bits;
+    `native` the same files on the C runtime, compared with it step by step too (`parity`)."""
     watch = Watch(model.network, soft_mode, DensityCounter(model.network))
     # Controls need the open rates, so they run in a second pass over the same part.
     first = compare(
         task,
         part,
         Candidate(teacher, FLOAT, run_cell),
-        {"soft_student": Candidate(model.network, soft_mode, run_cell), "binary": Candidate(model.network, BINARY)},
+        {
+            "soft_student": Candidate(model.network, soft_mode, run_cell),
+            "binary": Candidate(model.network, BINARY),
+            **({"native": Candidate(NativeNetwork(native), BINARY)} if native else {}),
+        },
         seen=watch.seen,
     )
     rates = {name: watch.density.open_rate(name) for name in model.network.cells()}
@@ -125,12 +133,12 @@ def evaluate_parts(
         "teacher": first["teacher"].to_dict(),
         "soft_student": first["soft_student"].to_dict(),
         "binary": first["binary"].to_dict(),
-        "native": None,
+        "native": first["native"].to_dict() if native else None,
         "drop": drop(task, first["teacher"], first["binary"]),
         "controls": {name: m.to_dict() for name, m in second.items() if name != "teacher"},
         "gates": gate_table(model.network, rates),
         "density": watch.density.result(),
-        "parity": None,
+        "parity": parity(model.network, native, part) if native else None,
         "worst": worst(task, part, first["teacher"], first["binary"], vocabulary),
     }
     return report, watch.figures(vocabulary)
@@ -206,6 +214,11 @@ def load_model(path: Path) -> Model:
     from rnn2bin.runtime import torch_backend
 
     return torch_backend.load(path)
+
+
+def load_native(path: Path) -> native_backend.Model | None:
+    """The packed model on the C runtime, None where that was not built."""
+    return native_backend.load(path) if library.library() else None
 
 
 def sizes(source_bytes: int, folder: Path) -> dict[str, int]:

@@ -47,6 +47,7 @@ _SIGNATURES = {
     "r2b_run": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
     "r2b_decode": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
     "r2b_generate": (c_int32, (c_void_p, c_void_p, POINTER(c_int64))),
+    "r2b_leave_logits": (None, (c_void_p,)),
     "r2b_state_size": (c_int64, (c_void_p, c_int64, c_int64, c_int64)),
     "r2b_get_state": (c_int32, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
     "r2b_set_state": (c_int32, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import byref, c_int64
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,31 @@ class Model:
         """x (T,B,I) float or (T,B) tokens -> y and the state after it; see `torch_backend.Model`."""
         if self.spec.decode and decoder_input is None:
             return self.generate(x, lengths=lengths), None
+        return self.call(x, state, lengths=lengths, decoder_input=decoder_input)
+
+    def call(
+        self,
+        x: Array,
+        state: State | None = None,
+        *,
+        lengths: Array | None = None,
+        decoder_input: Array | None = None,
+        decoder_lengths: Array | None = None,
+        logits: bool = False,
+    ) -> tuple[Array, State]:
+        """A call with all that evaluation asks for: `decoder_lengths` (B,); `logits` leaves out a last sigmoid or softmax."""
         kind, values = _numpy(x)
         values = check_input(values, self.spec)
-        lengths = None if lengths is None else _lengths(lengths, values.shape[1])
-        given = None if decoder_input is None else _tokens(_numpy(decoder_input)[1], self.spec, values.shape[1])
-        start = None if state is None else [[tuple(_numpy(s)[1] for s in both) for both in layer] for layer in state]
-        pieces = self._share(values.shape[1], lambda rows: self._run(values[:, rows], start, rows, lengths, given))
+        batch = values.shape[1]
+        job = _Job(
+            values,
+            None if state is None else [[tuple(_numpy(s)[1] for s in both) for both in layer] for layer in state],
+            None if lengths is None else _lengths(lengths, batch),
+            None if decoder_input is None else _tokens(_numpy(decoder_input)[1], self.spec, batch),
+            None if decoder_lengths is None else _lengths(decoder_lengths, batch),
+            logits,
+        )
+        pieces = self._share(batch, lambda rows: self._run(job.part(rows)))
         y = np.concatenate([p[0] for p in pieces], axis=pieces[0][0].ndim - 2) if len(pieces) > 1 else pieces[0][0]
         return kind(y), [[tuple(map(kind, s)) for s in layer] for layer in _joined([p[1] for p in pieces])]
 
@@ -90,21 +110,18 @@ class Model:
         with ThreadPoolExecutor(count) as pool:
             return list(pool.map(work, [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]))
 
-    def _run(
-        self, x: np.ndarray, start: State | None, rows: slice, lengths: np.ndarray | None, given: np.ndarray | None
-    ) -> tuple[np.ndarray, State]:
-        x, lengths = np.ascontiguousarray(x), _part(lengths, rows)
-        steps, batch = x.shape[:2]
-        given = None if given is None else np.ascontiguousarray(given[:, rows])
-        state = Handle(self, batch, max(steps, 1 if given is None else len(given)))
-        if start is not None:
-            state.write(start, rows)
-        outputs = given if given is not None else x
-        shape = (batch,) if self._info.per_sequence else (len(outputs), batch)
-        y = np.empty((*shape, self._info.output_size), np.float32)
-        state.run(x, lengths, None if given is not None else y)
-        if given is not None:
-            state.decode(given, y)
+    def _run(self, job: _Job) -> tuple[np.ndarray, State]:
+        steps, batch = job.x.shape[:2]
+        outputs = job.x if job.given is None else job.given
+        state = Handle(self, batch, max(steps, len(outputs)))
+        if job.state is not None:
+            state.write(job.state)
+        if job.logits:
+            state.leave_logits()
+        y = np.empty((*((batch,) if self._info.per_sequence else outputs.shape[:2]), self._info.output_size), np.float32)
+        state.run(job.x, job.lengths, y if job.given is None else None)
+        if job.given is not None:
+            state.decode(job.given, job.given_lengths, y)
         return y, state.read()
 
     def _generate(self, x: np.ndarray, lengths: np.ndarray | None) -> np.ndarray:
@@ -112,6 +129,29 @@ class Model:
         state = Handle(self, x.shape[1], max(len(x), 1))
         state.run(x, lengths, None)
         return state.generate(self._info.max_length)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a call reads, checked: x (T,B,·), states, lengths (B,), decoder tokens (U,B) and their lengths."""
+
+    x: np.ndarray
+    state: State | None
+    lengths: np.ndarray | None
+    given: np.ndarray | None
+    given_lengths: np.ndarray | None
+    logits: bool
+
+    def part(self, rows: slice) -> _Job:
+        """Some sequences of the batch, contiguous."""
+        return _Job(
+            np.ascontiguousarray(self.x[:, rows]),
+            None if self.state is None else [[tuple(s[rows] for s in both) for both in layer] for layer in self.state],
+            _part(self.lengths, rows),
+            None if self.given is None else np.ascontiguousarray(self.given[:, rows]),
+            _part(self.given_lengths, rows),
+            self.logits,
+        )
 
 
 class Handle:
@@ -144,7 +184,7 @@ class Handle:
         self._native.r2b_get_state(self.address, layer, direction, which, values.ctypes.data)
         return values
 
-    def write(self, state: State, rows: slice = slice(None)) -> None:
+    def write(self, state: State) -> None:
         """Raises UsageError where `state` is not one of this network for this batch."""
         places = self._places()
         if [[len(both) for both in layer] for layer in state] != [[len(both) for both in layer] for layer in places]:
@@ -152,7 +192,7 @@ class Handle:
         for layer, wanted in zip(state, places, strict=True):
             for both, where in zip(layer, wanted, strict=True):
                 for values, (index, direction, which, size) in zip(both, where, strict=True):
-                    part = np.ascontiguousarray(np.asarray(values)[rows], np.float32)
+                    part = np.ascontiguousarray(values, np.float32)
                     if part.shape != (self.batch, size):
                         raise UsageError(f"state: wanted shape {(self.batch, size)}, not {part.shape}")
                     self._native.r2b_set_state(self.address, index, direction, which, part.ctypes.data)
@@ -160,8 +200,12 @@ class Handle:
     def run(self, x: np.ndarray, lengths: np.ndarray | None, y: np.ndarray | None) -> None:
         self._done(self._native.r2b_run(self.address, x.ctypes.data, len(x), _address(lengths), _address(y)))
 
-    def decode(self, tokens: np.ndarray, y: np.ndarray) -> None:
-        self._done(self._native.r2b_decode(self.address, tokens.ctypes.data, len(tokens), None, y.ctypes.data))
+    def decode(self, tokens: np.ndarray, lengths: np.ndarray | None, y: np.ndarray | None) -> None:
+        self._done(self._native.r2b_decode(self.address, tokens.ctypes.data, len(tokens), _address(lengths), _address(y)))
+
+    def leave_logits(self) -> None:
+        """From here on outputs come without a last sigmoid or softmax."""
+        self._native.r2b_leave_logits(self.address)
 
     def generate(self, most: int) -> np.ndarray:
         tokens, steps = np.empty((most, self.batch), np.int64), c_int64()

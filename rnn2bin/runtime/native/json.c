@@ -187,12 +187,13 @@ bool json_is(const json *string, const char *value) {
 }
 
 bool json_integer(const json *number, int64_t *value) {
-  if (!number || number->kind != JSON_NUMBER || number->length > 18) return false;
+  if (!number || number->kind != JSON_NUMBER) return false;
   bool negative = number->text[0] == '-';
   int64_t found = 0;
   for (size_t k = negative; k < number->length; k++) {
-    if (number->text[k] < '0' || number->text[k] > '9') return false;
-    found = 10 * found + (number->text[k] - '0');
+    int digit = number->text[k] - '0';
+    if (digit < 0 || digit > 9 || found > (INT64_MAX - digit) / 10) return false;
+    found = 10 * found + digit;
   }
   *value = negative ? -found : found;
   return true;

@@ -69,6 +69,8 @@ R2B_API int r2b_run(r2b_state *state, const void *x, int64_t steps, const int64_
 R2B_API int r2b_decode(r2b_state *state, const int64_t *tokens, int64_t steps, const int64_t *lengths, float *y);
 /* Greedy decoding after r2b_run: tokens (max_length,B); `steps` gets how many rows were written. What follows the end token is end tokens. */
 R2B_API int r2b_generate(r2b_state *state, int64_t *tokens, int64_t *steps);
+/* From here on outputs come without a last activation that keeps their order (sigmoid, softmax, log-softmax). */
+R2B_API void r2b_leave_logits(r2b_state *state);
 
 /* States of a layer and direction (0 forward, 1 backward), `which` 0: h, 1: c of an LSTM; (B, size). */
 R2B_API int64_t r2b_state_size(const r2b_model *model, int64_t layer, int64_t direction, int64_t which); /* 0: there is none */

@@ -111,6 +111,7 @@ static void run_layer(r2b_state *s, const call *c, int index, const float *below
   own_sums(s, c, index);
   for (int d = 0; d < y->directions; d++) {
     const cell *cell = &c->section->cells[index][d];
+    s->cells[index][d].ran = cell;
     if (in_advance(c, cell)) make_in_advance(s, c, cell);
     for (int t = 0; t < c->count; t++) {
       int rows = fill_rows(s, c, index, d, t, out);
@@ -223,7 +224,7 @@ int r2b_run(r2b_state *state, const void *x, int64_t steps, const int64_t *lengt
   call c;
   const r2b_model *model = state->model;
   if (check(state, &model->sections[0], x, steps, lengths, &c)) return -1;
-  run_section(state, &c, model->config.sections == 1 ? y : NULL, false);
+  run_section(state, &c, model->config.sections == 1 ? y : NULL, state->logits);
   return 0;
 }
 
@@ -233,7 +234,7 @@ int r2b_decode(r2b_state *state, const int64_t *tokens, int64_t steps, const int
   call c;
   if (state->model->config.sections != 2) return fail("there is no decoder");
   if (check(state, &state->model->sections[1], tokens, steps, lengths, &c)) return -1;
-  run_section(state, &c, y, false);
+  run_section(state, &c, y, state->logits);
   return 0;
 }
 

@@ -138,6 +138,8 @@ void r2b_reset(r2b_state *state) {
     }
 }
 
+void r2b_leave_logits(r2b_state *state) { state->logits = true; }
+
 void r2b_count(const r2b_state *state, r2b_counters *counters) { *counters = state->counters; }
 
 static const layer_config *layer_at(const r2b_model *model, int64_t layer, int64_t direction) {
@@ -182,8 +184,9 @@ int r2b_set_state(r2b_state *state, int64_t layer, int64_t direction, int64_t wh
 int r2b_get_gates(const r2b_state *state, int64_t layer, int64_t direction, float *pre) {
   const layer_config *y = layer_at(state->model, layer, direction);
   if (!y) return fail("there is no such cell");
-  const cell *cell = &state->model->sections[state->model->config.sections - 1].cells[layer][direction];
   const cell_state *c = &state->cells[layer][direction];
+  const cell *cell = c->ran;
+  if (!cell) return fail("no step has run");
   for (int b = 0; b < state->batch; b++)
     for (int g = 0; g < y->gates; g++)
       for (int j = 0; j < y->width; j++)

@@ -11,12 +11,13 @@ typedef struct {
   int h_size, c_size, read_size, product_size;
   int32_t *sums, *before; /* of a screened GRU: (B, ·) each */
   int sum_size, before_size;
-  const cell *of; /* whose sums they are: encoder and decoder share states, not weights */
+  const cell *of, *ran; /* whose sums they are; what ran last: encoder and decoder share states, not weights */
 } cell_state;
 
 struct r2b_state {
   const r2b_model *model;
   int batch, chunk; /* steps that go through all layers together */
+  bool logits;
   int layers;
   cell_state cells[MOST_LAYERS][2];
   float *values[2];  /* (chunk, B, widest): what one layer hands to the next */
