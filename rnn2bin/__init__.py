@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from rnn2bin.loaders import Inspection
     from rnn2bin.pipeline import Result
     from rnn2bin.recipe import Recipe
-    from rnn2bin.runtime.torch_backend import Model
+    from rnn2bin.runtime import native_backend, torch_backend
+
+    Model = native_backend.Model | torch_backend.Model
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "binarize", "convert", "evaluate", "inspect", "load"]
@@ -47,11 +49,15 @@ def convert(source: str | Path | torch.nn.Module, **options: Any) -> Result:
 
 
 @overload
-def load(path: str | Path, *, backend: str = "torch", device: str = "cpu", module: None = None) -> Model: ...
+def load(path: str | Path, *, backend: str | None = None, device: str = "cpu", module: None = None, **options: Any) -> Model: ...
 @overload
-def load(path: str | Path, *, backend: str = "torch", device: str = "cpu", module: torch.nn.Module) -> torch.nn.Module: ...
-def load(path: str | Path, *, backend: str = "torch", device: str = "cpu", module: torch.nn.Module | None = None) -> Any:
-    """A packed directory as a model: `y, state = model(x)`; see `rnn2bin.runtime.load`.
+def load(
+    path: str | Path, *, backend: str | None = None, device: str = "cpu", module: torch.nn.Module, **options: Any
+) -> torch.nn.Module: ...
+def load(
+    path: str | Path, *, backend: str | None = None, device: str = "cpu", module: torch.nn.Module | None = None, **options: Any
+) -> Any:
+    """A packed directory as a model: `y, state = model(x)`; see `rnn2bin.runtime.load` for backends and their options.
 
     What `convert` made of an nn.Module is loaded with `module`, the float module (its code is not packed), and is such a module again.
     Raises UsageError where one is given and the other packed.
@@ -62,7 +68,7 @@ def load(path: str | Path, *, backend: str = "torch", device: str = "cpu", modul
         from rnn2bin import modules
 
         return modules.load_module(path, module).to(device)
-    return runtime.load(path, backend=backend, device=device)
+    return runtime.load(path, backend=backend, device=device, **options)
 
 
 def evaluate(source: str | Path, packed: str | Path, *, data: Any = None) -> dict[str, Any]:

@@ -160,10 +160,10 @@ def reproduce(report: Path, model: Path | None, data: tuple[str, ...], json_out:
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--data", required=True, metavar="DATA", help="Inputs, as for convert; labels are not read.")
-@click.option("--backend", default="torch", show_default=True, help="Which runtime runs it.")
+@click.option("--backend", help="native or torch: which runtime runs it (default: native where it was built).")
 @click.option("--out", "target", type=click.Path(path_type=Path), help="Write outputs to this .npz (default: a summary on stdout).")
 @json_option
-def run(out: Path, data: str, backend: str, target: Path | None, json_out: bool) -> None:
+def run(out: Path, data: str, backend: str | None, target: Path | None, json_out: bool) -> None:
     """Run a packed directory OUT over DATA."""
     quiet_libraries()
     from rnn2bin import runtime

@@ -18,10 +18,10 @@ from rnn2bin import spec as specs
 from rnn2bin import storage
 from rnn2bin.cells.network import Network
 from rnn2bin.errors import DivergedError, UnsupportedError, UsageError
-from rnn2bin.loaders.common import json_file
+from rnn2bin.packed import CONFIG, WEIGHTS
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-PARTIAL = ".partial"
+PARTIAL, RUNTIME = ".partial", "runtime"
+RUNTIME_FILES = ("*.h", "*.c", "kernels/*.h", "kernels/*.c", "Makefile", "README.md")
 
 
 @contextmanager
@@ -73,6 +73,16 @@ def write_model(student: Network, folder: Path, *, provenance: dict[str, Any], t
     (folder / CONFIG).write_text(json.dumps(config_of(student, provenance=provenance, task=task), indent=2) + "\n")
 
 
+def write_runtime(folder: Path) -> None:
+    """Into `folder`/runtime the sources of the native runtime, a Makefile, an example and a README: builds with a C compiler and make alone."""
+    source = Path(__file__).parent / "runtime" / "native"
+    for pattern in RUNTIME_FILES:
+        for file in source.glob(pattern):
+            target = folder / RUNTIME / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+
+
 def config_of(student: Network, *, provenance: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
     gates = {
         prefix: {g: "binary" if b else "soft" for g, b in zip(cell.layer.kind.gate_names, cell.binary, strict=True)}
@@ -89,20 +99,6 @@ def config_of(student: Network, *, provenance: dict[str, Any], task: dict[str, A
         "task": task,
         "provenance": provenance,
     }
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a packed directory; UsageError where there is none, UnsupportedError where it is not ours or too new."""
-    file = path / CONFIG
-    if not file.is_file():
-        raise UsageError(f"{path}: not a packed directory (no {CONFIG}); make one with: rnn2bin convert MODEL --out {path}")
-    config = json_file(file)
-    if config.get("model_type") != "rnn2bin":
-        raise UnsupportedError(f"{file}: not an rnn2bin model")
-    version = config.get("format_version")
-    if type(version) is not int or not 1 <= version <= specs.FORMAT_VERSION:
-        raise UnsupportedError(f"{file}: format version {version!r}; this rnn2bin reads up to {specs.FORMAT_VERSION}: update it")
-    return config
 
 
 def build(config: dict[str, Any]) -> Network:

@@ -23,6 +23,7 @@ from rnn2bin.errors import BudgetError, DataError, InterruptedRunError, Resource
 from rnn2bin.evaluation import html
 from rnn2bin.gates.estimators import FLOAT
 from rnn2bin.measure import Candidate
+from rnn2bin.packed import read_config
 from rnn2bin.recipe import Recipe
 from rnn2bin.spec import RnnSpec
 
@@ -167,7 +168,7 @@ def check_out(out: Path, *, force: bool) -> None:
     pack.check_free(out, force=force)
     if (out / pack.CONFIG).is_file():
         try:
-            pack.read_config(out)
+            read_config(out)
         except UnsupportedError as error:
             raise UsageError(*error.reasons, f"{out}: is not a packed directory of this version; --force replaces nothing else") from None
 
@@ -318,6 +319,7 @@ def _convert(
     with pack.staging(out, force=force) as folder:
         provenance = provenance_of(job, command["model"])
         pack.write_model(network, folder, provenance=provenance, task=task_of(job))
+        pack.write_runtime(folder)
         (folder / "recipe.yaml").write_text(recipe_yaml.dump(recipe), encoding="utf-8")
         recorded = {**provenance, "command": command, **made(folder, recipe)}
         report = write_report(job, folder, trained, provenance=recorded, seconds=seconds, fine_tuned=fine_tuned)
@@ -390,6 +392,7 @@ def write_report(
         extra=extra,
         vocabulary=job.parts.vocabulary,
         seed=job.recipe.seed,
+        native=evaluation.load_native(folder),
     )
     report["cost"] = {
         "seconds": seconds,
@@ -465,7 +468,7 @@ def evaluate_files(source: str | Path, packed: str | Path, *, data: Any = None) 
     """
     model = evaluation.load_model(Path(packed))
     recipe = recipe_yaml.read(Path(packed) / "recipe.yaml")
-    job = _evaluation_job(source, recipe, data, pack.read_config(Path(packed)), readout=model.spec.main.readout)
+    job = _evaluation_job(source, recipe, data, read_config(Path(packed)), readout=model.spec.main.readout)
     if student.with_copies(model.spec, 1) != job.teacher.spec:
         raise UsageError(f"{packed}: was not made from a network of this shape; give the source file it was converted from")
     soft = distiller.soft_mode_at(recipe.gates, 1.0)
@@ -477,6 +480,7 @@ def evaluate_files(source: str | Path, packed: str | Path, *, data: Any = None) 
         soft_mode=soft,
         gates=recipe.gates,
         vocabulary=job.parts.vocabulary,
+        native=evaluation.load_native(Path(packed)),
     )
     report["size"] = evaluation.sizes(job.loaded.provenance["bytes"], Path(packed))
     return report

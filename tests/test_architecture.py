@@ -10,11 +10,13 @@ import rnn2bin
 ROOT = Path(rnn2bin.__file__).parent
 ORDER = [
     "errors",
+    "files",
     "signals",
     "storage",
     "spec",
     "recipe",
     "recipe_yaml",
+    "packed",
     "gates",
     "cells",
     "loaders",

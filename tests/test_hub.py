@@ -56,7 +56,7 @@ def test_auto_model_equals_the_torch_backend(tmp_path: Path, name: str, levels: 
     from transformers import AutoConfig, AutoModel
 
     out = packed(tmp_path, name, levels=levels)
-    config, model, ours = AutoConfig.from_pretrained(out), AutoModel.from_pretrained(out), rnn2bin.load(out)
+    config, model, ours = AutoConfig.from_pretrained(out), AutoModel.from_pretrained(out), rnn2bin.load(out, backend="torch")
     assert config.model_type == "rnn2bin"
     assert model.dtype == torch.float32
     x = inputs(name)
@@ -79,7 +79,7 @@ def test_save_and_load_again_changes_nothing(tmp_path: Path, name: str) -> None:
     second = AutoModel.from_pretrained(tmp_path / "saved")
     assert torch.equal(call(first, name, x).logits, call(second, name, x).logits)
     assert torch.equal(call(first, name, x).logits, call(first.from_pretrained(tmp_path / "saved"), name, x).logits)
-    y, _ = rnn2bin.load(tmp_path / "saved")(x.transpose(0, 1))
+    y, _ = rnn2bin.load(tmp_path / "saved", backend="torch")(x.transpose(0, 1))
     assert torch.equal(y.transpose(0, 1) if name == "tokens" else y, call(first, name, x).logits)
     sizes = [(tmp_path / folder / "model.safetensors").stat().st_size for folder in ("saved", name)]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.05)

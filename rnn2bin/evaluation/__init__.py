@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from rnn2bin import pack, student, tasks
+from rnn2bin import pack, runtime, student, tasks
 from rnn2bin.cells.network import Network, Output, valid_steps
 from rnn2bin.data import Part
 from rnn2bin.distill.window import run_cell
@@ -17,9 +17,12 @@ from rnn2bin.evaluation import controls as control
 from rnn2bin.evaluation.bootstrap import paired_drop
 from rnn2bin.evaluation.density import DensityCounter
 from rnn2bin.evaluation.html import Figures, Heatmap, Histogram
+from rnn2bin.evaluation.parity import NativeNetwork, parity
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize, sample
 from rnn2bin.measure import Candidate, compare
+from rnn2bin.packed import read_config
 from rnn2bin.recipe import Gates
+from rnn2bin.runtime import library, native_backend
 from rnn2bin.runtime.torch_backend import Model
 
 SCHEMA_VERSION = 1
@@ -104,15 +107,21 @@ def evaluate_parts(
     extra: dict[str, Candidate] | None = None,
     vocabulary: tuple[str, ...] | None = None,
     seed: int = 0,
+    native: native_backend.Model | None = None,
 ) -> tuple[dict[str, Any], Figures]:
-    """The measured fields of report.json, and the figures of report.html. `binary` is the packed model on the torch backend: bits."""
+    """The measured fields of report.json, and the figures of report.html. `binary` is the packed model on the torch backend: bits;
+    `native` the same files on the C runtime, compared with it step by step too (`parity`)."""
     watch = Watch(model.network, soft_mode, DensityCounter(model.network))
     # Controls need the open rates, so they run in a second pass over the same part.
     first = compare(
         task,
         part,
         Candidate(teacher, FLOAT, run_cell),
-        {"soft_student": Candidate(model.network, soft_mode, run_cell), "binary": Candidate(model.network, BINARY)},
+        {
+            "soft_student": Candidate(model.network, soft_mode, run_cell),
+            "binary": Candidate(model.network, BINARY),
+            **({"native": Candidate(cast(Network, NativeNetwork(native)), BINARY)} if native else {}),
+        },
         seen=watch.seen,
     )
     rates = {name: watch.density.open_rate(name) for name in model.network.cells()}
@@ -125,12 +134,12 @@ def evaluate_parts(
         "teacher": first["teacher"].to_dict(),
         "soft_student": first["soft_student"].to_dict(),
         "binary": first["binary"].to_dict(),
-        "native": None,
+        "native": first["native"].to_dict() if native else None,
         "drop": drop(task, first["teacher"], first["binary"]),
         "controls": {name: m.to_dict() for name, m in second.items() if name != "teacher"},
         "gates": gate_table(model.network, rates),
         "density": watch.density.result(),
-        "parity": None,
+        "parity": parity(model.network, native, part) if native else None,
         "worst": worst(task, part, first["teacher"], first["binary"], vocabulary),
     }
     return report, watch.figures(vocabulary)
@@ -203,9 +212,14 @@ def _shown(part: Part, index: int, names: tuple[str, ...] | None) -> str:
 
 
 def load_model(path: Path) -> Model:
-    from rnn2bin import runtime
+    from rnn2bin.runtime import torch_backend
 
-    return runtime.load(path)
+    return torch_backend.load(path)
+
+
+def load_native(path: Path) -> native_backend.Model | None:
+    """The packed model on the C runtime; None where that was not built, or leaves the network to torch."""
+    return native_backend.load(path) if library.library() and runtime.native_runs(read_config(path)) else None
 
 
 def sizes(source_bytes: int, folder: Path) -> dict[str, int]:

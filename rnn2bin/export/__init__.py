@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rnn2bin import runtime
 from rnn2bin.errors import ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from rnn2bin.runtime import torch_backend
 
 SUFFIXES = {"onnx": (".onnx",), "torch": (".pt", ".safetensors")}
 
@@ -23,7 +26,7 @@ def export(path: str | Path, *, to: str, out: str | Path | None = None) -> dict[
     target = Path(out) if out else Path(f"{Path(path).resolve().name}{SUFFIXES[to][0]}")
     if target.suffix not in SUFFIXES[to] or target.exists():
         raise UsageError(f"{target}: give a new file ending in {' or '.join(SUFFIXES[to])}")
-    model = runtime.load(path)
+    model = cast("torch_backend.Model", runtime.load(path, backend="torch"))
     if to == "onnx":
         from rnn2bin.export import onnx_file as writer
     else:

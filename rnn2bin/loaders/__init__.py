@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from rnn2bin import spec as spec_module
 from rnn2bin.errors import ResourceError, UnsupportedError, UsageError
+from rnn2bin.files import READ_NOW, fingerprint, regular_file
 from rnn2bin.loaders import huggingface, keras_file, npz, onnx_file, pytorch, recognise, safetensors_file, tensorflow_graph
 from rnn2bin.loaders.assemble import Assembly, build, leftovers
-from rnn2bin.loaders.common import READ_NOW, fingerprint, regular_file
 from rnn2bin.loaders.render import parts, source_yaml, spec_parts, text
 from rnn2bin.recipe import Source
 from rnn2bin.spec import RnnSpec

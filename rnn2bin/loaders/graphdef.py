@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rnn2bin.errors import UnsafeError, UnsupportedError
-from rnn2bin.loaders.common import EXPANSION, FREE_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+# What a graph may hold for its size: constants may be given as one number for all.
+EXPANSION = 100
+FREE_BYTES = 256 * 2**20
 MOST_NODES = 200_000
 MOST_AXES = 16
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5

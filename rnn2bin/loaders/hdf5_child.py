@@ -156,9 +156,7 @@ class _Reader:
         if dataset.external:
             raise RefusedError("unsafe", f"{where}: its numbers stand in another file; refused, nothing else was opened")
         if dataset.dtype.kind not in "fiu" or dataset.dtype.itemsize > 8 or dataset.shape is None:
-            raise RefusedError(
-                "unsupported", f"{where}: holds {dataset.dtype}, not plain numbers (references, texts and records are not read)"
-            )
+            raise RefusedError("unsupported", f"{where}: holds {dataset.dtype}, not plain numbers (references, texts and records are not read)")
         claimed, stored = math.prod(dataset.shape) * dataset.dtype.itemsize, dataset.id.get_storage_size()
         plain = dataset.chunks is None
         if claimed > self.left or (plain and claimed > stored) or (claimed and not stored):

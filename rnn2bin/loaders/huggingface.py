@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rnn2bin.errors import UnsafeError, UnsupportedError
+from rnn2bin.files import READ_NOW, json_file, regular_file
 from rnn2bin.loaders import pytorch, safetensors_file
-from rnn2bin.loaders.common import READ_NOW, json_file, regular_file
 
 if TYPE_CHECKING:
     import torch

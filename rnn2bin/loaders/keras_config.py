@@ -149,9 +149,7 @@ def model(entry: Any, depth: int = 0) -> Model:
     if depth > MOST_NESTED:
         raise UnsupportedError(f"models nested more than {MOST_NESTED} deep")
     if kind not in MODELS:
-        raise UnsupportedError(
-            f"a model of class {kind!r}: code of its own, which is not in the file; Sequential and functional models are read"
-        )
+        raise UnsupportedError(f"a model of class {kind!r}: code of its own, which is not in the file; Sequential and functional models are read")
     entries = config if isinstance(config, list) else _get(config, "layers", (list,))
     if len(entries) > MOST_LAYERS:
         raise UnsupportedError(f"{len(entries)} layers; up to {MOST_LAYERS} are read")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from rnn2bin.errors import UnsupportedError
 from rnn2bin.loaders import keras_recurrent
 from rnn2bin.loaders.graph import GraphBuilder
 from rnn2bin.loaders.keras_config import Layer
@@ -93,9 +94,7 @@ def call(ctx: Context, layer: Layer, inputs: list[Value]) -> list[Value]:
     if layer.config.get("data_format") not in (None, "channels_last"):
         raise layer.refuse(f"data_format {layer.config['data_format']!r}; channels_last is read")
     if any(value.tokens for value in inputs) and layer.kind not in ("Embedding", "ops.NotEqual"):
-        inputs = [
-            replace(value, name=ctx.g.add("Cast", value.name, to="float32"), tokens=False) if value.tokens else value for value in inputs
-        ]
+        inputs = [replace(value, name=ctx.g.add("Cast", value.name, to="float32"), tokens=False) if value.tokens else value for value in inputs]
     outputs = handler(ctx, layer, inputs)
     if layer.kind in PASS_MASKS and inputs[0].mask:
         outputs = [replace(value, mask=inputs[0].mask) for value in outputs]
@@ -168,16 +167,7 @@ def _activation(ctx: Context, layer: Layer, x: Value) -> Value:
     return replace(x, name=activated(ctx, layer, x.name, layer.text("activation", "linear")))
 
 
-@layer_kind(
-    "Dropout",
-    "SpatialDropout1D",
-    "SpatialDropout2D",
-    "GaussianNoise",
-    "GaussianDropout",
-    "AlphaDropout",
-    "ActivityRegularization",
-    "Identity",
-)
+@layer_kind("Dropout", "SpatialDropout1D", "SpatialDropout2D", "GaussianNoise", "GaussianDropout", "AlphaDropout", "ActivityRegularization", "Identity")
 def _identity(ctx: Context, layer: Layer, x: Value) -> Value:
     return x
 
@@ -529,9 +519,7 @@ def _merge(ctx: Context, layer: Layer, inputs: list[Value]) -> list[Value]:
         raise layer.refuse("joins values of different ranks")
     if layer.kind in ("Maximum", "Minimum") and any(value.mask for value in inputs):
         raise layer.refuse("compares masked values")
-    op = {"Add": "Add", "Average": "Add", "Subtract": "Sub", "Multiply": "Mul", "Maximum": "Max", "Minimum": "Min"}[
-        layer.kind.removeprefix("ops.")
-    ]
+    op = {"Add": "Add", "Average": "Add", "Subtract": "Sub", "Multiply": "Mul", "Maximum": "Max", "Minimum": "Min"}[layer.kind.removeprefix("ops.")]
     y = inputs[0].name
     for value in inputs[1:]:
         y = ctx.g.add(op, y, value.name)

@@ -266,9 +266,7 @@ def _units(layer: Layer, gates: int) -> int:
     units = recurrent.shape[0] if recurrent.ndim == 2 else 0
     fits = kernel.ndim == 2 and recurrent.shape == (units, gates * units) and kernel.shape[1] == gates * units and 0 not in kernel.shape
     if not fits or units == 0 or layer.whole("units", units) != units:
-        raise layer.refuse(
-            f"weights of shapes {kernel.shape} and {recurrent.shape}, which are not those of {layer.get('units', 'its')} units"
-        )
+        raise layer.refuse(f"weights of shapes {kernel.shape} and {recurrent.shape}, which are not those of {layer.get('units', 'its')} units")
     return int(units)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from rnn2bin.errors import UnsafeError, UnsupportedError
-from rnn2bin.loaders.common import JSON_BYTES, json_object
+from rnn2bin.files import JSON_BYTES, json_object
 
 if TYPE_CHECKING:
     import torch

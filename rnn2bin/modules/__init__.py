@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from rnn2bin import pack, recipe_yaml
 from rnn2bin import spec as specs
 from rnn2bin import student as students
+from rnn2bin.packed import read_config
 from rnn2bin.cells.network import CellState, Trace, Walk, reverse, state_after, valid_steps, walk, zero_state
 from rnn2bin.cells.weights import Cell
 from rnn2bin.distill.window import run_cell
@@ -393,7 +394,7 @@ def load_module(path: str | Path, module: nn.Module) -> nn.Module:
     Raises UsageError where `path` is not a packed module or `module` does not have its layers, UnsupportedError for damaged files.
     """
     folder = Path(path)
-    config = pack.read_config(folder)
+    config = read_config(folder)
     if config.get("kind") != KIND:
         raise UsageError(f"{folder}: holds a whole network, not a module's weights; load it without module=")
     here = {name: asdict(layer) for name, layer in Cells(surgery(module)).cell_names()}

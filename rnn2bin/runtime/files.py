@@ -9,8 +9,9 @@ import torch
 
 from rnn2bin import data
 from rnn2bin.errors import DataError, UsageError
-from rnn2bin.runtime.torch_backend import Model
+from rnn2bin.runtime import native_backend, torch_backend
 
+Model = native_backend.Model | torch_backend.Model
 BATCH = 256
 
 

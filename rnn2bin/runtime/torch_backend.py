@@ -12,6 +12,7 @@ from torch import Tensor
 from rnn2bin import pack
 from rnn2bin.cells.network import Network, State
 from rnn2bin.errors import UnsupportedError, UsageError
+from rnn2bin.packed import read_config
 from rnn2bin.spec import RnnSpec
 
 
@@ -98,5 +99,5 @@ def check_input(x: Tensor, spec: RnnSpec) -> None:
 
 def load(path: Path, *, device: str = "cpu") -> Model:
     """Raises UnsupportedError with every reason where config and weights do not fit."""
-    config = pack.read_config(path)
+    config = read_config(path)
     return Model(pack.read_network(path, config).to(device), config)

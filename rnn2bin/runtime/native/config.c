@@ -1,0 +1,229 @@
+#define _POSIX_C_SOURCE 200809L
+#include "config.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "error.h"
+#include "json.h"
+
+enum { MOST_CONFIG = 64 << 20 };
+
+static const char *const CELLS[] = {"lstm", "gru", "gru_reset_before"};
+static const char *const READOUTS[] = {"all", "last", "final", "mean", "max"};
+static const char *const ACTIVATIONS[] = {"none", "relu", "tanh", "sigmoid", "softmax", "log_softmax", "l2", "relu_l2"};
+static const char *const GATES[][MOST_GATES] = {{"i", "f", "o"}, {"r", "z"}, {"r", "z"}};
+static const char *const DIRECTIONS[] = {"fwd", "bwd"};
+
+#define COUNT(names) (int)(sizeof(names) / sizeof((names)[0]))
+
+const char *gate_name(cell_kind cell, int gate) { return GATES[cell][gate]; }
+
+static int one_of(const json *value, const char *const *names, int count, int *found) {
+  for (*found = 0; *found < count; ++*found)
+    if (json_is(value, names[*found])) return 0;
+  return -1;
+}
+
+/* A member that is a whole number within bounds. */
+static int size_of(const json *object, const char *name, int64_t least, int64_t most, int *size, const char *where) {
+  int64_t value;
+  if (!json_integer(json_get(object, name), &value) || value < least || value > most)
+    return fail("config.json: %s: %s must be a whole number from %lld to %lld", where, name, (long long)least, (long long)most);
+  *size = (int)value;
+  return 0;
+}
+
+static bool is_zero(const json *number) {
+  for (size_t k = 0; k < number->length; k++)
+    if (number->text[k] >= '1' && number->text[k] <= '9') return false;
+  return true;
+}
+
+static int read_layer(const json *found, layer_config *layer, const char *where) {
+  int cell;
+  const json *phi = json_get(found, "activation"), *hard = json_get(found, "hard_sigmoid");
+  if (phi && !json_is(phi, "tanh")) return fail("config.json: %s: cells with another activation than tanh run on the torch backend", where);
+  layer->hard_sigmoid = hard && !(hard->kind == JSON_NUMBER && is_zero(hard));
+  if (one_of(json_get(found, "cell"), CELLS, COUNT(CELLS), &cell)) return fail("config.json: %s: unknown cell; update rnn2bin", where);
+  layer->cell = (cell_kind)cell;
+  layer->copies = 1; /* directories from before there were copies do not say so */
+  if (size_of(found, "input_size", 1, MOST_SIZE, &layer->input, where) ||
+      size_of(found, "hidden_size", 1, MOST_SIZE, &layer->hidden, where) ||
+      size_of(found, "directions", 1, 2, &layer->directions, where) ||
+      size_of(found, "proj_size", 0, MOST_SIZE, &layer->projection, where) ||
+      (json_get(found, "copies") && size_of(found, "copies", 1, MOST_COPIES, &layer->copies, where)))
+    return -1;
+  if (layer->projection && layer->cell != CELL_LSTM) return fail("config.json: %s: only an LSTM has a projection", where);
+  layer->gates = layer->cell == CELL_LSTM ? 3 : 2;
+  layer->recurrent = layer->projection ? layer->projection : layer->hidden;
+  layer->width = layer->copies * layer->hidden;
+  return 0;
+}
+
+static int read_linear(const json *found, linear_config *linear, const char *where) {
+  int kind;
+  const json *bias = json_get(found, "bias");
+  if (size_of(found, "in_features", 1, MOST_SIZE, &linear->in, where) || size_of(found, "out_features", 1, MOST_SIZE, &linear->out, where))
+    return -1;
+  if (!bias || (bias->kind != JSON_TRUE && bias->kind != JSON_FALSE)) return fail("config.json: %s: bias must be true or false", where);
+  linear->bias = bias->kind == JSON_TRUE;
+  if (one_of(json_get(found, "activation"), ACTIVATIONS, COUNT(ACTIVATIONS), &kind))
+    return fail("config.json: %s: unknown activation; update rnn2bin", where);
+  linear->activation = (activation)kind;
+  return 0;
+}
+
+static int read_embedding(const json *found, section_config *section) {
+  const json *one_hot = json_get(found, "one_hot");
+  if (found->kind == JSON_NULL) return 0;
+  if (size_of(found, "num_embeddings", 1, MOST_SIZE, &section->vocabulary, section->name) ||
+      size_of(found, "embedding_dim", 1, MOST_SIZE, &section->embedding, section->name))
+    return -1;
+  if (!one_hot || (one_hot->kind != JSON_TRUE && one_hot->kind != JSON_FALSE))
+    return fail("config.json: %s: one_hot must be true or false", section->name);
+  if (one_hot->kind == JSON_FALSE) return 0;
+  if (section->embedding != section->vocabulary) return fail("config.json: %s: one-hot vectors are as wide as the vocabulary", section->name);
+  section->embedding = 0;
+  return 0;
+}
+
+/* Parts must join: each reads what the one before it writes. */
+static int check_widths(const section_config *section) {
+  int width = section->vocabulary ? (section->embedding ? section->embedding : section->vocabulary) : section->layer[0].input;
+  for (int k = 0; k < section->layers; k++) {
+    const layer_config *layer = &section->layer[k];
+    if (layer->input != width) return fail("config.json: %s.layers.%d reads %d values but receives %d", section->name, k, layer->input, width);
+    width = layer->directions * layer->recurrent;
+  }
+  for (int k = 0; k < section->linears; k++) {
+    const linear_config *linear = &section->linear[k];
+    if (linear->in != width) return fail("config.json: %s.head.%d reads %d values but receives %d", section->name, k, linear->in, width);
+    width = linear->out;
+  }
+  return 0;
+}
+
+static int read_gates(const json *gates, section_config *section) {
+  char name[48];
+  for (int k = 0; k < section->layers; k++) {
+    layer_config *layer = &section->layer[k];
+    for (int d = 0; d < layer->directions; d++) {
+      snprintf(name, sizeof name, "%s.layers.%d.%s", section->name, k, DIRECTIONS[d]);
+      const json *cell = json_get(gates, name);
+      for (int g = 0; g < layer->gates; g++) {
+        const json *gate = json_get(cell, gate_name(layer->cell, g));
+        layer->binary[d][g] = json_is(gate, "binary");
+        if (!layer->binary[d][g] && !json_is(gate, "soft")) return fail("config.json: gates of %s must be binary or soft", name);
+        if (!layer->binary[d][g] && layer->hard_sigmoid)
+          return fail("config.json: %s: soft gates that are hard sigmoids run on the torch backend", name);
+      }
+    }
+  }
+  return 0;
+}
+
+static int read_section(const json *found, section_config *section) {
+  const json *layers = json_get(found, "layers"), *head = json_get(found, "head"), *embedding = json_get(found, "embedding");
+  const json *graph = json_get(found, "graph");
+  char where[32];
+  int kind;
+  if (!layers || layers->kind != JSON_ARRAY || layers->count < 1 || layers->count > MOST_LAYERS)
+    return fail("config.json: %s: wanted 1 to %d layers", section->name, MOST_LAYERS);
+  if (!head || head->kind != JSON_ARRAY || head->count > MOST_LINEAR)
+    return fail("config.json: %s: wanted a head of at most %d linear layers", section->name, MOST_LINEAR);
+  if (!embedding) return fail("config.json: %s: embedding is missing", section->name);
+  if (graph && graph->kind != JSON_NULL)
+    return fail("config.json: %s: networks with parts around their layers run on the torch backend", section->name);
+  for (const json *layer = layers->child; layer; layer = layer->next) {
+    snprintf(where, sizeof where, "%s.layers.%d", section->name, section->layers);
+    if (read_layer(layer, &section->layer[section->layers++], where)) return -1;
+  }
+  for (const json *linear = head->child; linear; linear = linear->next) {
+    snprintf(where, sizeof where, "%s.head.%d", section->name, section->linears);
+    if (read_linear(linear, &section->linear[section->linears++], where)) return -1;
+  }
+  if (read_embedding(embedding, section)) return -1;
+  if (one_of(json_get(found, "readout"), READOUTS, COUNT(READOUTS), &kind))
+    return fail("config.json: %s: unknown readout; update rnn2bin", section->name);
+  section->readout = (readout)kind;
+  return check_widths(section);
+}
+
+/* The encoder's last states start the decoder; a decoder reads the tokens it writes. */
+static int read_decoder(const json *decode, network_config *config) {
+  const section_config *encoder = &config->section[0], *decoder = &config->section[1];
+  int start, end, longest;
+  if (!decoder->vocabulary) return fail("config.json: decoder: needs an embedding, or one-hot tokens");
+  int outputs = decoder->linears ? decoder->linear[decoder->linears - 1].out
+                                 : decoder->layer[decoder->layers - 1].directions * decoder->layer[decoder->layers - 1].recurrent;
+  if (decoder->readout != READ_ALL || outputs > decoder->vocabulary)
+    return fail("config.json: decoder: must give a score for each of its tokens, at every step");
+  if (size_of(decode, "start", 0, decoder->vocabulary - 1, &start, "decode") ||
+      size_of(decode, "end", 0, decoder->vocabulary - 1, &end, "decode") || size_of(decode, "max_length", 1, MOST_SIZE, &longest, "decode"))
+    return -1;
+  config->start = start;
+  config->end = end;
+  config->max_length = longest;
+  bool same = encoder->layers == decoder->layers;
+  for (int k = 0; same && k < encoder->layers; k++) {
+    const layer_config *a = &encoder->layer[k], *b = &decoder->layer[k];
+    same = a->cell == b->cell && a->width == b->width && a->hidden == b->hidden && a->recurrent == b->recurrent && a->directions == b->directions;
+  }
+  return same ? 0 : fail("config.json: decoder: its layers must have the cells and sizes of the encoder's");
+}
+
+static int read_network(const json *root, network_config *config) {
+  int64_t version;
+  const json *spec = json_get(root, "spec"), *sections = json_get(spec, "sections"), *decode = json_get(spec, "decode");
+  if (!json_is(json_get(root, "model_type"), "rnn2bin")) return fail("config.json: not an rnn2bin model");
+  if (!json_integer(json_get(root, "format_version"), &version) || version < 1) return fail("config.json: format_version is missing");
+  if (version > FORMAT_VERSION)
+    return fail("config.json: format version %lld; this runtime reads up to %d: update it", (long long)version, FORMAT_VERSION);
+  config->learned = json_is(json_get(root, "levels"), "learned");
+  if (!config->learned && !json_is(json_get(root, "levels"), "strict")) return fail("config.json: levels must be learned or strict");
+  if (!decode) return fail("config.json: spec.decode is missing");
+  config->sections = decode->kind == JSON_NULL ? 1 : 2;
+  if (!sections || sections->count != config->sections) return fail("config.json: spec.sections does not fit spec.decode");
+  for (int k = 0; k < config->sections; k++) {
+    section_config *section = &config->section[k];
+    strcpy(section->name, config->sections == 1 ? "main" : k ? "decoder" : "encoder");
+    const json *found = json_get(sections, section->name);
+    if (!found) return fail("config.json: section %s is missing", section->name);
+    if (read_section(found, section) || read_gates(json_get(root, "gates"), section)) return -1;
+  }
+  return config->sections == 2 ? read_decoder(decode, config) : 0;
+}
+
+static char *read_text(const char *path, size_t *length) {
+  FILE *stream = fopen(path, "rb");
+  char *text = NULL;
+  if (!stream) return fail("%s: not a packed directory: no such file", path), NULL;
+  long size = fseek(stream, 0, SEEK_END) ? -1 : ftell(stream);
+  if (size < 0 || size > MOST_CONFIG || fseek(stream, 0, SEEK_SET))
+    fail("%s: not readable, or larger than %d bytes", path, MOST_CONFIG);
+  else if (!(text = malloc((size_t)size + 1)))
+    fail("out of memory");
+  else
+    *length = fread(text, 1, (size_t)size, stream);
+  fclose(stream);
+  return text;
+}
+
+int config_read(const char *path, network_config *config) {
+  size_t length = 0;
+  json_document document;
+  char *text = read_text(path, &length);
+  if (!text) return -1;
+  *config = (network_config){0};
+  int failed = json_parse(text, length, &document);
+  if (failed) {
+    fail("%s: not readable JSON: %s", path, document.error);
+  } else {
+    failed = read_network(document.root, config);
+    json_free(&document);
+  }
+  free(text);
+  return failed;
+}

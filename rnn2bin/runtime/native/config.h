@@ -1,0 +1,48 @@
+/* What config.json says: the network as plain sizes. Mirrors rnn2bin/spec.py; every value is checked. */
+#ifndef RNN2BIN_CONFIG_H
+#define RNN2BIN_CONFIG_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+enum { FORMAT_VERSION = 1, MOST_LAYERS = 64, MOST_LINEAR = 16, MOST_GATES = 3, MOST_SIZE = 1 << 20, MOST_COPIES = 64 };
+
+typedef enum { CELL_LSTM, CELL_GRU, CELL_GRU_RESET_BEFORE } cell_kind;
+typedef enum { READ_ALL, READ_LAST, READ_FINAL, READ_MEAN, READ_MAX } readout;
+typedef enum { ACT_NONE, ACT_RELU, ACT_TANH, ACT_SIGMOID, ACT_SOFTMAX, ACT_LOG_SOFTMAX, ACT_L2, ACT_RELU_L2 } activation;
+
+typedef struct {
+  cell_kind cell;
+  int input, hidden, directions, projection, copies; /* projection 0: none */
+  int gates, recurrent, width;                       /* recurrent: what others read of one direction; width = copies * hidden */
+  bool hard_sigmoid; /* float gates are; a bit is the same */
+  bool binary[2][MOST_GATES];                        /* [direction][gate] */
+} layer_config;
+
+typedef struct {
+  int in, out;
+  bool bias;
+  activation activation;
+} linear_config;
+
+typedef struct {
+  char name[8];
+  int vocabulary, embedding; /* vocabulary 0: floats; embedding 0: one-hot tokens */
+  readout readout;
+  int layers, linears;
+  layer_config layer[MOST_LAYERS];
+  linear_config linear[MOST_LINEAR];
+} section_config;
+
+typedef struct {
+  int sections; /* 1: main; 2: encoder, decoder */
+  section_config section[2];
+  bool learned; /* levels: learned, or strict */
+  int64_t start, end, max_length;
+} network_config;
+
+/* 0, or -1 with the reason in r2b_last_error(). */
+int config_read(const char *path, network_config *config);
+const char *gate_name(cell_kind cell, int gate);
+
+#endif

@@ -1,0 +1,104 @@
+/* A model in memory: weights in the kernels' layouts. Nothing here changes after r2b_open. */
+#ifndef RNN2BIN_INTERNAL_H
+#define RNN2BIN_INTERNAL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "config.h"
+#include "rnn2bin.h"
+
+enum {
+  TALL = 128,     /* rows of a tile: of each active column that much lies together */
+  SHORT = 16,     /* tall matrices are padded to whole sixteens; tiles shrink by halves down to it */
+  GROUP = 8,      /* units that elementwise work takes together */
+  AHEAD = 16,     /* active columns fetched in advance */
+  STRIP = 16,     /* columns that a row is padded to */
+  SLACK = 16,     /* places of a list beyond its end that may be read and written */
+  ALIGNMENT = 64,
+};
+
+/* fp16 weights (wanted, cols) in tiles [rows / height][cols][height]: all rows of a choice of columns. */
+typedef struct {
+  int rows, wanted, cols; /* rows padded; those that there are */
+  uint16_t *weights;
+} matrix;
+
+/* The same weights row by row (rows, stride): all columns of a choice of rows. */
+typedef struct {
+  int cols, stride; /* stride: padded columns */
+  uint16_t *weights;
+} row_matrix;
+
+/* Bytes of weights, 128 added, in tiles [cols][2 blocks][64 rows]. */
+typedef struct {
+  int cols, tiles;
+  uint8_t *bytes;
+} byte_matrix;
+
+/* What says the signs of gate rows: kernels/screen.h. Row r's weights are scale[r] * (256 high + low); a block is 64 rows of one plane. */
+typedef struct {
+  int planes;              /* 0: gates are not screened; 1: high; 2: high and low, one block of rows after the other */
+  bool keeps;              /* sums are kept from step to step */
+  int blocks, room;        /* blocks of rows; 64 * blocks */
+  byte_matrix bytes;
+  float *scale;            /* (room) */
+  float *half, *error;     /* largest error of a weight, 2-norm of a row's errors */
+  float *norm;             /* 2-norm of a row */
+} screen;
+
+/* One direction of one layer. Vectors over copies are `width` long, unit j of copy k at k * hidden + j. */
+typedef struct {
+  const layer_config *layer;
+  const bool *binary;
+  int inputs;                   /* input columns of the matrices: 0 where the table stands for them */
+  int gate_rows, candidate_rows; /* padded */
+  matrix gates, candidate, projection;
+  row_matrix candidate_by_row, gates_by_row; /* gates_by_row where they are screened */
+  screen screen;
+  float *gate_bias, *lo, *hi; /* (G, width) */
+  float *bias, *bias_hh;      /* (H); bias_hh NULL but for a reset-after GRU */
+  float *table;               /* (V, gate_rows + candidate_rows): W * embedding, or NULL */
+} cell;
+
+typedef struct {
+  matrix weight;
+  float *bias; /* padded rows */
+} linear;
+
+typedef struct {
+  const section_config *config;
+  const uint16_t *embedding; /* (V, E), or NULL; owned */
+  cell cells[MOST_LAYERS][2];
+  linear linears[MOST_LINEAR];
+  int output;
+} section;
+
+struct kernels;
+
+struct r2b_model {
+  network_config config;
+  section sections[2];
+  const struct kernels *kernels;
+  int compute;
+  float *zeros; /* as long as the longest row of products */
+  int longest;  /* of products: gate_rows + candidate_rows, padded rows of linear layers */
+  int widest;   /* of what one part hands to the next */
+  int most_columns, most_hidden, most_width, most_gates;
+  void **owned; /* all allocations */
+  size_t owned_count, owned_room;
+};
+
+/* 64-byte aligned, zeroed, freed with the model; NULL when memory is out. */
+void *model_allocate(r2b_model *model, size_t bytes);
+
+static inline int padded(int n, int to) { return (n + to - 1) / to * to; }
+
+/* Height of a tile with so many rows left. */
+static inline int tile_rows(int left) {
+  int height = TALL;
+  while (height > left) height /= 2;
+  return height;
+}
+
+#endif

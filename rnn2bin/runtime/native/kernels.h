@@ -1,0 +1,70 @@
+/* What one instruction set offers. The bodies are in kernels/, compiled once for each. */
+#ifndef RNN2BIN_KERNELS_H
+#define RNN2BIN_KERNELS_H
+
+#include "internal.h"
+
+/* Active columns, ascending: the input's first, then the recurrent ones. SLACK more places can be written. */
+typedef struct {
+  int32_t *index;
+  float *value;
+  int inputs, total;
+} columns;
+
+/* What screening works on: the columns it reads with their digits, and of a GRU what it keeps from step to step. */
+typedef struct {
+  int32_t *index;
+  int8_t *high, *low;  /* (columns): digits of each */
+  int32_t *units;      /* (columns) */
+  int32_t *sums;       /* [tiles][2 blocks][2 digits][64] */
+  int32_t *before;     /* (columns): the values whose products are in `sums` */
+  float *changed, *found; /* (columns), (columns or G * H) */
+} screen_row;
+
+/* One sequence's step of one cell. */
+typedef struct {
+  columns active;    /* the input's are listed already; the kernel adds the recurrent ones */
+  int gates_from;    /* columns before this one are in `gates_base` already */
+  const float *gates_base, *candidate_base; /* (gate_rows), (candidate_rows): the input's share so far, or zeros */
+  float *h, *c;      /* the state, updated; c only of an LSTM */
+  float *read;       /* (R): what others read of h, before the step and after it */
+  float *products;   /* (gate_rows): written */
+  screen_row screen; /* where the cell is screened */
+} step_row;
+
+/* Scratch of one thread, and what it counted. */
+typedef struct {
+  float *gates;     /* (G, width) */
+  float *candidate; /* (H) */
+  float *recurrent; /* (H) */
+  float *spare;     /* (width) */
+  int32_t *open;    /* (2, H) */
+  int32_t *groups;  /* (H / GROUP) */
+  int32_t *wanted;  /* (G * H) */
+  float *margin;    /* (3, G * H) */
+  float *dense;     /* (columns): what the active ones are a list of */
+  columns active;
+  const float *zeros;
+  r2b_counters *counters;
+} scratch;
+
+/* One row of a product: out = init + W[:, active] * values, over the active columns `from` to `to`. */
+typedef struct {
+  columns *active;
+  int from, to;
+  const float *init;
+  float *out;
+} product_row;
+
+typedef struct kernels {
+  const char *name;
+  int (*list)(const float *values, int n, int offset, int32_t *index, float *value); /* non-zero values; how many */
+  void (*product)(const matrix *m, const product_row *rows, int count, r2b_counters *counters);
+  void (*step[3])(const cell *cell, step_row *rows, product_row *products, int count, scratch *work); /* by cell_kind */
+  void (*activate)(activation kind, float *y, int n);
+  int screens; /* whether gates can be screened in integers */
+} kernels;
+
+const kernels *kernels_choose(void);
+
+#endif

@@ -1,0 +1,4 @@
+#define NAME(x) r2b_avx2_##x
+#define ISA "avx2"
+#define VECTORS "vec_avx2.h"
+#include "body.h"

@@ -1,0 +1,72 @@
+/* Elementwise functions as plain loops: compilers turn them into vectors. Errors are those of float arithmetic, a few units in the last
+ * place (tests/test_runtime_native.py holds the bound). */
+
+INLINE float bits_to_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+INLINE uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof x);
+  return bits;
+}
+
+/* e^x = 2^n e^r with |r| <= ln 2 / 2; the polynomial is Cephes' expf (Moshier). NaN stays NaN. */
+INLINE float exp_of(float x) {
+  x = x > 88.0f ? 88.0f : x;
+  x = x < -87.0f ? -87.0f : x;
+  float shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the whole part stands in the lowest bits */
+  float n = shifted - 12582912.0f;
+  float r = x - n * 0.693359375f;
+  r += n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * bits_to_float((float_to_bits(shifted) - 0x4b400000u + 127u) << 23);
+}
+
+INLINE float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
+
+/* Cephes' tanhf: a polynomial near zero, where 1 - 2 / (e^2x + 1) loses its digits. */
+INLINE float tanh_of(float x) {
+  float a = fabsf(x), s = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * s + 2.06390887954e-2f;
+  p = p * s - 5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s - 3.33332819422e-1f;
+  float near = p * s * x + x;
+  float far = copysignf(1.0f - 2.0f / (exp_of(2.0f * a) + 1.0f), x);
+  return a > 0.625f ? far : near;
+}
+
+static void normalize(float *y, int n) {
+  float sum = 0.0f;
+  for (int j = 0; j < n; j++) sum += y[j] * y[j];
+  float length = sqrtf(sum) > 1e-12f ? sqrtf(sum) : 1e-12f;
+  for (int j = 0; j < n; j++) y[j] /= length;
+}
+
+static void softmax(float *y, int n, int logarithm) {
+  float most = y[0], sum = 0.0f;
+  for (int j = 1; j < n; j++) most = y[j] > most ? y[j] : most;
+  for (int j = 0; j < n; j++) sum += exp_of(y[j] - most);
+  float shift = most + logf(sum);
+  for (int j = 0; j < n; j++) y[j] = logarithm ? y[j] - shift : exp_of(y[j] - most) / sum;
+}
+
+static void activate(activation kind, float *y, int n) {
+  if (kind == ACT_RELU || kind == ACT_RELU_L2)
+    for (int j = 0; j < n; j++) y[j] = y[j] < 0.0f ? 0.0f : y[j];
+  if (kind == ACT_TANH)
+    for (int j = 0; j < n; j++) y[j] = tanh_of(y[j]);
+  if (kind == ACT_SIGMOID)
+    for (int j = 0; j < n; j++) y[j] = sigmoid_of(y[j]);
+  if (kind == ACT_SOFTMAX || kind == ACT_LOG_SOFTMAX) softmax(y, n, kind == ACT_LOG_SOFTMAX);
+  if (kind == ACT_L2 || kind == ACT_RELU_L2) normalize(y, n);
+}

@@ -1,0 +1,85 @@
+/* GRU in both reset forms, as cells/gru.py. Units that keep their state (z = 1) are not touched at all. */
+
+/* update (H): units of which a copy is overwritten; reads (H): those of which an overwritten copy reads its recurrent row too. */
+static void gru_open(const cell *cell, const float *products, int32_t *update, int32_t *reads) {
+  int hidden = cell->layer->hidden, width = cell->layer->width, r_soft = !cell->binary[0], z_soft = !cell->binary[1];
+  const float *r = products, *z = products + hidden;
+  memset(update, 0, (size_t)hidden * sizeof *update);
+  memset(reads, 0, (size_t)hidden * sizeof *reads);
+  for (int k = 0; k < width; k += hidden) {
+    const float *r_bias = cell->gate_bias + k, *z_bias = cell->gate_bias + width + k;
+    for (int j = 0; j < hidden; j++) {
+      int overwritten = z_soft | !(z[j] + z_bias[j] > 0.0f), open = r_soft | (r[j] + r_bias[j] > 0.0f);
+      update[j] |= overwritten;
+      reads[j] |= overwritten & open;
+    }
+  }
+}
+
+/* n and the new state of one group of units. `inner` (H) is multiplied by r: the recurrent product, or zeros where r came before it. */
+INLINE void gru_update(const cell *cell, const float *r, const float *z, const float *n, const float *inner, float *h, float *read, int first,
+                       int count) {
+  const layer_config *layer = cell->layer;
+  float sum[GROUP] = {0};
+  for (int k = 0; k < layer->width; k += layer->hidden) {
+    for (int j = 0; j < count; j++) {
+      int at = k + first + j;
+      float candidate = tanh_of(n[first + j] + cell->bias[first + j] + r[at] * inner[first + j]);
+      h[at] = z[at] * h[at] + (1.0f - z[at]) * candidate;
+      sum[j] += h[at];
+    }
+  }
+  for (int j = 0; j < count; j++) read[first + j] = sum[j] / (float)layer->copies;
+}
+
+/* The recurrent half of the candidate, after the product: rows of closed reset gates stay what they were, and are multiplied by 0. */
+static const float *reset_after(const cell *cell, step_row *row, const int32_t *reads, scratch *work) {
+  float *inner = work->recurrent;
+  product_row one = {&row->active, row->active.inputs, row->active.total, cell->bias_hh, inner};
+  candidate_product(cell, reads, &one, work);
+  return inner;
+}
+
+/* r times h before the product: its active columns, as offsets behind the input's. */
+static void reset_before(const cell *cell, const step_row *row, const float *r, scratch *work) {
+  const layer_config *layer = cell->layer;
+  float *read = work->spare;
+  for (int j = 0; j < layer->hidden; j++) read[j] = 0.0f;
+  for (int k = 0; k < layer->width; k += layer->hidden)
+    for (int j = 0; j < layer->hidden; j++) read[j] += r[k + j] * row->h[k + j];
+  for (int j = 0; j < layer->hidden; j++) read[j] /= (float)layer->copies;
+  work->active.total = list(read, layer->hidden, cell->inputs, work->active.index, work->active.value);
+}
+
+static void gru_finish(const cell *cell, step_row *row, scratch *work) {
+  const layer_config *layer = cell->layer;
+  int32_t *update = work->open, *reads = work->open + cell->candidate_rows;
+  float *r = work->gates, *z = r + layer->width, *n = work->candidate;
+  const float *inner = work->zeros;
+  gate(cell, 0, row->products, r);
+  gate(cell, 1, row->products, z);
+  gru_open(cell, row->products, update, reads);
+  if (layer->cell == CELL_GRU)
+    inner = reset_after(cell, row, reads, work);
+  else
+    reset_before(cell, row, r, work);
+  int count = open_groups(update, cell->candidate_rows, work->groups);
+  product_row input = {&row->active, 0, row->active.inputs, row->candidate_base, n};
+  candidate_product(cell, update, &input, work);
+  if (layer->cell == CELL_GRU_RESET_BEFORE) {
+    product_row recurrent = {&work->active, 0, work->active.total, n, n};
+    candidate_product(cell, update, &recurrent, work);
+  }
+  for (int g = 0; g < count; g++) {
+    int first = GROUP * work->groups[g];
+    if (first + GROUP <= layer->hidden)
+      gru_update(cell, r, z, n, inner, row->h, row->read, first, GROUP);
+    else
+      gru_update(cell, r, z, n, inner, row->h, row->read, first, layer->hidden - first);
+  }
+}
+
+static void gru(const cell *cell, step_row *rows, product_row *products, int count, scratch *work) {
+  gate_products(cell, rows, products, count, work);
+  for (int b = 0; b < count; b++) gru_finish(cell, &rows[b], work);
+}

@@ -1,0 +1,227 @@
+/* Signs of binary gates from integers, with a bound that holds: the bits are those of the fp16 product.
+ *
+ * Weights of a row are scale * (256 high + low) in two planes of bytes, values step * (128 high + low) in two digits; sums of their products
+ * are exact in int32. What the rounding of weights and values and the float32 sums of the fp16 product can amount to is bounded by norms
+ * (Cauchy–Schwarz, or half a unit times the 1-norm). A row whose distance to every threshold is larger is certain; the others are read in
+ * 16 bits, and where even the order of float32 additions could matter, by the fp16 product itself.
+ *
+ * An LSTM reads the columns that are active now, in the high plane where that decides most rows, else in both. A GRU keeps its sums and adds
+ * only columns that have changed, in both planes: integers do not drift. */
+
+enum { DIGIT = 128, LARGEST = 8128 }; /* of a value, so that the difference of two still has two digits of eight bits */
+
+/* What the bound needs to know of the values. */
+typedef struct {
+  float step;         /* of one unit */
+  float one, two;     /* 1- and 2-norm */
+  float error;        /* 2-norm of what rounding left */
+  int terms;          /* of the fp16 product */
+  int count;          /* columns listed, padded to whole fours */
+  int32_t sum[2];     /* of each digit */
+} quantized;
+
+INLINE int32_t rounded(float x) { return (int32_t)(x + copysignf(0.5f, x)); }
+
+INLINE float all_of(const float *lanes) {
+  float sum = 0.0f;
+  for (int k = 0; k < 16; k++) sum += lanes[k];
+  return sum;
+}
+
+/* Norms of values and of what their rounding leaves; `units` gets the rounded ones. The arrays are readable to whole sixteens. */
+static void round_values(quantized *q, const float *restrict value, int32_t *restrict units, int count) {
+  float error[16] = {0}, two[16] = {0}, one[16] = {0}, inverse = 1.0f / q->step, step = q->step;
+  for (int k = 0; k < count; k += 16)
+    for (int j = 0; j < 16; j++) {
+      float x = k + j < count ? value[k + j] : 0.0f, inside = x * inverse;
+      inside = inside > LARGEST ? LARGEST : inside < -LARGEST ? -LARGEST : inside;
+      units[k + j] = rounded(inside);
+      float left = x - step * (float)units[k + j];
+      error[j] += left * left, two[j] += x * x, one[j] += fabsf(x);
+    }
+  q->error = sqrtf(all_of(error)), q->two = sqrtf(all_of(two)), q->one = all_of(one);
+}
+
+/* The digits of `count` listed columns, padded with zeros to whole fours. */
+static void put_digits(const screen_row *to, quantized *q, const int32_t *restrict units, int count) {
+  int32_t sum[2] = {0};
+  int8_t *restrict high = to->high, *restrict low = to->low;
+  q->count = padded(count, 4);
+  for (int k = 0; k < count; k++) {
+    int32_t upper = (units[k] + DIGIT / 2) >> 7, lower = units[k] - DIGIT * upper;
+    high[k] = (int8_t)upper, low[k] = (int8_t)lower;
+    sum[0] += upper, sum[1] += lower;
+  }
+  for (int k = count; k < q->count; k++) high[k] = low[k] = 0, to->index[k] = 0;
+  for (int k = 0; k < AHEAD; k++) to->index[q->count + k] = k < q->count ? to->index[k] : 0;
+  q->sum[0] = sum[0], q->sum[1] = sum[1];
+}
+
+/* The active columns as they are. */
+static quantized quantize_active(const screen_row *to, const columns *active, int from) {
+  int count = active->total - from;
+  quantized q = {.terms = count};
+  float most = 0.0f;
+  for (int k = from; k < active->total; k++) most = fabsf(active->value[k]) > most ? fabsf(active->value[k]) : most;
+  q.step = most > 1e-30f ? most / LARGEST : 1.0f; /* tiny values round to zero: all of them is error */
+  round_values(&q, active->value + from, to->units, count);
+  memcpy(to->index, active->index + from, (size_t)count * sizeof *to->index);
+  put_digits(to, &q, to->units, count);
+  return q;
+}
+
+/* What changed since the step before: values are in [-1, 1], what is beyond is error. */
+static quantized quantize_changed(const screen_row *to, const float *dense, int cols, int terms) {
+  quantized q = {.terms = terms, .step = 1.0f / LARGEST};
+  float *restrict changed = to->changed;
+  int32_t *restrict units = to->units, *restrict before = to->before;
+  round_values(&q, dense, units, cols);
+  for (int j = 0; j < cols; j++) changed[j] = (float)(units[j] - before[j]), before[j] = units[j];
+  int count = list(changed, cols, 0, to->index, to->found);
+  for (int k = 0; k < count; k++) units[k] = (int32_t)to->found[k];
+  put_digits(to, &q, units, count);
+  return q;
+}
+
+/* Four active columns of a block of 64 rows -> four vectors of four columns' bytes a row, in the order of rows (model.c lays them out so). */
+INLINE void interleave(const uint8_t *const column[4], int at, __m512i out[4]) {
+  __m512i a = _mm512_loadu_si512(column[0] + at), b = _mm512_loadu_si512(column[1] + at), c = _mm512_loadu_si512(column[2] + at),
+          d = _mm512_loadu_si512(column[3] + at);
+  __m512i ab = _mm512_unpacklo_epi8(a, b), cd = _mm512_unpacklo_epi8(c, d), AB = _mm512_unpackhi_epi8(a, b), CD = _mm512_unpackhi_epi8(c, d);
+  out[0] = _mm512_unpacklo_epi16(ab, cd);
+  out[1] = _mm512_unpackhi_epi16(ab, cd);
+  out[2] = _mm512_unpacklo_epi16(AB, CD);
+  out[3] = _mm512_unpackhi_epi16(AB, CD);
+}
+
+/* sums (tiles, 2 blocks, 2 digits, 64) += bytes * digits, or = where `keep` is 0. */
+static void integer_product(const byte_matrix *m, const screen_row *row, const quantized *q, int keep) {
+  for (int t = 0; t < m->tiles; t++) {
+    const uint8_t *tile = m->bytes + (size_t)t * (size_t)m->cols * 128;
+    __m512i *sums = (__m512i *)(void *)(row->sums + (size_t)t * 256), sum[2][2][4], bytes[4];
+    for (int v = 0; v < 16; v++) sum[v / 8][v / 4 % 2][v % 4] = keep ? _mm512_loadu_si512(sums + v) : _mm512_setzero_si512();
+    for (int k = 0; k < q->count; k += 4) {
+      const uint8_t *column[4];
+      __m512i high, low;
+      int32_t digits[2];
+      memcpy(digits, row->high + k, sizeof *digits);
+      memcpy(digits + 1, row->low + k, sizeof *digits);
+      high = _mm512_set1_epi32(digits[0]), low = _mm512_set1_epi32(digits[1]);
+      for (int c = 0; c < 4; c++) {
+        uintptr_t next = (uintptr_t)tile + (size_t)row->index[k + c + AHEAD] * 128 + (k + c + AHEAD < q->count ? 0 : (size_t)m->cols * 128);
+        __builtin_prefetch((const void *)next);
+        __builtin_prefetch((const void *)(next + 64));
+        column[c] = tile + (size_t)row->index[k + c] * 128;
+      }
+      for (int b = 0; b < 2; b++) {
+        interleave(column, 64 * b, bytes);
+        for (int v = 0; v < 4; v++) {
+          sum[b][0][v] = _mm512_dpbusd_epi32(sum[b][0][v], bytes[v], high);
+          sum[b][1][v] = _mm512_dpbusd_epi32(sum[b][1][v], bytes[v], low);
+        }
+      }
+    }
+    for (int v = 0; v < 16; v++) /* bytes are stored with 128 added */
+      _mm512_storeu_si512(sums + v, _mm512_sub_epi32(sum[v / 8][v / 4 % 2][v % 4], _mm512_set1_epi32(128 * q->sum[v / 4 % 2])));
+  }
+}
+
+/* Estimates of 64 rows, and what may be wrong with them: in all, and by the order of float32 additions alone. */
+INLINE void estimate_block(const screen *s, int first, const int32_t *restrict sums, const quantized *q, const float *restrict base,
+                           float *restrict product, float *restrict margin, float *restrict loose) {
+  const float *restrict half = s->half + first, *restrict error = s->error + first, *restrict norm = s->norm + first;
+  const float *restrict scale = s->scale + first;
+  float kappa = (1.1f * (float)q->terms + 40.0f) * 0x1p-24f;
+  for (int j = 0; j < 64; j++) {
+    float sum = 256.0f * (128.0f * (float)sums[j] + (float)sums[64 + j]);
+    if (s->planes == 2) sum += 128.0f * (float)sums[128 + j] + (float)sums[192 + j];
+    float widest = half[j] * q->one, likely = error[j] * q->two;
+    loose[j] = kappa * (norm[j] * q->two + fabsf(base[j]));
+    margin[j] = 1.01f * ((widest < likely ? widest : likely) + norm[j] * q->error + loose[j]);
+    product[j] = base[j] + sum * scale[j] * q->step;
+  }
+}
+
+/* doubtful (G * H): 1 where a threshold lies within the margin of a row's estimate. NaN is doubtful. */
+static void compare(const cell *cell, const float *restrict product, const float *restrict margin, float *restrict doubtful) {
+  const layer_config *layer = cell->layer;
+  int hidden = layer->hidden;
+  for (int g = 0; g < layer->gates; g++)
+    for (int k = 0; k < layer->width; k += hidden) {
+      const float *restrict bias = cell->gate_bias + g * layer->width + k;
+      for (int j = 0; j < hidden; j++) {
+        int r = g * hidden + j;
+        float sure = fabsf(product[r] + bias[j]) > margin[r] ? 0.0f : 1.0f;
+        doubtful[r] = k && doubtful[r] > sure ? doubtful[r] : sure;
+      }
+    }
+}
+
+/* Whether the order of the float32 additions could decide a bit of row `r`. */
+static int is_close(const cell *cell, int r, float product, float loose) {
+  const layer_config *layer = cell->layer;
+  const float *bias = cell->gate_bias + r / layer->hidden * layer->width + r % layer->hidden;
+  for (int k = 0; k < layer->width; k += layer->hidden)
+    if (!(fabsf(product + bias[k]) > 1.01f * loose)) return 1;
+  return 0;
+}
+
+/* Rows whose order of additions matters, as the fp16 product adds them: one accumulator, ascending columns. */
+static void in_order(const cell *cell, const int32_t *rows, int count, const product_row *one) {
+  const row_matrix *m = &cell->gates_by_row;
+  for (int first = 0; first < count; first += 8) {
+    float sum[8];
+    int wide = count - first < 8 ? count - first : 8;
+    for (int r = 0; r < 8; r++) sum[r] = one->init[rows[first + (r < wide ? r : 0)]];
+    for (int k = one->from; k < one->to; k++)
+      for (int r = 0; r < 8; r++) {
+        uint16_t half = m->weights[(size_t)rows[first + (r < wide ? r : 0)] * (size_t)m->stride + (size_t)one->active->index[k]];
+        sum[r] = fmaf(_cvtsh_ss(half), one->active->value[k], sum[r]);
+      }
+    for (int r = 0; r < wide; r++) one->out[rows[first + r]] = sum[r];
+  }
+}
+
+/* Reads doubtful rows in 16 bits. Where that is most of them the fp16 product is quicker. */
+static void settle(const cell *cell, int doubtful, const float *loose, const product_row *one, scratch *work) {
+  int rows = cell->layer->gates * cell->layer->hidden, active = one->to - one->from, close = 0;
+  if ((int64_t)doubtful * cell->gates_by_row.stride > (int64_t)active * rows) {
+    product(&cell->gates, one, 1, work->counters);
+    return;
+  }
+  by_row(&cell->gates_by_row, doubtful, one, work);
+  for (int k = 0; k < doubtful; k++) {
+    int r = work->wanted[k];
+    work->wanted[close] = r;
+    close += is_close(cell, r, one->out[r], loose[r]);
+  }
+  in_order(cell, work->wanted, close, one);
+}
+
+static void screen_gates(const cell *cell, step_row *row, product_row *one, scratch *work) {
+  const screen *s = &cell->screen;
+  const screen_row *room = &row->screen;
+  float *margin = work->margin, *loose = margin + s->room, *doubtful = loose + s->room;
+  int rows = cell->layer->gates * cell->layer->hidden, cols = s->bytes.cols;
+  quantized q;
+  if (s->keeps) {
+    memset(work->dense, 0, (size_t)cols * sizeof(float));
+    for (int k = 0; k < row->active.total; k++) work->dense[row->active.index[k]] = row->active.value[k];
+    q = quantize_changed(room, work->dense, cols, row->active.total);
+  } else {
+    q = quantize_active(room, &row->active, row->gates_from);
+  }
+  integer_product(&s->bytes, room, &q, s->keeps);
+  for (int block = 0; block < s->blocks; block++) {
+    int first = 64 * block;
+    estimate_block(s, first, room->sums + (size_t)block * (size_t)s->planes * 128, &q, row->gates_base + first, row->products + first,
+                   margin + first, loose + first);
+  }
+  compare(cell, row->products, margin, doubtful);
+  int found = list(doubtful, rows, 0, work->wanted, room->found);
+  r2b_counters *counters = work->counters;
+  counters->weights += (uint64_t)rows * (uint64_t)q.count;
+  counters->bytes += 128u * (uint64_t)s->bytes.tiles * (uint64_t)q.count;
+  counters->rows += (uint64_t)rows, counters->uncertain += (uint64_t)found;
+  if (found) settle(cell, found, loose, one, work);
+}

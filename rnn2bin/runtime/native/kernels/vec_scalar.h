@@ -1,0 +1,38 @@
+/* Eight floats in plain C. */
+typedef struct {
+  float x[8];
+} V;
+enum { ACCUMULATORS = 2 };
+#define R2B_NARROW
+
+static inline V v_load(const float *p) {
+  V v;
+  memcpy(v.x, p, sizeof v.x);
+  return v;
+}
+static inline void v_store(float *p, V v) { memcpy(p, v.x, sizeof v.x); }
+static inline V v_all(float x) {
+  V v;
+  for (int k = 0; k < 8; k++) v.x[k] = x;
+  return v;
+}
+/* fp16's bits three places to the right of float's are the same number times 2^-112, subnormals included. */
+static inline V v_half(const uint16_t *p) {
+  V v;
+  for (int k = 0; k < 8; k++) {
+    uint32_t bits = (uint32_t)(p[k] & 0x7fff) << 13;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    x *= 0x1p112f;
+    memcpy(&bits, &x, sizeof x);
+    bits |= (uint32_t)(p[k] & 0x8000) << 16;
+    memcpy(&v.x[k], &bits, sizeof x);
+  }
+  return v;
+}
+static inline V v_fma(V a, V b, V c) {
+  for (int k = 0; k < 8; k++) c.x[k] += a.x[k] * b.x[k];
+  return c;
+}
+
+#define LIST_ALL(values, n, offset, index, value) list_plain(values, n, offset, index, value)

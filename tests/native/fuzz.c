@@ -1,0 +1,119 @@
+/* Mutates the two files of a packed directory and opens them: whatever stands in them, r2b_open says what is wrong, or the model runs.
+ *
+ *     fuzz DIRECTORY SCRATCH COUNT SEED
+ *
+ * SCRATCH is a directory of its own (on a memory file system it is quickest). Built with ASan and UBSan, which turn a read outside of the
+ * file into a failure. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "rnn2bin.h"
+
+typedef struct {
+  unsigned char *bytes;
+  size_t size;
+} blob;
+
+static unsigned long long seed;
+
+static unsigned draw(unsigned below) {
+  seed ^= seed << 13, seed ^= seed >> 7, seed ^= seed << 17;
+  return (unsigned)((seed >> 20) % below);
+}
+
+static blob read_file(const char *folder, const char *name) {
+  char path[4096];
+  snprintf(path, sizeof path, "%s/%s", folder, name);
+  FILE *file = fopen(path, "rb");
+  blob b = {0};
+  if (!file) exit(2);
+  fseek(file, 0, SEEK_END);
+  b.size = (size_t)ftell(file);
+  rewind(file);
+  b.bytes = malloc(2 * b.size + 64);
+  if (fread(b.bytes, 1, b.size, file) != b.size) exit(2);
+  fclose(file);
+  return b;
+}
+
+static void write_file(const char *folder, const char *name, const blob *b) {
+  char path[4096];
+  snprintf(path, sizeof path, "%s/%s", folder, name);
+  FILE *file = fopen(path, "wb");
+  if (!file || fwrite(b->bytes, 1, b->size, file) != b->size) exit(2);
+  fclose(file);
+}
+
+static const char *const WORDS[] = {"0",    "1",        "-1",    "4294967296", "9223372036854775807", "1e9",  "\"",     "{",      "}",
+                                    "[",    "]",        ",",     "null",       "true",                "\\u0", "\"gru\"", "\"lstm\"", "\"F32\"",
+                                    "1048576", "\"binary\"", "65536", "[]",         "{}"};
+
+/* One change: a byte, a cut, a copied piece, or a word in place of bytes. Numbers are what most of a header's meaning is in. */
+static void mutate(blob *b, size_t within) {
+  size_t at = draw((unsigned)within), length = 1 + draw(8);
+  const char *word = WORDS[draw(sizeof WORDS / sizeof *WORDS)];
+  switch (draw(6)) {
+    case 0: b->bytes[at] = (unsigned char)draw(256); break;
+    case 1: b->bytes[at] ^= (unsigned char)(1u << draw(8)); break;
+    case 2: b->size = draw(20) ? b->size : at; break;
+    case 3:
+      for (size_t k = at; k < within; k++)
+        if (b->bytes[k] >= '0' && b->bytes[k] <= '9') {
+          b->bytes[k] = (unsigned char)('0' + draw(10));
+          break;
+        }
+      break;
+    case 4: {
+      size_t n = strlen(word);
+      if (at + length > b->size) break;
+      memmove(b->bytes + at + n, b->bytes + at + length, b->size - at - length);
+      memcpy(b->bytes + at, word, n);
+      b->size = b->size + n - length;
+      break;
+    }
+    default:
+      if (at + 2 * length < b->size) memcpy(b->bytes + at, b->bytes + at + length, length);
+  }
+}
+
+static void try_run(const r2b_model *model) {
+  r2b_info info;
+  r2b_describe(model, &info);
+  if (info.input_size > 4096 || info.output_size > 4096) return;
+  r2b_state *s = r2b_new_state(model, 2, 3);
+  float *y = calloc((size_t)(6 * info.output_size), 4);
+  void *x = calloc((size_t)(6 * info.input_size), 8);
+  if (s) r2b_run(s, x, 3, NULL, y);
+  r2b_free_state(s), free(x), free(y);
+}
+
+int main(int count, char **words) {
+  if (count < 5) return 2;
+  blob config = read_file(words[1], "config.json"), weights = read_file(words[1], "model.safetensors");
+  long total = atol(words[3]), opened = 0;
+  seed = strtoull(words[4], NULL, 10) * 2654435769u + 1;
+  unsigned header = 0;
+  for (int k = 3; k >= 0; k--) header = header << 8 | weights.bytes[k];
+  blob a = {malloc(2 * config.size + 64), 0}, b = {malloc(2 * weights.size + 64), 0};
+  for (long k = 0; k < total; k++) {
+    int which = draw(2), changes = 1 + (int)draw(3);
+    memcpy(a.bytes, config.bytes, a.size = config.size);
+    memcpy(b.bytes, weights.bytes, b.size = weights.size);
+    for (int m = 0; m < changes; m++) {
+      blob *target = which ? &a : &b;
+      size_t within = which ? a.size : (draw(10) ? header + 8 : b.size);
+      if (within > target->size) within = target->size;
+      if (within) mutate(target, within);
+    }
+    if (which || k == 0) write_file(words[2], "config.json", &a);
+    if (!which || k == 0) write_file(words[2], "model.safetensors", &b);
+    r2b_model *model = r2b_open(words[2], (int)(k % 2));
+    if (model) try_run(model), opened++;
+    r2b_close(model);
+    if (which) write_file(words[2], "config.json", &config);
+    else write_file(words[2], "model.safetensors", &weights);
+  }
+  printf("%ld inputs, %ld of them opened and ran\n", total, opened);
+  return 0;
+}

@@ -1,0 +1,510 @@
+"""The native runtime against the oracle, its own streams against its calls, its counters against density.py, and bad files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tolerances import assert_close
+
+import rnn2bin
+from rnn2bin import pack, runtime, tasks
+from rnn2bin.cells.network import Network
+from rnn2bin.data import Batch, Part
+from rnn2bin.errors import Rnn2binError, UnsupportedError, UsageError
+from rnn2bin.evaluation.density import DensityCounter
+from rnn2bin.evaluation.parity import parity
+from rnn2bin.runtime import library, native_backend
+from rnn2bin.spec import ACTIVATIONS, DecodeSpec, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
+
+SOURCES = Path(native_backend.__file__).parent / "native"
+HERE = Path(__file__).parent / "native"
+T, B, I, H, V = 9, 4, 5, 37, 7  # noqa: E741
+
+built = pytest.mark.skipif(library.library() is None, reason="the native runtime is not compiled here")
+compiles = pytest.mark.skipif(not (shutil.which("cc") and shutil.which("make")), reason="no C compiler and make")
+
+
+def filled(spec: RnnSpec, *, soft: tuple[str, ...] = (), levels: str = "learned", seed: int = 0, scale: float = 0.4) -> Network:
+    """Random weights that fp16 holds exactly, levels that a projection leaves alone."""
+    network = Network(spec, {name: tuple(g not in soft for g in y.kind.gate_names) for name, y in spec.cell_names()}, levels=levels)
+    with torch.no_grad():
+        for k, (name, p) in enumerate(network.named_parameters()):
+            generator = torch.Generator().manual_seed(100 * seed + k)
+            if ".levels." in name:
+                low = 0.1 if name.endswith("lo") else 0.6
+                p.copy_(low + 0.4 * torch.rand(p.shape, generator=generator))
+            else:
+                p.copy_(torch.randn(p.shape, generator=generator) * scale)
+    return network.half().float().eval().requires_grad_(False)
+
+
+def network_of(cell: str, *, tokens: str = "", readout: str = "all", head: bool = True, proj: int = 0, directions: int = 1, copies: int = 1,
+               hidden: int = H, activation: str = "none", **options: Any) -> Network:  # fmt: skip
+    width = V if tokens == "one_hot" else I
+    first = LayerSpec(cell, width, hidden, directions, proj, copies)
+    second = LayerSpec(cell, first.output_size, hidden, directions, proj, copies)
+    embedding = EmbeddingSpec(V, width, one_hot=tokens == "one_hot") if tokens else None
+    linears = (LinearSpec(second.output_size, 9, activation="tanh"), LinearSpec(9, 6, bias=False, activation=activation)) if head else ()
+    return filled(RnnSpec({"main": SectionSpec((first, second), embedding, linears, readout)}), **options)
+
+
+def translator(cell: str = "gru", copies: int = 2) -> Network:
+    sections = {
+        name: SectionSpec((LayerSpec(cell, I, H, 1, 0, copies),), EmbeddingSpec(V, I), (LinearSpec(H, V),) if name == "decoder" else ())
+        for name in ("encoder", "decoder")
+    }
+    return filled(RnnSpec(sections, DecodeSpec(start=0, end=1, max_length=12)), scale=0.8)
+
+
+def packed(network: Network, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    pack.write_model(network, folder, provenance={}, task={"name": "match"})
+    return folder
+
+
+def both(network: Network, folder: Path, **options: Any):
+    path = packed(network, folder)
+    return runtime.load(path, backend="torch"), runtime.load(path, backend="native", **options)
+
+
+def inputs_of(network: Network, *, steps: int = T, batch: int = B, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if network.spec.entry.embedding:
+        return torch.randint(V, (steps, batch), generator=generator)
+    return torch.randn(steps, batch, I, generator=generator)
+
+
+def flat(state) -> list[torch.Tensor]:
+    return [t for layer in state for direction in layer for t in direction]
+
+
+CASES: list[dict[str, Any]] = [
+    {"cell": cell, **more}
+    for cell in ("lstm", "gru", "gru_reset_before")
+    for more in (
+        {},
+        {"copies": 3},
+        {"directions": 2, "copies": 2},
+        {"tokens": "embedding"},
+        {"tokens": "one_hot", "levels": "strict"},
+        {"soft": ("o", "z")},
+        {"soft": ("f", "r"), "copies": 2},
+        {"soft": ("i",), "hidden": 64},
+        {"readout": "last"},
+        {"readout": "final", "directions": 2},
+        {"readout": "mean"},
+        {"readout": "max", "head": False},
+    )
+] + [{"cell": "lstm", "proj": 11, "copies": 2}, {"cell": "lstm", "proj": 11, "directions": 2, "tokens": "embedding"}]
+every = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(v) for v in case.values()))
+
+
+@built
+@every
+def test_as_the_oracle(case, tmp_path):
+    network = network_of(**case)
+    theirs, ours = both(network, tmp_path)
+    x = inputs_of(network)
+    for lengths in (None, torch.tensor([9, 1, 0, 5])):
+        (y, state), (mine, my_state) = theirs(x, lengths=lengths), ours(x, lengths=lengths)
+        (y, state), (mine, my_state) = theirs(x, state, lengths=lengths), ours(x, my_state, lengths=lengths)
+        assert_close(mine, y)
+        for a, b in zip(flat(my_state), flat(state), strict=True):
+            assert_close(a, b)
+
+
+@built
+@every
+def test_step_by_step(case, tmp_path):
+    network = network_of(**case)
+    for compute in native_backend.COMPUTE:
+        _, ours = both(network, tmp_path, compute=compute)
+        found = parity(network, ours, Part(inputs_of(network).transpose(0, 1)))
+        assert found["flips_outside"] == 0
+        assert found["steps"] == T * B
+        assert found["max_abs"] < 1e-5
+
+
+@built
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_logits(activation, tmp_path):
+    network = network_of("lstm", activation=activation)
+    theirs, ours = both(network, tmp_path)
+    x = inputs_of(network)
+    assert_close(ours(x)[0], theirs(x)[0])
+    assert_close(ours.call(x, logits=True)[0], network(x, logits=True).y)
+
+
+@built
+@every
+def test_a_stream_agrees_exactly_with_a_call(case, tmp_path):
+    network = network_of(**case)
+    for compute in native_backend.COMPUTE:
+        _, ours = both(network, tmp_path, compute=compute)
+        if network.spec.main.layers[0].directions == 2 or network.spec.main.readout in ("mean", "max"):
+            with pytest.raises(UnsupportedError, match="whole sequence"):
+                ours.stream()
+            continue
+        x = inputs_of(network, steps=70, batch=1)  # longer than what goes through the layers together
+        stream = ours.stream()
+        steps = torch.stack([stream.step(x_t[0]) for x_t in x])
+        y, _ = ours(x)
+        assert torch.equal(steps if y.ndim == 3 else steps[-1], y[:, 0] if y.ndim == 3 else y[0])
+
+
+@built
+@pytest.mark.parametrize("scale", [0.05, 0.4, 2.0])
+@pytest.mark.parametrize("case", [c for c in CASES if "soft" not in c], ids=lambda case: "-".join(str(v) for v in case.values()))
+def test_screening_changes_no_bit(case, scale, tmp_path):
+    network = network_of(**{**case, "hidden": 70}, scale=scale)
+    path = packed(network, tmp_path)
+    exact, screened = (runtime.load(path, backend="native", compute=c) for c in ("fp16", "int8"))
+    x = inputs_of(network, steps=40)
+    x = x if x.dtype == torch.int64 else x * 3
+    (y, state), (mine, my_state) = exact(x), screened(x)
+    assert torch.equal(y, mine)
+    assert all(torch.equal(a, b) for a, b in zip(flat(state), flat(my_state), strict=True))
+
+
+@built
+def test_screening_reads_less(tmp_path):
+    if library.isa() != "avx512vnni":
+        pytest.skip("this instruction set does not screen")
+    network = network_of("gru", tokens="embedding", hidden=256)
+    with torch.no_grad():
+        for cell in network.cells().values():
+            cell.part("gates").bias[256:] += 0.5  # most units keep
+    counters = {}
+    for compute in native_backend.COMPUTE:
+        handle = native_backend.Handle(both(network, tmp_path, compute=compute)[1], 1)
+        handle.run(inputs_of(network, steps=60, batch=1).numpy(), None, None)
+        counters[compute] = handle.counters()
+    assert counters["int8"].bytes < counters["fp16"].bytes / 2
+    assert 0 < counters["int8"].uncertain < counters["int8"].rows / 20
+
+
+@built
+def test_encoder_and_decoder(tmp_path):
+    for cell in ("gru", "lstm", "gru_reset_before"):
+        network = translator(cell)
+        for compute in native_backend.COMPUTE:
+            theirs, ours = both(network, tmp_path, compute=compute)
+            x, lengths = inputs_of(network), torch.tensor([9, 2, 5, 1])
+            assert torch.equal(ours(x, lengths=lengths)[0], theirs(x, lengths=lengths)[0])
+            given = inputs_of(network, steps=6, seed=1)
+            (y, state), (mine, my_state) = theirs(x, decoder_input=given), ours(x, decoder_input=given)
+            assert_close(mine, y)
+            assert_close(flat(my_state)[0], flat(state)[0])
+            assert parity(network, ours, Part(x.t()))["flips_outside"] == 0
+
+
+@built
+def test_threads_and_numpy(tmp_path):
+    network = network_of("lstm", tokens="embedding", directions=2)
+    path = packed(network, tmp_path)
+    alone, shared = runtime.load(path, backend="native"), runtime.load(path, backend="native", threads=3)
+    x, lengths = inputs_of(network, batch=7), torch.arange(7)
+    (y, state), (mine, my_state) = alone(x, lengths=lengths), shared(x.numpy(), lengths=lengths.numpy())
+    assert isinstance(mine, np.ndarray)
+    assert torch.equal(y, torch.from_numpy(mine))
+    assert all(torch.equal(a, torch.from_numpy(b)) for a, b in zip(flat(state), flat(my_state), strict=True))
+
+
+COUNTED: list[dict[str, Any]] = [
+    {"cell": "lstm"},
+    {"cell": "lstm", "copies": 3, "tokens": "embedding"},
+    {"cell": "lstm", "proj": 11, "copies": 2},
+    {"cell": "lstm", "soft": ("o",)},
+    {"cell": "gru"},
+    {"cell": "gru", "copies": 3, "tokens": "embedding"},
+    {"cell": "gru", "soft": ("z",)},
+    {"cell": "gru_reset_before", "copies": 2},
+]
+
+
+@built
+@pytest.mark.parametrize("case", COUNTED, ids=lambda case: "-".join(str(v) for v in case.values()))
+def test_weights_touched_are_what_density_counts(case, tmp_path):
+    """From states without a zero, so that a column is zero exactly where its gate is closed; densities count the first step as whole."""
+    network = network_of(head=False, **case)
+    network.spec = RnnSpec(network.spec.sections)
+    _, ours = both(network, tmp_path)
+    x = inputs_of(network, batch=1)
+    nonzero = lambda n, k: torch.rand(1, n, generator=torch.Generator().manual_seed(k)) + 0.5
+    state = [[tuple(nonzero(n, k) for k, n in enumerate(layer.state_sizes))] for layer in network.spec.main.layers]
+    out = network(x, state)
+    counter = DensityCounter(network)
+    task = tasks.Task("match", "cosine", network.spec)
+    counter.add(tasks.prepare(task, Batch(x, None, None, None, first=False), network), out)
+    handle = native_backend.Handle(ours, 1)
+    handle.write([[tuple(s.numpy() for s in both_) for both_ in layer] for layer in state])
+    for x_t in x:
+        handle.run(np.ascontiguousarray(x_t.unsqueeze(0).numpy()), None, None)
+    assert handle.counters().weights == sum(c.touched for c in counter.cells.values())
+    assert handle.counters().steps == T
+    assert handle.counters().bytes >= 2 * handle.counters().weights
+
+
+@built
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_every_instruction_set(isa, tmp_path):
+    """Each in a process of its own: the choice is made when a model is opened. What this processor lacks runs as the best it has."""
+    code = f"""
+import torch
+from pathlib import Path
+import test_runtime_native as t
+for k, case in enumerate(t.CASES[::5]):
+    t.test_as_the_oracle(case, Path({str(tmp_path)!r}))
+    t.test_step_by_step(case, Path({str(tmp_path)!r}))
+t.test_encoder_and_decoder(Path({str(tmp_path)!r}))
+print(t.library.isa())
+"""
+    environment = {**os.environ, "RNN2BIN_ISA": isa, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == isa or isa not in _processor()
+
+
+def _processor() -> str:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "scalar " + " ".join(n for n, flag in (("avx2", "avx2"), ("avx512", "avx512vl")) if flag in flags)
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+@built
+def test_what_does_not_fit_is_refused(tmp_path):
+    tokens, floats = (both(network_of("lstm", tokens=t), tmp_path / t)[1] for t in ("embedding", ""))
+    with pytest.raises(UsageError, match=r"0…6; found 0…7"):
+        tokens(torch.tensor([[0], [7]]))
+    with pytest.raises(UsageError, match="whole numbers"):
+        tokens(torch.zeros(2, 1))
+    with pytest.raises(UsageError, match=r"\(T,B,5\)"):
+        floats(torch.zeros(2, 1, 4))
+    with pytest.raises(UsageError, match="T is 0"):
+        floats(torch.zeros(0, 1, 5))
+    with pytest.raises(UsageError, match="lengths"):
+        floats(torch.zeros(2, 1, 5), lengths=torch.tensor([3]))
+    with pytest.raises(UsageError, match="state"):
+        floats(torch.zeros(2, 1, 5), state=[[(torch.zeros(1, 3), torch.zeros(1, 3))]] * 2)
+    with pytest.raises(UsageError, match="5 floats"):
+        floats.stream().step(torch.zeros(4))
+    with pytest.raises(UsageError, match="tokens must lie in"):
+        tokens.stream().step(7)
+    with pytest.raises(UsageError, match="compute"):
+        runtime.load(tmp_path / "embedding", backend="native", compute="int4")
+
+
+def header_of(data: bytes) -> tuple[dict[str, Any], bytes]:
+    size = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def joined(header: dict[str, Any], data: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def edit_weights(change):
+    def edit(folder: Path) -> None:
+        header, data = header_of((folder / pack.WEIGHTS).read_bytes())
+        (folder / pack.WEIGHTS).write_bytes(change(header, data))
+
+    return edit
+
+
+def edit_config(change):
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / pack.CONFIG).read_text())
+        change(config)
+        (folder / pack.CONFIG).write_text(json.dumps(config))
+
+    return edit
+
+
+def _set(header, name, **fields):
+    header[name].update(fields)
+    return header
+
+
+ONE, LAYER = "main.layers.0.fwd.gates.weight_ih", "main"
+BAD_FILES = {
+    "truncated data": (edit_weights(lambda h, d: joined(h, d[:-2])), "truncated"),
+    "truncated header": (lambda f: (f / pack.WEIGHTS).write_bytes((f / pack.WEIGHTS).read_bytes()[:100]), "truncated"),
+    "empty": (lambda f: (f / pack.WEIGHTS).write_bytes(b""), "no safetensors file"),
+    "no header": (lambda f: (f / pack.WEIGHTS).write_bytes(struct.pack("<Q", 4) + b"nope"), "not readable JSON"),
+    "huge header": (lambda f: (f / pack.WEIGHTS).write_bytes(struct.pack("<Q", 1 << 62) + b"{}"), "header"),
+    "more data": (edit_weights(lambda h, d: joined(h, d + b"\0\0")), "belong to no tensor"),
+    "huge offset": (edit_weights(lambda h, d: joined(_set(h, ONE, data_offsets=[0, 1 << 61]), d)), "outside the file"),
+    "negative offset": (edit_weights(lambda h, d: joined(_set(h, ONE, data_offsets=[-2, 8]), d)), "outside the file"),
+    "overlap": (edit_weights(lambda h, d: joined(_overlapping(h), d)), "overlaps|leaves a gap"),
+    "dtype": (edit_weights(lambda h, d: joined(_set(h, ONE, dtype="F32"), d)), "not F16"),
+    "shape": (edit_weights(lambda h, d: joined(_set(h, ONE, shape=[5, 111]), d)), "shape that config.json says"),
+    "huge shape": (edit_weights(lambda h, d: joined(_set(h, ONE, shape=[1 << 40, 1 << 40]), d)), "out of range"),
+    "negative shape": (edit_weights(lambda h, d: joined(_set(h, ONE, shape=[-111, -5]), d)), "out of range"),
+    "not finite": (edit_weights(lambda h, d: joined(h, b"\x00\x7c" + d[2:])), "not finite"),
+    "unknown tensor": (edit_weights(lambda h, d: joined({**h, "x": {"dtype": "F16", "shape": [1], "data_offsets": [len(d), len(d) + 2]}}, d + b"\0\0")), "unknown tensor x"),  # noqa: E501
+    "missing tensor": (edit_weights(lambda h, d: joined({k.replace(ONE, "other"): v for k, v in h.items()}, d)), "gates.weight_ih is missing"),
+    "hidden size": (edit_config(lambda c: c["spec"]["sections"]["main"]["layers"][1].update(hidden_size=1 << 19)), "shape|missing|reads"),
+    "zero size": (edit_config(lambda c: c["spec"]["sections"]["main"]["layers"][0].update(hidden_size=0)), "hidden_size"),
+    "gates": (edit_config(lambda c: c["gates"]["main.layers.0.fwd"].update(i="maybe")), "binary or soft"),
+    "levels": (edit_config(lambda c: c.update(levels="loose")), "levels"),
+    "widths": (edit_config(lambda c: c["spec"]["sections"]["main"]["head"][0].update(in_features=3)), "receives"),
+}  # fmt: skip
+
+
+def _overlapping(header):
+    begin, end = header[ONE]["data_offsets"]
+    header[ONE]["data_offsets"] = [begin - 2, end - 2] if begin else [2, end + 2]
+    return header
+
+
+@built
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_named(name, tmp_path):
+    change, message = BAD_FILES[name]
+    change(packed(network_of("lstm"), tmp_path))
+    native = library.library()
+    assert native.r2b_open(str(tmp_path).encode(), 0) is None
+    assert re.search(message, library.last_error()), library.last_error()
+    with pytest.raises(Rnn2binError):
+        runtime.load(tmp_path, backend="native")
+
+
+@built
+def test_a_newer_format_is_told_from_a_broken_one(tmp_path):
+    path = packed(network_of("lstm"), tmp_path)
+    edit_config(lambda c: c.update(format_version=2))(path)
+    assert library.library().r2b_open(str(path).encode(), 0) is None
+    assert "format version 2" in library.last_error()
+    assert "update it" in library.last_error()
+
+
+@built
+def test_loading_imports_no_torch(tmp_path):
+    path = packed(network_of("lstm", tokens="embedding"), tmp_path)
+    code = f"import sys, rnn2bin; m = rnn2bin.load({str(path)!r}); m([[1], [2]]); m.stream().step(3); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+def test_without_the_library_torch_runs_and_says_so_once(tmp_path, monkeypatch):
+    path = packed(network_of("lstm"), tmp_path)
+    monkeypatch.setattr(library, "library", lambda: None)
+    library.warn_missing.cache_clear()
+    with pytest.warns(UserWarning, match="installed without its C kernels"):
+        model = rnn2bin.load(path)
+    rnn2bin.load(path)  # a second warning would be an error here
+    assert type(model).__module__ == "rnn2bin.runtime.torch_backend"
+    with pytest.raises(UsageError, match="C compiler"):
+        rnn2bin.load(path, backend="native")
+
+
+# ---------------------------------------------------------------------------------------------- the C sources on their own
+
+
+def made(folder: Path, *, flags: str = "-O2 -Werror", compiler: str = "cc", target: str = "all") -> Path:
+    """The sources as `pack` writes them, built in an otherwise empty directory."""
+    pack.write_runtime(folder)
+    place = folder / pack.RUNTIME
+    done = subprocess.run(
+        ["make", "-s", f"CC={compiler}", f"CFLAGS={flags}", target], cwd=place, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+@compiles
+def test_a_packed_directory_builds_and_runs_itself(tmp_path):
+    place = made(tmp_path / "OUT")
+    for kind, network in {"floats": network_of("gru"), "tokens": network_of("lstm", tokens="embedding"), "words": translator()}.items():
+        packed(network, tmp_path / kind)
+        shutil.copytree(place, tmp_path / kind / "runtime")
+        x = inputs_of(network, batch=1)
+        words = " ".join(str(v) for v in x.flatten().tolist())
+        command = ["./rnn2bin-run", ".."]
+        done = subprocess.run(command, input=words, cwd=tmp_path / kind / "runtime", capture_output=True, text=True, check=True)
+        lines = torch.tensor([[float(v) for v in line.split()] for line in done.stdout.splitlines()])
+        y = runtime.load(tmp_path / kind, backend="torch")(x)[0]
+        if kind == "words":
+            assert lines[0].tolist() == y[:, 0].tolist()
+        else:
+            assert_close(lines, y[:, 0])
+    refused = subprocess.run(["./rnn2bin-run", ".."], input="1 x", cwd=tmp_path / "tokens" / "runtime", capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "not numbers" in refused.stderr
+
+
+def exercise(tmp_path: Path, flags: list[str], *, compiler: str = "cc", make_flags: str = "-O1 -g", runner: tuple[str, ...] = ()) -> None:
+    place = made(tmp_path / "build", flags=f"{make_flags} {' '.join(f for f in flags if f.startswith('-fsanitize'))}", compiler=compiler, target="librnn2bin.a")  # noqa: E501
+    program = place / "exercise"
+    command = [compiler, "-std=c11", *make_flags.split(), *flags, f"-I{place}", str(HERE / "exercise.c"), str(place / "librnn2bin.a"), "-o", str(program), "-lm", "-lpthread"]  # noqa: E501
+    subprocess.run(command, check=True)
+    networks = {
+        "lstm": network_of("lstm", tokens="embedding", copies=3),
+        "projection": network_of("lstm", proj=11),
+        "gru": network_of("gru", hidden=130),
+        "both": network_of("gru_reset_before", directions=2, readout="final"),
+        "words": translator(),
+    }
+    for name, network in networks.items():
+        packed(network, tmp_path / name)
+        for compute in native_backend.COMPUTE:
+            done = subprocess.run([*runner, str(program), str(tmp_path / name), compute], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{name} {compute}: {done.stderr}"
+
+
+@compiles
+def test_no_step_allocates(tmp_path):
+    wraps = ",".join(f"--wrap={name}" for name in ("malloc", "calloc", "realloc", "aligned_alloc"))
+    exercise(tmp_path, ["-DCOUNT_ALLOCATIONS", f"-Wl,{wraps}"])
+
+
+@pytest.mark.slow
+@compiles
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizers(sanitizer, tmp_path):
+    exercise(tmp_path, [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"])
+
+
+@pytest.mark.slow
+@compiles
+def test_fuzzed_files_never_crash_the_reader(tmp_path):
+    place = made(tmp_path / "build", flags="-O1 -g -fsanitize=address,undefined", target="librnn2bin.a")
+    program = place / "fuzz"
+    command = ["cc", "-std=c11", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{place}", str(HERE / "fuzz.c")]
+    subprocess.run([*command, str(place / "librnn2bin.a"), "-o", str(program), "-lm"], check=True)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for seed, network in enumerate((network_of("lstm", hidden=5, tokens="embedding"), translator())):
+        path = packed(network, tmp_path / str(seed))
+        done = subprocess.run([str(program), str(path), str(scratch), "5000", str(seed)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("aarch64-linux-gnu-gcc") and shutil.which("qemu-aarch64-static")), reason="no cross compiler or qemu")
+def test_neon_under_qemu(tmp_path):
+    """The kernels for Arm, run by an emulator: the same outputs."""
+    place = made(tmp_path / "build", flags="-O2 -static -Werror", compiler="aarch64-linux-gnu-gcc", target="rnn2bin-run")
+    for k, case in enumerate([c for c in CASES if c.get("readout", "all") == "all"]):
+        network = network_of(**case)
+        path = packed(network, tmp_path / str(k))
+        x = inputs_of(network, batch=1)
+        words = " ".join(str(v) for v in x.flatten().tolist())
+        done = subprocess.run(
+            ["qemu-aarch64-static", str(place / "rnn2bin-run"), str(path)], input=words, capture_output=True, text=True, check=True
+        )
+        lines = torch.tensor([[float(v) for v in line.split()] for line in done.stdout.splitlines()])
+        assert_close(lines, runtime.load(path, backend="torch")(x)[0][:, 0])
