@@ -214,8 +214,9 @@ def test_every_write_fsync_and_rename_failed_in_turn(kind, server, references, o
         options = ["--force"] if at % 2 else []
         done = server([*CONVERT, *options], cwd=folder, at=at, kind="error")
         # With an older directory to replace there are a few operations more, of the same kinds.
-        assert done["seen"], done
-        assert_failed_well(done, done["seen"][at - 1])
+        seen = done["seen"][:at]
+        # The libraries make directories that may be there already: such a failure is none.
+        assert_failed_well(done, "unlink" if seen[-1].startswith("mkdir") and seen[-1] in seen[:-1] else seen[-1])
         assert_old_or_new(folder / "OUT", wanted.sha, sha256(older) if at % 2 else None)
         if every or number % 5 == 0:
             goes_on(server, folder, wanted, *options)
