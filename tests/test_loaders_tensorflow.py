@@ -12,7 +12,7 @@ import torch
 
 from rnn2bin import loaders
 from rnn2bin.cells.network import teacher_network, valid_steps
-from rnn2bin.errors import Rnn2binError, UnsafeError, UnsupportedError
+from rnn2bin.errors import UnsafeError, UnsupportedError
 from rnn2bin.loaders import graphdef
 from rnn2bin.recipe import Source
 

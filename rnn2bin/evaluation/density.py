@@ -7,6 +7,7 @@ changed units alone would save; the other figures do not assume it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,15 +48,18 @@ class DensityCounter:
 
     def add(self, prepared: Prepared, output: Output) -> None:
         """`output` of the binary network on this batch."""
-        pre, reads, hidden = iter(output.pre), iter(output.inputs), iter(output.hidden)
+        pre, reads, hidden, real = iter(output.pre), iter(output.inputs), iter(output.hidden), iter(output.lengths)
         for section, spec in self.network.spec.sections.items():
-            decoder = section == "decoder"
-            lengths = prepared.decoder_lengths if decoder else prepared.lengths
-            rested = prepared.batch.first and not decoder
+            given = (
+                {node.attributes["layer"] for node in spec.graph.nodes if node.op == "Recurrent" and any(node.inputs[1:3])}
+                if spec.graph
+                else ()
+            )
             for index, layer in enumerate(spec.layers):
+                rested = prepared.batch.first and section != "decoder" and index not in given
                 x, below = next(reads), next(hidden)
                 for direction in DIRECTIONS[: layer.directions]:
-                    name = f"{section}.layers.{index}.{direction}"
+                    name, lengths = f"{section}.layers.{index}.{direction}", next(real)
                     backward = direction == "bwd"
                     seen = None if isinstance(x, Lookup) else (reverse(x, lengths) if backward else x)
                     self.add_cell(name, layer, next(pre), seen, lengths, rested=rested)
@@ -109,8 +113,18 @@ class DensityCounter:
             "incremental": share("incremental", "dense", both),
             "bytes_per_step": total("touched", both) * per_step,
             "dense_bytes_per_step": total("dense", both) * per_step,
+            "around": around(self.network),
             "layers": {name: {"weights_touched": c.touched / max(c.dense, 1e-12)} for name, c in {**self.cells, **self.heads}.items()},
         }
+
+
+def around(network: Network) -> int:
+    """Weights of a graph's operations around the layers: read whole, whatever the gates say, and in no other figure.
+
+    A plain chain has none: its linear layers are counted as `head`.
+    """
+    graphs = [section.graph for section in network.spec.sections.values() if section.graph]
+    return sum(math.prod(shape) for graph in graphs for shape in graph.tensors.values())
 
 
 def _accumulate(into: Count, count: Count) -> None:
