@@ -73,20 +73,25 @@ class Read:
 
 def cells(network: Network, prepared: Prepared, output: Output, *, bit: Bits = bits) -> Iterator[Read]:
     """Every cell of the network on this batch."""
-    pre, reads = iter(output.pre), iter(output.inputs)
+    pre, reads, real = iter(output.pre), iter(output.inputs), iter(output.lengths)
     for section, spec in network.spec.sections.items():
-        decoder = section == "decoder"
-        lengths = prepared.decoder_lengths if decoder else prepared.lengths
         below: Tensor | None = None
         for index, layer in enumerate(spec.layers):
+            rested = prepared.batch.first and section != "decoder" and index not in _started(spec)
             x, opened = next(reads), []
             for direction in DIRECTIONS[: layer.directions]:
-                name, backward = f"{section}.layers.{index}.{direction}", direction == "bwd"
+                name, backward, lengths = f"{section}.layers.{index}.{direction}", direction == "bwd", next(real)
                 cell = network.cells()[name]
-                read = Read(name, cell, next(pre), _inputs(x, below, lengths, backward), lengths, prepared.batch.first and not decoder)
+                read = Read(name, cell, next(pre), _inputs(x, below, lengths, backward), lengths, rested)
                 opened.append(_emitted(read, bit, backward=backward))
                 yield read
             below = None if spec.graph or any(o is None for o in opened) else torch.stack([o for o in opened if o is not None]).sum(0)
+
+
+def _started(spec: SectionSpec) -> set[int]:
+    """Layers whose first state the graph makes."""
+    nodes = spec.graph.nodes if spec.graph else ()
+    return {node.attributes["layer"] for node in nodes if node.op == "Recurrent" and any(node.inputs[1:3])}
 
 
 def _inputs(x: Tensor | Lookup, below: Tensor | None, lengths: Tensor | None, backward: bool) -> Tensor | None:

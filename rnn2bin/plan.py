@@ -24,6 +24,7 @@ from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import ResourceError
 from rnn2bin.gates.estimators import BINARY, FLOAT
+from rnn2bin.loaders import render as render_spec
 from rnn2bin.measure import Candidate, compare
 from rnn2bin.recipe import Recipe
 
@@ -73,7 +74,7 @@ def _plan(model: str | Path, recipe: Recipe, given: str | Path | Sequence[str] |
 
 
 def sections(network: Network) -> dict[str, Plan]:
-    """Section -> its embedding, layers with their gates, readout and linear layers."""
+    """Section -> its embedding, layers with their gates, readout and linear layers, or what stands around the layers."""
     found = {}
     cells = network.cells()
     for name, spec in network.spec.sections.items():
@@ -93,9 +94,9 @@ def sections(network: Network) -> dict[str, Plan]:
         found[name] = {
             "embedding": vars(spec.embedding) if spec.embedding else None,
             "layers": layers,
-            "readout": spec.readout,
+            "readout": None if spec.graph else spec.readout,
             "head": [vars(linear) for linear in spec.head],
-            "around": [node.op for node in spec.graph.nodes if node.op not in ("Constant", "Recurrent")] if spec.graph else [],
+            "around": render_spec.around(spec.graph) if spec.graph else [],
         }
     return found
 
@@ -371,7 +372,7 @@ def _section_lines(section: Plan) -> list[str]:
     for linear in section["head"]:
         after = "" if linear["activation"] == "none" else f", {linear['activation']}"
         lines.append(f"linear {linear['in_features']} -> {linear['out_features']}{after}")
-    return [*lines, f"reads out: {section['readout']}"]
+    return [*lines, *section["around"]] if section["around"] else [*lines, f"reads out: {section['readout']}"]
 
 
 def _layer_line(index: int, layer: Plan) -> str:

@@ -362,11 +362,8 @@ def test_the_budget_counts_real_steps_and_binary_gates_only():
     network = student.student(teacher, recipe_of(gates={"soft": ["o"]}).gates)
     lengths = torch.tensor([2, 5])
     x = torch.randint(WORDS, (5, 2), generator=seeded())
-    batch = data.Batch(x, lengths, x, None)
-    task = tasks.Task("tag", "accuracy", teacher.spec)
-    prepared = tasks.prepare(task, batch, teacher)
     out = network(x, lengths=lengths)
-    masks = losses.step_masks(network, prepared, out)
+    masks = losses.step_masks(out)
     rate = [float((torch.cat([p[:2, 0, 0], p[:, 1, 0]]) > 0).double().mean()) for p in out.pre]
     assert float(losses.budget(network, out, masks, {"i": 0.0, "o": 0.0}).detach()) == pytest.approx(sum(rate))
     assert float(losses.budget(network, out, masks, {"i": 1.0}).detach()) == 0
@@ -383,9 +380,8 @@ def test_gate_match_is_zero_for_equal_gates_and_skips_pads():
     teacher = teacher_of("gru")
     lengths = torch.tensor([2, 5])
     x = torch.randint(WORDS, (5, 2), generator=seeded())
-    prepared = tasks.prepare(tasks.Task("tag", "accuracy", teacher.spec), data.Batch(x, lengths, x, None), teacher)
     out = teacher(x, lengths=lengths)
-    masks = losses.step_masks(teacher, prepared, out)
+    masks = losses.step_masks(out)
     assert float(losses.gate_match(out, out, masks)) == 0
     padded = replace(out, traces=[Trace((), torch.cat([p[:2], p[2:] + torch.tensor([9.0, 0.0])[None, :, None, None]])) for p in out.pre])
     assert float(losses.gate_match(padded, out, masks)) == 0

@@ -7,7 +7,8 @@ around it (directions, lengths, states, heads) is written once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,12 @@ class Trace:
     products: Tensor
     biases: Tensor | None = None
 
+    @classmethod
+    def joined(cls, parts: Sequence[Trace]) -> Trace:
+        """Windows that follow one another, as one."""
+        states = tuple(torch.cat(s) for s in zip(*(part.states for part in parts), strict=True))
+        return cls(states, torch.cat([part.products for part in parts]), parts[0].biases)
+
     @property
     def pre(self) -> Tensor:
         """Gate pre-activations (T,B,G,n·H)."""
@@ -47,13 +54,15 @@ class Trace:
 @dataclass(frozen=True)
 class Output:
     """`y`: the section's output, (T,B,O) or (B,O) by its readout, before the last activation where `logits` was asked;
-    `inputs`: what every layer read; `hidden`: every layer's h (T,B,D·R), zero at pads; `traces`: every cell's, in the section's order."""
+    `inputs`: what every layer read; `hidden`: every layer's h (T,B,D·R), zero at pads; `traces`: every cell's, in the section's order;
+    `lengths`: the real steps (B,) of each cell's sequences, None where all are real. A graph's layers may have their own T and lengths."""
 
     y: Tensor
     state: State
     inputs: list[Tensor | Lookup]
     hidden: list[Tensor]
     traces: list[Trace]
+    lengths: list[Tensor | None]
 
     @property
     def pre(self) -> list[Tensor]:
@@ -187,14 +196,16 @@ class Section(nn.Module):
         logits: bool = False,
     ) -> Output:
         """x (T,B) tokens or (T,B,I) float; lengths (B,). No pad reaches a state or an output."""
+        if self.spec.graph and self.spec.windowed and walk is _oracle and len(x) > 1:
+            return self._by_steps(x, state, lengths, mode=mode, logits=logits)
         inputs = self.embed(x)
         if lengths is not None and isinstance(inputs, Tensor):
             mask = valid_steps(lengths, len(x)).reshape(*x.shape[:2], *[1] * (x.ndim - 2))
             inputs = torch.where(mask, inputs, inputs.new_zeros(()))
-        run = _Run(self, state, lengths, mode, walk, [], [], [], [])
+        run = _Run(self, state, lengths, mode, walk)
         if self.spec.graph:
             y = self._graph(x, inputs, run, logits=logits)
-            return Output(y, run.state, run.inputs, run.hidden, run.traces)
+            return run.output(y)
         for index in range(len(self.spec.layers)):
             inputs = run.layer(index, inputs)
         y = self.read(run.hidden[-1], run.state[-1], lengths)
@@ -203,7 +214,21 @@ class Section(nn.Module):
             y = torch.stack([self.apply_head(y_t.clone(), logits=logits) for y_t in y])
         else:
             y = self.apply_head(y, logits=logits)
-        return Output(y, run.state, run.inputs, run.hidden, run.traces)
+        return run.output(y)
+
+    def _by_steps(self, x: Tensor, state: State | None, lengths: Tensor | None, *, mode: Discretize, logits: bool) -> Output:
+        """A graph that may be cut anywhere, cut at every step, as a stream does it: products of other shapes may round differently."""
+        steps = []
+        for t, x_t in enumerate(x):
+            left = None if lengths is None else (lengths - t).clamp(0, 1)
+            steps.append(self(x_t[None].clone(), state, lengths=left, mode=mode, logits=logits))
+            state = steps[-1].state
+        join: Callable[[str], list[Any]] = lambda name: [
+            torch.cat(parts) for parts in zip(*(getattr(one, name) for one in steps), strict=True)
+        ]
+        traces = [Trace.joined(parts) for parts in zip(*(one.traces for one in steps), strict=True)]
+        real = [lengths] * len(traces)
+        return Output(torch.cat([one.y for one in steps]), steps[-1].state, join("inputs"), join("hidden"), traces, real)
 
     def _graph(self, x: Tensor, inputs: Tensor | Lookup, run: _Run, *, logits: bool) -> Tensor:
         """x (T,B,…), and the same behind the embedding -> (T',B,O) or (B,O). UnsupportedError names an operation that does not fit."""
@@ -261,10 +286,14 @@ class _Run:
     lengths: Tensor | None
     mode: Discretize
     walk: Walk
-    state: State
-    inputs: list[Tensor | Lookup]
-    hidden: list[Tensor]
-    traces: list[Trace]
+    state: State = field(default_factory=list)
+    inputs: list[Tensor | Lookup] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+    traces: list[Trace] = field(default_factory=list)
+    real: list[Tensor | None] = field(default_factory=list)
+
+    def output(self, y: Tensor) -> Output:
+        return Output(y, self.state, self.inputs, self.hidden, self.traces, self.real)
 
     def layer(self, index: int, x: Tensor | Lookup, *, start: list[CellState] | None = None, lengths: Tensor | None = None) -> Tensor:
         """Layer `index` over x (T,B,I) or tokens -> its outputs (T,B,D·R), zero at pads. `start`: the states it begins with where the
@@ -280,6 +309,7 @@ class _Run:
             outs.append(reverse(out, lengths) if backward else out)
             states.append(state_after(trace, before, lengths))
             self.traces.append(trace)
+            self.real.append(lengths)
         out = torch.cat(outs, -1) if len(outs) > 1 else outs[0]
         if lengths is not None:
             out = torch.where(valid_steps(lengths, len(out)), out, out.new_zeros(()))
@@ -399,7 +429,7 @@ class Network(nn.Module):
             raise ValueError("an encoder–decoder needs decoder_input; use generate() to run it free")
         decoder = self.get_submodule("decoder")
         second = decoder(decoder_input, first.state, lengths=decoder_lengths, mode=mode, walk=walk, logits=logits)
-        both = (first.inputs + second.inputs, first.hidden + second.hidden, first.traces + second.traces)
+        both = (getattr(first, name) + getattr(second, name) for name in ("inputs", "hidden", "traces", "lengths"))
         return Output(second.y, second.state, *both)
 
     @torch.no_grad()

@@ -42,8 +42,7 @@ def calibrate(student: Network, teacher: Network, task: tasks.Task, batches: Ite
 
         out = prepared.forward(teacher, mode=FLOAT, walk=walk, state=None if batch.first else state)
         state = out.state
-        for (name, _), (values, weight) in zip(teacher.cells().items(), traces, strict=True):
-            lengths = prepared.decoder_lengths if name.startswith("decoder.") else prepared.lengths
+        for name, (values, weight), lengths in zip(teacher.cells(), traces, out.lengths, strict=True):
             if lengths is not None:
                 weight = weight * valid_steps(lengths, len(values))[..., None]
             mass[name] += histogram(values, weight).cpu()

@@ -22,8 +22,8 @@ def total(
     value = tasks.loss(task, weights, prepared, output.y, target.y)
     hidden = weights.hidden_weight(task.name)
     if hidden:
-        value = value + hidden * hidden_match(task, prepared, output, target)
-    masks = step_masks(student, prepared, output)
+        value = value + hidden * hidden_match(task, output, target)
+    masks = step_masks(output)
     if weights.gate and mode.estimator != "float":
         value = value + weights.gate * gate_match(output, target, masks)
     if recipe.budget.open and recipe.budget.weight and mode.estimator != "float":
@@ -31,24 +31,22 @@ def total(
     return value
 
 
-def hidden_match(task: tasks.Task, prepared: tasks.Prepared, output: Output, target: Output) -> Tensor:
+def hidden_match(task: tasks.Task, output: Output, target: Output) -> Tensor:
     """Σ over layers of the mean squared error between the layers' outputs, over real steps (both are zero at pads)."""
-    terms, at = [], 0
-    for section, spec in task.spec.sections.items():
-        lengths = prepared.decoder_lengths if section == "decoder" else prepared.lengths
-        for _ in spec.layers:
-            ours, theirs = output.hidden[at], target.hidden[at]
-            steps = ours.shape[0] * ours.shape[1] if lengths is None else lengths.sum().clamp_min(1)
-            terms.append((ours - theirs).square().sum() / (steps * ours.shape[2]))
-            at += 1
+    layers = [layer for spec in task.spec.sections.values() for layer in spec.layers]
+    terms, cell = [], 0
+    for layer, ours, theirs in zip(layers, output.hidden, target.hidden, strict=True):
+        lengths = output.lengths[cell]
+        steps = ours.shape[0] * ours.shape[1] if lengths is None else lengths.sum().clamp_min(1)
+        terms.append((ours - theirs).square().sum() / (steps * ours.shape[2]))
+        cell += layer.directions
     return torch.stack(terms).sum()
 
 
-def step_masks(student: Network, prepared: tasks.Prepared, output: Output) -> list[Tensor]:
+def step_masks(output: Output) -> list[Tensor]:
     """For each cell its real steps, (T,B,1,1) in its own direction's order (sequences start at 0 in both)."""
     masks = []
-    for (prefix, _), pre in zip(student.spec.cell_names(), output.pre, strict=True):
-        lengths = prepared.decoder_lengths if prefix.startswith("decoder.") else prepared.lengths
+    for pre, lengths in zip(output.pre, output.lengths, strict=True):
         steps, rows = pre.shape[:2]
         mask = pre.new_ones(steps, rows, 1) if lengths is None else valid_steps(lengths, steps).to(pre.dtype)
         masks.append(mask.unsqueeze(-1))

@@ -49,17 +49,16 @@ class Watch:
             if not self.heat:
                 self._first_sequence(prepared, out)
         elif name == "teacher":
-            self._histogram(self.before, prepared, out, FLOAT)
+            self._histogram(self.before, out, FLOAT)
         elif name == "soft_student":
-            self._histogram(self.after, prepared, out, self.soft_mode)
+            self._histogram(self.after, out, self.soft_mode)
 
-    def _cells(self, prepared: tasks.Prepared, out: Output):
-        for (prefix, cell), pre in zip(self.student.cells().items(), out.pre, strict=True):
-            lengths = prepared.decoder_lengths if prefix.startswith("decoder.") else prepared.lengths
+    def _cells(self, out: Output):
+        for (prefix, cell), pre, lengths in zip(self.student.cells().items(), out.pre, out.lengths, strict=True):
             yield prefix, cell, pre, lengths
 
-    def _histogram(self, into: dict[tuple[str, str], Tensor], prepared: tasks.Prepared, out: Output, mode: Discretize) -> None:
-        for prefix, cell, pre, lengths in self._cells(prepared, out):
+    def _histogram(self, into: dict[tuple[str, str], Tensor], out: Output, mode: Discretize) -> None:
+        for prefix, cell, pre, lengths in self._cells(out):
             real = pre if lengths is None else pre[valid_steps(lengths, pre.shape[0])[..., 0]]
             for k, gate in enumerate(cell.layer.kind.gate_names):
                 values = sample(cell.modes(mode)[k], real[..., k, :]).float().cpu()
@@ -67,14 +66,17 @@ class Watch:
                 into[prefix, gate] = into.get((prefix, gate), torch.zeros(BINS)) + counts
 
     def _first_sequence(self, prepared: tasks.Prepared, out: Output) -> None:
-        for prefix, cell, pre, lengths in self._cells(prepared, out):
+        aligned = True  # whether the cells' steps are the input's
+        for prefix, cell, pre, lengths in self._cells(out):
+            decoder = prefix.startswith("decoder.")
+            aligned &= decoder or (len(pre) == len(prepared.inputs) and lengths is prepared.lengths)
             steps = min(int(lengths[0]) if lengths is not None else pre.shape[0], HEATMAP_STEPS)
             for k, gate in enumerate(cell.layer.kind.gate_names):
                 if cell.binary[k]:
                     bits = (pre[:steps, 0, k, :HEATMAP_UNITS] > 0).int().cpu()
                     # z = 1 keeps: drawn as the others, "open" is what costs
                     self.heat.append((f"{prefix} {gate}", 1 - bits if gate == "z" else bits))
-        if not prepared.inputs.is_floating_point():
+        if aligned and not prepared.inputs.is_floating_point():
             self.heat_tokens = prepared.inputs[:HEATMAP_STEPS, 0].cpu()
 
     def figures(self, names: tuple[str, ...] | None) -> Figures:

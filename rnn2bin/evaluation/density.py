@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,8 +62,18 @@ class DensityCounter:
             "incremental": _share("incremental", "dense", both),
             "bytes_per_step": _total("touched", both) * per_step,
             "dense_bytes_per_step": _total("dense", both) * per_step,
+            "around": around(self.network),
             "layers": {name: {"weights_touched": _share("touched", "dense", [c])} for name, c in {**self.cells, **self.heads}.items()},
         }
+
+
+def around(network: Network) -> int:
+    """Weights of a graph's operations around the layers: read whole, whatever the gates say, and in no other figure.
+
+    A plain chain has none: its linear layers are counted as `head`.
+    """
+    graphs = [section.graph for section in network.spec.sections.values() if section.graph]
+    return sum(math.prod(shape) for graph in graphs for shape in graph.tensors.values())
 
 
 def _total(name: str, over: list[Count]) -> float:

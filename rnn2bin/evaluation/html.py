@@ -572,9 +572,11 @@ def _ratio(part: Any, whole: Any) -> str:
 def _cost(report: Report) -> list[tuple[str, str]]:
     source, packed = (_get(report, "size", key) for key in ("source_bytes", "packed_bytes"))
     cost, parity = _get(report, "cost") or {}, _get(report, "parity") or {}
+    around = _get(report, "density", "around") or None
     rows = [
         ("Source file", _size(source)),
         ("Packed weights", _size(packed) + _ratio(packed, source)),
+        ("Weights around the layers, read whole", _whole(around)),
         ("Conversion took", _duration(cost.get("seconds"))),
         ("Training steps", _whole(cost.get("steps"))),
         ("Tokens or time steps seen", _whole(cost.get("tokens"))),

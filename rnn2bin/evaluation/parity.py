@@ -41,7 +41,7 @@ class NativeNetwork:
         y, after = self.model.call(
             x, state, lengths=lengths, decoder_input=decoder_input, decoder_lengths=decoder_lengths, logits=logits
         )
-        return Output(y, after, [], [], [])
+        return Output(y, after, [], [], [], [])
 
     def generate(self, x: Tensor, *, lengths: Tensor | None = None, **_: Any) -> Tensor:
         return self.model.generate(x, lengths=lengths)

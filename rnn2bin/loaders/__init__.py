@@ -49,6 +49,7 @@ OTHERS = {
     ".gguf": "a GGUF file",
 }
 HDF5 = b"\x89HDF\r\n\x1a\n"
+HALF = 65504.0  # the largest number of fp16
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile
 
 
@@ -116,9 +117,21 @@ def load(path: str | Path, *, source: Source | None = None) -> Loaded:
     name = _format(path)
     resolved = _resolved(path, name, source)
     spec = resolved.assembly.spec
-    if spec is None or resolved.reasons:
-        raise UnsupportedError(*(f"{path.name}: {reason}" for reason in resolved.reasons))
-    return Loaded(spec, resolved.assembly.weights, _provenance(path, name), resolved.readout_stated)
+    weights = resolved.assembly.weights
+    reasons = resolved.reasons or _beyond_half(weights)
+    if spec is None or reasons:
+        raise UnsupportedError(*(f"{path.name}: {reason}" for reason in reasons))
+    return Loaded(spec, weights, _provenance(path, name), resolved.readout_stated)
+
+
+def _beyond_half(weights: dict[str, torch.Tensor]) -> list[str]:
+    """A reason for every weight that the packed file, which is fp16, cannot hold."""
+    largest = {name: float(tensor.abs().max()) for name, tensor in weights.items() if tensor.numel()}
+    return [
+        f"{name}: holds {value:.4g}, but weights are packed as fp16, which ends at {HALF:g}; scale them, or leave the tensor out"
+        for name, value in largest.items()
+        if value > HALF
+    ]
 
 
 def inspect(path: str | Path, *, source: Source | None = None) -> Inspection:

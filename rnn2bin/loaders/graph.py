@@ -417,7 +417,7 @@ def _chain(probe: _Probe) -> _Probe | None:
                 if bias is not None:
                     weights[f"main.head.{index}.bias"] = bias
             plain = _Probe(section, weights)
-            if all(plain.same(probe, x) for x in inputs):
+            if inputs and all(plain.same(probe, x) for x in inputs):
                 return plain
     return None
 

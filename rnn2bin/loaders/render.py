@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rnn2bin.spec import RnnSpec
+from rnn2bin.spec import GraphSpec, RnnSpec
 
 MOST_ROWS = 200
 
@@ -58,12 +58,19 @@ def spec_parts(spec: RnnSpec) -> list[str]:
             lines.append(f"{name}: reads out {section.readout}")
             lines += [f"{name}: linear {one.in_features} -> {one.out_features}, then {one.activation}" for one in section.head]
             continue
-        around = Counter(node.op for node in section.graph.nodes if node.op not in ("Constant", "Recurrent"))
-        lines.append(f"{name}: around the layers: {', '.join(f'{op} × {n}' if n > 1 else op for op, n in around.items())}")
-        every = "every step" if section.per_step else "a whole sequence"
-        steps = f", {section.graph.steps} steps only" if section.graph.steps else ""
-        lines.append(f"{name}: {section.output_size} values for {every}, then {section.activation}{steps}")
+        lines += [f"{name}: {line}" for line in around(section.graph)]
     return lines
+
+
+def around(graph: GraphSpec) -> list[str]:
+    """What stands around a graph's layers, and what it gives."""
+    counts = Counter(node.op for node in graph.nodes if node.op not in ("Constant", "Recurrent"))
+    every = "every step" if graph.per_step else "a whole sequence"
+    steps = f", {graph.steps} steps only" if graph.steps else ""
+    return [
+        f"around the layers: {', '.join(f'{op} × {n}' if n > 1 else op for op, n in counts.items())}",
+        f"{graph.output_size} values for {every}, then {graph.activation}{steps}",
+    ]
 
 
 def _layer(cell: str, layer: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -1,0 +1,371 @@
+"""Networks that are graphs, from their file to the report and back: every command, on each of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import rnn2bin
+from rnn2bin import cli, loaders, pipeline
+from rnn2bin.cells.network import teacher_network
+from rnn2bin.distill.window import run_cell
+from rnn2bin.loaders.graph import Direction, GraphBuilder
+
+V, E, H, OUT, WIDTH, STEPS, N = 11, 5, 7, 4, 3, 12, 40
+FAST = ["--recipe", "smoke.yaml", "--set", "train.steps=4", "--set", "train.max_steps=4", "--set", "train.evaluate_every=2"]
+
+
+# ---------------------------------------------------------------------------------------------- the networks
+
+
+def weights(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape) * 0.5
+
+
+def directions(kind: str, reads: int, *, ways: int = 1) -> list[Direction]:
+    rnn = (nn.LSTM if kind == "lstm" else nn.GRU)(reads, H, bidirectional=ways == 2)
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    return [Direction(*(getattr(rnn, f"{name}_l0{way}").detach() for name in names)) for way in ("", "_reverse")[:ways]]
+
+
+def linear(g: GraphBuilder, x: str, reads: int, gives: int) -> str:
+    return g.add("Add", g.add("MatMul", x, g.constant(weights(reads, gives), "kernel")), g.constant(weights(gives), "bias"))
+
+
+def time_first(g: GraphBuilder, x: str) -> str:
+    return g.add("Transpose", x, perm=[1, 0, 2])
+
+
+def attention(g: GraphBuilder):
+    """Tokens -> concat[embedding, LSTM] -> attention over time -> linear -> softmax: a class a sequence."""
+    y, _, _ = g.recurrent("lstm", time_first(g, "input"), directions("lstm", E))
+    both = g.add("Concat", "input", time_first(g, y), axis=-1)
+    score = g.add("Softmax", linear(g, both, E + H, 1), axis=1)
+    mean = g.add("ReduceSum", g.add("Mul", both, score), g.literal([1]), keepdims=0)
+    return g.network(g.add("Softmax", linear(g, mean, E + H, OUT), axis=-1), input_shape=(), embedding=weights(V, E))
+
+
+def convolution(g: GraphBuilder):
+    """Floats -> convolution of stride 2 -> GRU -> linear -> softmax: a class every second step."""
+    x = g.add("Conv", g.add("Transpose", "input", perm=[0, 2, 1]), g.constant(weights(E, WIDTH, 3)), strides=[2], pads=[1, 1], hint="conv")
+    y, _, _ = g.recurrent("gru", g.add("Transpose", g.add("Relu", x), perm=[2, 0, 1]), directions("gru", E))
+    return g.network(g.add("Softmax", linear(g, time_first(g, y), H, OUT), axis=-1), input_shape=(WIDTH,))
+
+
+def both_ways(g: GraphBuilder):
+    """Floats -> linear -> bidirectional LSTM, with what it read added -> linear: values at every step."""
+    x = linear(g, "input", WIDTH, 2 * H)
+    y, _, _ = g.recurrent("lstm", time_first(g, x), directions("lstm", 2 * H, ways=2))
+    return g.network(linear(g, g.add("Add", time_first(g, y), x), 2 * H, OUT), input_shape=(WIDTH,))
+
+
+def flattened(g: GraphBuilder):
+    """Floats of STEPS steps -> LSTM -> all its outputs in one row -> linear: values a sequence."""
+    y, _, _ = g.recurrent("lstm", time_first(g, "input"), directions("lstm", WIDTH))
+    row = g.add("Reshape", time_first(g, y), g.literal([-1, STEPS * H]))
+    return g.network(linear(g, row, STEPS * H, OUT), input_shape=(WIDTH,), steps=STEPS)
+
+
+def residual(g: GraphBuilder):
+    """Tokens -> GRU, with what it read added -> GRU -> linear -> softmax: the next token; may be cut anywhere."""
+    y, _, _ = g.recurrent("gru_reset_before", time_first(g, "input"), directions("gru", E))
+    x = g.add("Concat", "input", time_first(g, y), axis=-1)
+    y, _, _ = g.recurrent("gru_reset_before", time_first(g, x), directions("gru", E + H))
+    return g.network(g.add("Softmax", linear(g, time_first(g, y), H, V), axis=-1), input_shape=(), embedding=weights(V, E))
+
+
+def pooled(g: GraphBuilder):
+    """Floats -> maximum of every two steps -> LSTM that starts from a given state -> sigmoid of the last: yes or no."""
+    x = g.add("MaxPool", g.add("Transpose", "input", perm=[0, 2, 1]), kernel_shape=[2], strides=[2])
+    x = g.add("Transpose", x, perm=[2, 0, 1])
+    batch = g.add("Shape", x, start=1, end=2)
+    first = g.add("Expand", g.constant(weights(1, 1, H + 10)), g.add("Concat", g.literal([1]), batch, g.literal([H + 10]), axis=0))
+    first = g.add("Slice", first, g.literal([0]), g.literal([H]), g.literal([2]))
+    y, _, _ = g.recurrent("lstm", x, directions("lstm", WIDTH), h0=first, c0=first)
+    return g.network(g.add("Sigmoid", linear(g, g.add("Gather", y, g.literal(-1), axis=0), H, 1)), input_shape=(WIDTH,))
+
+
+def started(g: GraphBuilder):
+    """Floats -> LSTM from a given state, its output squared -> linear: a class at every step; may be cut anywhere."""
+    batch = g.add("Shape", "input", start=0, end=1)
+    first = g.add(
+        "Expand", g.constant(weights(3, 1, H)[:1].repeat(1, 1, 1)), g.add("Concat", g.literal([1]), batch, g.literal([H]), axis=0)
+    )
+    y, _, _ = g.recurrent("lstm", time_first(g, "input"), directions("lstm", WIDTH), h0=first)
+    return g.network(linear(g, time_first(g, g.add("Mul", y, y)), H, OUT), input_shape=(WIDTH,))
+
+
+def picture(g: GraphBuilder):
+    """Floats (T,4,3) -> a convolution in two dimensions -> GRU -> its mean, its maximum and its last output -> linear: a class."""
+    x = g.add("Conv", g.add("Unsqueeze", "input", axes=[1]), g.constant(weights(2, 1, 1, 2, 3)), hint="conv")
+    x = g.add("Reshape", g.add("Transpose", x, perm=[2, 0, 1, 3, 4]), g.literal([0, 0, -1]))
+    y, h, _ = g.recurrent("gru", x, directions("gru", 6))
+    parts = [g.add("ReduceMean", y, axes=[0], keepdims=0), g.add("ReduceMax", y, axes=[0], keepdims=0), g.add("Squeeze", h, axes=[0])]
+    return g.network(linear(g, g.add("Concat", *parts, axis=-1), 3 * H, OUT), input_shape=(4, WIDTH))
+
+
+NETWORKS = {f.__name__: f for f in (attention, convolution, both_ways, flattened, residual, pooled, started, picture)}
+
+
+def assembled(name: str):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return NETWORKS[name](GraphBuilder())
+
+
+@pytest.fixture
+def save_graph(tmp_path, monkeypatch):
+    """A "file" that holds such a network; the reader of its suffix is this test's."""
+    monkeypatch.setitem(loaders.GRAPH_READERS, "test", lambda path, source: assembled(path.read_text()))
+    monkeypatch.setitem(loaders.SUFFIXES, ".graph", "test")
+
+    def save(name: str) -> Path:
+        (tmp_path / "model.graph").write_text(name)
+        return tmp_path / "model.graph"
+
+    return save
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+RANDOM = np.random.default_rng(1)
+TOKENS = RANDOM.integers(0, V, (N, STEPS))
+FLOATS = RANDOM.normal(size=(N, STEPS, WIDTH)).astype(np.float32)
+LENGTHS = RANDOM.integers(3, STEPS + 1, N)
+INPUTS = {
+    "attention": TOKENS,
+    "residual": TOKENS,
+    "picture": RANDOM.normal(size=(N, STEPS, 4, WIDTH)).astype(np.float32),
+    **dict.fromkeys(("convolution", "both_ways", "flattened", "pooled", "started"), FLOATS),
+}
+labels = lambda *shape, classes=OUT: RANDOM.integers(0, classes, shape)
+values = lambda *shape: RANDOM.normal(size=shape).astype(np.float32)
+LABELS = labels(N)
+CASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "attention classifies": ("attention", {"targets": labels(N)}, "classify"),
+    "attention matches": ("attention", {}, "match"),
+    "convolution tags": ("convolution", {"targets": labels(N, STEPS // 2)}, "tag"),
+    "convolution regresses": ("convolution", {"targets": values(N, STEPS // 2, OUT)}, "regress"),
+    "convolution matches": ("convolution", {}, "match"),
+    "both ways regress": ("both_ways", {"targets": values(N, STEPS, OUT)}, "regress"),
+    "both ways tag with lengths": ("both_ways", {"targets": labels(N, STEPS), "lengths": LENGTHS}, "tag"),
+    "both ways match with lengths": ("both_ways", {"lengths": LENGTHS}, "match"),
+    "flattened regresses": ("flattened", {"targets": values(N, OUT)}, "regress"),
+    "flattened classifies": ("flattened", {"targets": labels(N)}, "classify"),
+    "residual predicts": ("residual", {}, "next-token"),
+    "residual predicts with lengths": ("residual", {"lengths": LENGTHS}, "next-token"),
+    "residual tags": ("residual", {"targets": labels(N, STEPS, classes=V)}, "tag"),
+    "pooled says yes or no": ("pooled", {"targets": labels(N, classes=2)}, "classify"),
+    "started tags": ("started", {"targets": labels(N, STEPS), "lengths": LENGTHS}, "tag"),
+    "picture classifies": ("picture", {"targets": labels(N)}, "classify"),
+}
+
+
+def save_arrays(folder: Path, network: str, arrays: dict[str, Any], name: str = "data.npz") -> Path:
+    np.savez(folder / name, inputs=INPUTS[network], **arrays)
+    return folder / name
+
+
+def call(*args: Any, code: int = 0):
+    result = CliRunner().invoke(cli.main, [str(a) for a in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- the whole way
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_from_file_to_report_and_back(case, tmp_path, save_graph):
+    network, arrays, task = CASES[case]
+    model, data, out = save_graph(network), save_arrays(tmp_path, network, arrays), tmp_path / "OUT"
+    short = ["--set", "train.window=5", "--set", "loss.gate=0.1", "--set", "loss.hidden=0.5", "--set", "report.controls=true"]
+    found = json.loads(call("convert", model, *FAST, *short, "--data", data, "--out", out, "--json").stdout)
+    assert found["task"] == task
+    assert 0 <= found["density"]["weights_touched"] <= 1
+    assert set(found["controls"]) == {"threshold_only", "sharpened_sigmoid", "random_gates"}
+    assert all(0 <= gate["open_rate"] <= 1 for gate in found["gates"])
+    page = (out / "report.html").read_text()
+    assert "Weights around the layers, read whole" in page
+    assert found["density"]["around"] == sum(t.numel() for name, t in assembled(network).weights.items() if ".graph." in name)
+
+    packed = rnn2bin.load(out)
+    teacher = assembled(network)
+    assert packed.spec.main.graph == teacher.spec.main.graph
+    x = torch.from_numpy(INPUTS[network]).transpose(0, 1)
+    lengths = torch.from_numpy(arrays["lengths"]) if "lengths" in arrays else None
+    y, _ = packed(x, lengths=lengths)
+    kernels = packed.network(x, lengths=lengths, walk=run_cell).y
+    torch.testing.assert_close(kernels, y, atol=1e-5, rtol=1e-5)
+
+    again = json.loads(call("eval", model, out, "--data", data, "--json").stdout)
+    assert again["binary"] == found["binary"]
+    assert again["drop"] == found["drop"]
+
+    plain = save_arrays(tmp_path, network, {k: v for k, v in arrays.items() if k == "lengths"}, "inputs.npz")
+    call("run", out, "--data", plain, "--out", tmp_path / "y.npz")
+    written = torch.from_numpy(np.load(tmp_path / "y.npz")["outputs"])
+    torch.testing.assert_close(written, y.transpose(0, 1) if y.ndim == 3 else y)
+    hub(out, x, lengths, y)
+
+
+def hub(out: Path, x: torch.Tensor, lengths: torch.Tensor | None, y: torch.Tensor) -> None:
+    """The same outputs through transformers' Auto classes."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(out).eval()
+    name = "inputs" if x.is_floating_point() else "input_ids"
+    with torch.no_grad():
+        theirs = model(**{name: x.transpose(0, 1)}, lengths=lengths).logits
+    torch.testing.assert_close(theirs, y.transpose(0, 1) if y.ndim == 3 else y)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_plan_shows_what_stands_around(network, tmp_path, save_graph):
+    arrays = next(arrays for name, arrays, _ in CASES.values() if name == network)
+    plan = call(
+        "convert", save_graph(network), *FAST, "--data", save_arrays(tmp_path, network, arrays), "--out", tmp_path / "OUT", "--plan"
+    )
+    assert "around the layers: " in plan.output
+    assert "reads out" not in plan.output
+    assert not (tmp_path / "OUT").exists()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_an_interrupted_conversion_goes_on_to_the_same_weights(network, tmp_path, save_graph, monkeypatch):
+    arrays = next(arrays for name, arrays, _ in CASES.values() if name == network)
+    model, data = save_graph(network), save_arrays(tmp_path, network, arrays)
+    call("convert", model, *FAST, "--set", "train.window=5", "--data", data, "--out", tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    def stop(now: dict[str, Any]) -> None:
+        if now["step"] == 3:
+            raise Stop
+
+    knobs = [word for word in FAST[2:] if word != "--set"] + ["train.window=5"]
+    with pytest.raises(Stop):
+        pipeline.convert(model, recipe="smoke.yaml", data=data, out=tmp_path / "OUT", overrides=knobs, progress=stop)
+    call("convert", model, *FAST, "--set", "train.window=5", "--data", data, "--out", tmp_path / "OUT", "--resume")
+    assert digest(tmp_path / "OUT") == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("network", ["residual", "started"])
+def test_a_graph_that_may_be_cut_streams_bit_for_bit(network, tmp_path, save_graph, monkeypatch):
+    monkeypatch.setattr("test_graph_networks.H", 64)  # small products round alike whatever their shape
+    arrays = next(arrays for name, arrays, _ in CASES.values() if name == network)
+    out = tmp_path / "OUT"
+    call("convert", save_graph(network), *FAST, "--data", save_arrays(tmp_path, network, arrays), "--out", out)
+    packed = rnn2bin.load(out)
+    x = torch.from_numpy(INPUTS[network][0])
+    whole, _ = packed(x[:, None])
+    stream = packed.stream()
+    assert torch.equal(torch.stack([stream.step(x_t) for x_t in x]), whole[:, 0])
+
+
+def test_a_token_graph_converts_without_data(tmp_path, save_graph):
+    found = json.loads(call("convert", save_graph("residual"), *FAST, "--out", tmp_path / "OUT", "--json").stdout)
+    assert found["provenance"]["data_free"]
+    assert found["task"] == "next-token"
+    call("convert", save_graph("attention"), *FAST, "--out", tmp_path / "NO", code=2)
+
+
+def test_text_is_read_by_a_token_graph(tmp_path, save_graph):
+    (tmp_path / "text.txt").write_text("abcdefghijk" * 80)
+    found = json.loads(
+        call("convert", save_graph("residual"), *FAST, "--data", tmp_path / "text.txt", "--out", tmp_path / "OUT", "--json").stdout
+    )
+    assert found["task"] == "next-token"
+    call("run", tmp_path / "OUT", "--data", tmp_path / "text.txt", "--out", tmp_path / "y.npz")
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_student_starts_as_its_teacher_with_any_number_of_copies(network):
+    from rnn2bin import student
+    from rnn2bin.gates.estimators import Discretize
+    from rnn2bin.recipe import Gates
+
+    made = assembled(network)
+    teacher = teacher_network(made.spec, made.weights)
+    x = torch.from_numpy(INPUTS[network][:5]).transpose(0, 1)
+    for copies in (1, 3):
+        started_student = student.student(teacher, Gates(copies=copies, levels="learned"))
+        torch.testing.assert_close(started_student(x, mode=Discretize("sigmoid")).y, teacher(x).y, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("network", "arrays", "words"),
+    [
+        ("convolution", {"targets": labels(N, STEPS)}, "the network gives 6"),
+        ("attention", {"targets": labels(N), "lengths": LENGTHS}, "lengths do not help"),
+        ("attention", {"targets": labels(N, STEPS)}, "one output for a whole sequence"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_in_one_line(network, arrays, words, tmp_path, save_graph):
+    result = call(
+        "convert", save_graph(network), *FAST, "--data", save_arrays(tmp_path, network, arrays), "--out", tmp_path / "OUT", code=2
+    )
+    assert words in result.stderr
+    assert not (tmp_path / "OUT").exists()
+
+
+def test_a_fixed_length_is_kept(tmp_path, save_graph):
+    np.savez(tmp_path / "short.npz", inputs=FLOATS[:, :9], targets=labels(N))
+    result = call("convert", save_graph("flattened"), *FAST, "--data", tmp_path / "short.npz", "--out", tmp_path / "OUT", code=2)
+    assert "sequences of 12 steps" in result.stderr
+
+
+def test_weights_beyond_fp16_are_refused_when_the_file_is_read(tmp_path, save_graph, monkeypatch):
+    made = assembled("attention")
+    name = next(name for name in made.weights if ".graph." in name)
+    made.weights[name][0] = 70_000
+    monkeypatch.setitem(loaders.GRAPH_READERS, "test", lambda path, source: made)
+    result = call("convert", save_graph("attention"), *FAST, "--out", tmp_path / "OUT", code=3)
+    assert f"{name}: holds 7e+04, but weights are packed as fp16" in result.stderr
+
+
+def test_a_layer_with_lengths_of_its_own_counts_its_own_steps(tmp_path, save_graph, monkeypatch):
+    """A graph that finds the pads itself (token 0, in front): what its layer does not see is in no figure."""
+    g = GraphBuilder()
+    torch.manual_seed(0)
+    mask = g.add("Greater", "tokens", g.literal(0))
+    x, lengths, places = g.add_many("Compact", (time_first(g, "input"), mask), [g.name("x"), g.name("lengths"), g.name("places")])
+    y, _, _ = g.recurrent("lstm", x, directions("lstm", E), lengths=lengths)
+    last = g.add("Gather", g.add("Spread", y, places), g.literal(-1), axis=0)
+    made = g.network(linear(g, last, H, OUT), input_shape=(), embedding=weights(V, E))
+    monkeypatch.setitem(loaders.GRAPH_READERS, "test", lambda path, source: made)
+    tokens = TOKENS.copy()
+    short = {"whole": tokens[:, 6:], "padded": np.concatenate([np.zeros((N, 6), int), tokens[:, 6:]], 1)}
+    found = {}
+    for name, inputs in short.items():
+        np.savez(tmp_path / f"{name}.npz", inputs=inputs, targets=LABELS)
+        call(
+            "convert",
+            save_graph("masked"),
+            *FAST,
+            "--set",
+            "train.batch_size=32",
+            "--data",
+            tmp_path / f"{name}.npz",
+            "--out",
+            tmp_path / name,
+        )
+        found[name] = json.loads((tmp_path / name / "report.json").read_text())
+    for name in ("weights_touched", "columns", "candidate_rows", "bytes_per_step"):
+        assert found["padded"]["density"][name] == pytest.approx(found["whole"]["density"][name], rel=1e-3)
+    assert [g["open_rate"] for g in found["padded"]["gates"]] == pytest.approx([g["open_rate"] for g in found["whole"]["gates"]], rel=1e-3)
