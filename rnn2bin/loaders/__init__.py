@@ -139,6 +139,8 @@ def inspect(path: str | Path, *, source: Source | None = None) -> Inspection:
 def _resolved(path: Path, name: str, source: Source | None) -> _Resolved:
     try:
         if name in READERS:
+            if source and (extra := sorted(source.model_fields_set & {"inputs", "input_shape", "output"})):
+                raise UsageError(f"source: {', '.join(extra)}: for files that hold a graph; {path.name} holds named tensors")
             return _resolve(_read(path, name, source), source)
         built = GRAPH_READERS[name](path, source or Source())
     except MemoryError:

@@ -65,7 +65,7 @@ class Tracer:
     fixed_batch: int | None = None
     embedding: Tensor | int | None = None
     states: list[str] = field(default_factory=list)  # inputs that are carried states
-    lengths: list[str] = field(default_factory=list)  # inputs that are lengths
+    lengths: list[str] = field(default_factory=list)  # inputs that layers' lengths are made of
     unknown: list[str] = field(default_factory=list)  # operations that are not run
     read: list[frozenset[str]] = field(default_factory=list)  # what the layers' inputs depend on
     steps: list[tuple[int, int]] = field(default_factory=list)  # (T, B) of every layer at the first probe
@@ -477,8 +477,7 @@ def _lengths(tracer: Tracer, value: Value | None, layout: int, x: Value | None) 
     steps = [t.shape[1 if layout else 0] for t in x.data]
     if not value.deps and all(bool((t == n).all()) for t, n in zip(value.data * len(steps), steps, strict=False)):
         return None
-    if value.origin:
-        tracer.lengths.append(value.origin)
+    tracer.lengths += value.deps
     return value
 
 
