@@ -500,6 +500,7 @@ def test_tensors_beside_the_file_are_read(tmp_path):
     values = np.random.default_rng(3).normal(size=SIZE // 4).astype(np.float32)
     (tmp_path / "w.bin").write_bytes(b"1234" + values.tobytes())
     path = external(tmp_path / "m.onnx", "w.bin", offset="4", length=str(SIZE))
+    assert [one["name"] for one in loaders.load(path).provenance["files"]] == ["m.onnx", "w.bin"]
     x = floats(T, B, WIDTH)
     assert_close(network(path)(x).y, theirs(path, x=x)[0][:, 0])
 

@@ -1,5 +1,5 @@
-"""Real networks: that of scripts/demo.sh, in minutes instead of ten (run that script first, it fetches the network and the words), and those
-that a package brings (pip install --no-deps silero-vad==6.2.3)."""
+"""Real networks: that of scripts/demo.sh, in minutes instead of ten (run that script first, it fetches the network and the words), and
+those that a package brings (pip install --no-deps silero-vad==6.2.3)."""
 
 from importlib.util import find_spec
 from pathlib import Path

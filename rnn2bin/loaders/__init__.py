@@ -113,7 +113,7 @@ def load(path: str | Path, *, source: Source | None = None) -> Loaded:
     spec = resolved.assembly.spec
     if spec is None or resolved.reasons:
         raise UnsupportedError(*(f"{path.name}: {reason}" for reason in resolved.reasons))
-    return Loaded(spec, resolved.assembly.weights, _provenance(path, name), resolved.readout_stated)
+    return Loaded(spec, resolved.assembly.weights, _provenance(path, name, resolved.assembly.files), resolved.readout_stated)
 
 
 def inspect(path: str | Path, *, source: Source | None = None) -> Inspection:
@@ -132,7 +132,7 @@ def inspect(path: str | Path, *, source: Source | None = None) -> Inspection:
         reasons=resolved.reasons,
         readout_stated=resolved.readout_stated,
         parts=[*resolved.assembly.notes, *spec_parts(spec)] if graph and spec else parts(resolved.draft, shapes),
-        provenance=_provenance(path, name),
+        provenance=_provenance(path, name, resolved.assembly.files),
     )
 
 
@@ -204,9 +204,9 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _provenance(path: Path, name: str) -> dict[str, Any]:
+def _provenance(path: Path, name: str, beside: Sequence[Path] = ()) -> dict[str, Any]:
     """Where the weights came from: `file`, `format`, `sha256`, `bytes`, and `files` with the same of each file."""
-    sources = huggingface.files(path) if path.is_dir() else [path]
+    sources = huggingface.files(path) if path.is_dir() else [path, *beside]
     if path.is_dir() and (path / "config.json").exists():
         sources = [path / "config.json", *sources]
     return {"file": path.resolve().name, "format": name, **fingerprint(sources)}

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rnn2bin import spec as spec_module
@@ -46,6 +47,7 @@ class Assembly:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)  # beside the source itself
 
 
 def assemble(source: Source, tensors: Mapping[str, torch.Tensor]) -> tuple[RnnSpec, dict[str, torch.Tensor]]:

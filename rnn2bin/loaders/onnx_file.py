@@ -72,7 +72,7 @@ def read(path: Path, source: Source) -> Assembly:
         raise UsageError(f"source: {', '.join(others)}: an ONNX file says itself how its parts join; it takes {', '.join(sorted(KNOWN))}")
     graph = read_graph(path)
     try:
-        return _read(graph, source)
+        return replace(_read(graph, source), files=list(graph.files))
     except UnsupportedError as error:
         return Assembly(None, graph.tensors, list(dict.fromkeys(error.reasons)))
 
