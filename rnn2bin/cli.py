@@ -112,12 +112,15 @@ def convert(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, o
 
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path))
+@click.option("--recipe", default="anneal.yaml", show_default=True, help="Whose `source:` says what the file leaves open. " + RECIPE_HELP)
+@click.option("--set", "overrides", multiple=True, metavar="A.B=V", help="Set one knob of it: source.inputs={sr: 16000}.")
 @json_option
-def inspect(model: Path, json_out: bool) -> None:
+def inspect(model: Path, recipe: str, overrides: tuple[str, ...], json_out: bool) -> None:
     """What is in MODEL: recognised parts, what was not recognised, and a `source:` section to start from. Runs no code from it."""
+    from rnn2bin import recipe_yaml
     from rnn2bin.loaders import inspect as look
 
-    found = look(model)
+    found = look(model, source=recipe_yaml.read(recipe, overrides=overrides).source)
     as_json(found.to_dict()) if json_out else click.echo(found.render())
 
 

@@ -313,6 +313,35 @@ def test_one_step_a_call_becomes_a_sequence_network(tmp_path):
     assert (section.activation, section.windowed, section.per_step, section.output_size) == ("sigmoid", True, True, OUT)
 
 
+def test_one_step_a_call_wants_the_width_of_a_step_where_the_file_does_not_say_it(tmp_path):
+    net = Net()
+    parts = [net.op("Gather", "state", net.tensor(np.array([k])), axis=0) for k in (0, 1)]
+    mean = net.op("ReduceMean", "x", axes=[1], keepdims=1)  # a front end that takes any width
+    y, h, c = net.cell("LSTM", net.op("Unsqueeze", net.op("MatMul", mean, net.weight(1, WIDTH)), net.tensor([0])), h0=parts[0], c0=parts[1])
+    out = net.head(net.op("Squeeze", y, net.tensor([0, 1])), HIDDEN)
+    path = net.save(tmp_path / "m.onnx", out, net.op("Concat", h, c, axis=0), x=["N", "W"], state=(1, [2, "N", HIDDEN]))
+    assert reasons(path).startswith(
+        "m.onnx: its layers take one step a call, and the input 'x' (N, W) does not say how wide that is; say it"
+    )
+    x, state, wanted = floats(T, B, 8), np.zeros((2, B, HIDDEN), np.float32), []
+    for x_t in x:
+        y, state = theirs(path, x=x_t, state=state)
+        wanted.append(y)
+    assert_close(network(path, input_shape=[8])(x).y, torch.stack(wanted))
+
+
+def test_batch_before_time_in_the_operation_itself(tmp_path):
+    """Layout 1, which onnxruntime's CPU does not run: against the same network with layout 0 and transpositions."""
+    x = floats(B, T, WIDTH)
+    for op in ("LSTM", "GRU"):
+        net, same = Net(), Net()
+        y, h, *_ = net.cell(op, "x", layout=1, direction="bidirectional")
+        path = net.save(tmp_path / f"{op}.onnx", net.op("Reshape", y, net.tensor([0, 0, 2 * HIDDEN])), h, x=["B", "T", WIDTH])
+        y, h, *_ = same.cell(op, same.op("Transpose", "x", perm=[1, 0, 2]), direction="bidirectional")
+        again = same.save(tmp_path / f"{op}0.onnx", same.op("Transpose", same.flat(y, 2), perm=[1, 0, 2]), h, x=["B", "T", WIDTH])
+        assert_close(network(path)(x.transpose(0, 1)).y, theirs(again, x=x)[0].transpose(0, 1))
+
+
 def test_a_state_that_is_changed_between_calls_is_refused(tmp_path):
     assert "called step by step" in reasons(stepper(Net(), tmp_path / "m.onnx", broken=True))
 
@@ -414,6 +443,18 @@ def test_graphs_that_are_none(kind, tmp_path):
     assert wanted[kind] in reasons(path)
 
 
+def test_what_the_source_says_must_belong_to_the_file(tmp_path):
+    net = Net()
+    path = net.save(tmp_path / "m.onnx", net.cell("LSTM", "x")[0])
+    with pytest.raises(UsageError, match="readout: an ONNX file says itself"):
+        loaders.load(path, source=Source(readout="last"))
+    torch.save(nn.LSTM(3, 4).state_dict(), tmp_path / "m.pt")
+    with pytest.raises(UsageError, match="output: for files that hold a graph"):
+        loaders.load(tmp_path / "m.pt", source=Source(output="y"))
+    assert "does not fit the input" in reasons(path, input_shape=[WIDTH + 1])
+    assert "no output 'z'" in reasons(path, output="z")
+
+
 def test_without_the_package_the_line_says_what_to_install(tmp_path, monkeypatch):
     import builtins
 
@@ -459,6 +500,7 @@ def test_tensors_beside_the_file_are_read(tmp_path):
     values = np.random.default_rng(3).normal(size=SIZE // 4).astype(np.float32)
     (tmp_path / "w.bin").write_bytes(b"1234" + values.tobytes())
     path = external(tmp_path / "m.onnx", "w.bin", offset="4", length=str(SIZE))
+    assert [one["name"] for one in loaders.load(path).provenance["files"]] == ["m.onnx", "w.bin"]
     x = floats(T, B, WIDTH)
     assert_close(network(path)(x).y, theirs(path, x=x)[0][:, 0])
 
@@ -669,6 +711,33 @@ class Residual(nn.Module):
         a, _ = self.first(x)
         b, _ = self.second(a)
         return self.head(self.norm(a + b))
+
+
+class Padded(nn.Module):
+    """A padded batch with lengths: packed before the layer, the mean over real steps behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(WIDTH, HIDDEN, bidirectional=True), nn.Linear(2 * HIDDEN, OUT)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        y, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0])
+        return self.head(y.sum(0) / lengths[:, None])
+
+
+def test_packed_sequences_as_pytorch_exports_them(tmp_path):
+    import warnings
+
+    torch.manual_seed(6)
+    module, path = Padded().eval().requires_grad_(False), tmp_path / "m.onnx"
+    axes = {"x": {0: "T", 1: "B"}, "lengths": {0: "B"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        example = (torch.randn(T, B, WIDTH), torch.tensor([6, 4, 2]))
+        torch.onnx.export(module, example, path, input_names=["x", "lengths"], dynamic_axes=axes, dynamo=False)
+    x, lengths = floats(T, B, WIDTH), torch.tensor([2, 6, 4])
+    assert_close(network(path)(x, lengths=lengths).y, module(x, lengths))
 
 
 MODULES = [Attention, Convolved, LastState, Residual]

@@ -124,6 +124,8 @@ CASES: list[tuple[Any, ...]] = [
     ("GatherND", [X, np.array([[0, 1], [1, 2]])], {}),
     ("GatherND", [X, np.array([[2], [0]])], {"batch_dims": 1}),
     ("ScatterND", [X, np.array([[0, 1], [1, 2]]), floats(2, 5)], {}),
+    ("ScatterElements", [X, np.array([[[0, -1]], [[1, 2]]]), floats(2, 1, 2)], {"axis": 2}),
+    ("ScatterElements", [whole(1, 2, 3), whole(2, 2), whole(5, 6)], {"reduction": "add"}),
     ("ReverseSequence", [floats(4, 3, 2), whole(4, 1, 3)], {}),
     ("ReverseSequence", [floats(3, 4, 2), whole(4, 1, 3)], {"time_axis": 1, "batch_axis": 0}),
     ("Trilu", [floats(4, 4), np.array(1)], {}),

@@ -448,6 +448,18 @@ def _scatter_nd(values: Values, attributes: dict[str, Any]) -> Tensor:
     return x.index_put(index.unbind(-1), updates, accumulate=attributes.get("reduction") == "add")
 
 
+@operation("ScatterElements")
+def _scatter_elements(values: Values, attributes: dict[str, Any]) -> Tensor:
+    x, index, updates, axis = given(values, 0), given(values, 1).long(), given(values, 2), attributes.get("axis", 0)
+    index = torch.where(index < 0, index + x.shape[axis], index)
+    match attributes.get("reduction", "none"):
+        case "none":
+            return x.scatter(axis, index, updates)
+        case "add":
+            return x.scatter_add(axis, index, updates)
+    raise UnsupportedError(f"ScatterElements with reduction {attributes['reduction']}")
+
+
 @operation("Trilu")
 def _trilu(values: Values, attributes: dict[str, Any]) -> Tensor:
     k = maybe(values, 1)

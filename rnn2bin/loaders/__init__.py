@@ -121,7 +121,7 @@ def load(path: str | Path, *, source: Source | None = None) -> Loaded:
     reasons = resolved.reasons or _beyond_half(weights)
     if spec is None or reasons:
         raise UnsupportedError(*(f"{path.name}: {reason}" for reason in reasons))
-    return Loaded(spec, weights, _provenance(path, name), resolved.readout_stated)
+    return Loaded(spec, weights, _provenance(path, name, resolved.assembly.files), resolved.readout_stated)
 
 
 def _beyond_half(weights: dict[str, torch.Tensor]) -> list[str]:
@@ -150,15 +150,15 @@ def inspect(path: str | Path, *, source: Source | None = None) -> Inspection:
         reasons=resolved.reasons,
         readout_stated=resolved.readout_stated,
         parts=[*resolved.assembly.notes, *(spec_parts(spec) if spec else [])] if graph else parts(resolved.draft, shapes),
-        provenance=_provenance(path, name),
+        provenance=_provenance(path, name, resolved.assembly.files),
     )
 
 
 def _resolved(path: Path, name: str, source: Source | None) -> _Resolved:
     try:
         if name in READERS:
-            if source and (source.keras or source.output):
-                raise UnsupportedError("source.keras and source.output describe files that hold a whole model; this one holds tensors")
+            if source and (extra := sorted(source.model_fields_set & {"inputs", "input_shape", "keras", "output"})):
+                raise UsageError(f"source: {', '.join(extra)}: for files that hold a graph; {path.name} holds named tensors")
             return _resolve(_read(path, name, source), source)
         built = GRAPH_READERS[name](path, source or Source())
     except MemoryError:
@@ -222,9 +222,9 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _provenance(path: Path, name: str) -> dict[str, Any]:
+def _provenance(path: Path, name: str, beside: Sequence[Path] = ()) -> dict[str, Any]:
     """Where the weights came from: `file`, `format`, `sha256`, `bytes`, and `files` with the same of each file."""
-    sources = huggingface.files(path) if path.is_dir() else [path]
+    sources = huggingface.files(path) if path.is_dir() else [path, *beside]
     if path.is_dir() and (path / "config.json").exists():
         sources = [path / "config.json", *sources]
     return {"file": path.resolve().name, "format": name, **fingerprint(sources)}

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rnn2bin import spec as spec_module
@@ -51,6 +52,7 @@ class Assembly:
     notes: list[str] = field(default_factory=list)
     draft: dict[str, Any] | None = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)  # beside the source itself
 
 
 def assemble(source: Source, tensors: Mapping[str, torch.Tensor]) -> tuple[RnnSpec, dict[str, torch.Tensor]]:

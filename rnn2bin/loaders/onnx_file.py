@@ -57,8 +57,12 @@ def bounded(shape: Sequence[int]) -> Sequence[int]:
     return shape
 
 
-class _NotRun(UnsupportedError):
-    """Operations that no other reading of the file would run either."""
+class _Decided(UnsupportedError):
+    """What no other reading of the file would change."""
+
+
+class _NotRead(UnsupportedError):
+    """The input is none that a layer reads: another may be."""
 
 
 def read(path: Path, source: Source) -> Assembly:
@@ -68,7 +72,7 @@ def read(path: Path, source: Source) -> Assembly:
         raise UsageError(f"source: {', '.join(others)}: an ONNX file says itself how its parts join; it takes {', '.join(sorted(KNOWN))}")
     graph = read_graph(path)
     try:
-        return _read(graph, source)
+        return replace(_read(graph, source), files=list(graph.files))
     except UnsupportedError as error:
         return Assembly(None, graph.tensors, list(dict.fromkeys(error.reasons)))
 
@@ -90,17 +94,22 @@ def _read(graph: Graph, source: Source) -> Assembly:
         for layout, lengths in itertools.product(_layouts(main, source, carried=carried), _lengths(main)):
             if isinstance(layout, str):
                 problems.append(layout)
-                break
+                continue
             if layout.rows and lengths != LENGTHS[0]:  # they have no length
                 continue
             try:
                 return _Reading(graph, source, main, layout, lengths).assembly()
-            except _NotRun:
+            except _Decided:
                 raise
+            except _NotRead as error:
+                problems += error.reasons
+                break
             except UnsupportedError as error:
                 problems += error.reasons
-        if any(n is not None for n in main.dims[:1]):
-            problems.append("the file names the size of the batch; where that is in the way, export the network with a dynamic batch axis")
+        else:
+            if main.dims[0] is not None:
+                problems.append("the file names the size of the batch; where that is in the way, export it with a dynamic batch axis")
+            break
     told = {re.sub(r"\d+", "", problem): problem for problem in reversed(problems)}  # the same with other sizes is no news
     raise UnsupportedError(*reversed(told.values()))
 
@@ -171,7 +180,7 @@ class _Reading:
         if self.main.integer and tracer.embedding is None:
             raise UnsupportedError(f"the input {self.main.name!r} holds whole numbers, which no embedding table (Gather) or OneHot reads")
         if tracer.states and not self.layout.rows and all(steps == 1 for steps, _ in tracer.steps):
-            raise UnsupportedError(
+            raise (_Decided if None in self.main.dims[1:] else UnsupportedError)(
                 f"its layers take one step a call, and the input {self.main.name!r} {_written(self.main)} does not say how wide that is; "
                 "say it in the recipe: source: {input_shape: [WIDTH]}"
             )
@@ -260,12 +269,13 @@ class _Reading:
         best = next((k for k in candidates if outputs[k].name and not outputs[k].problems), candidates[0])
         found = outputs[best]
         if found.problems:
-            raise (_NotRun if tracer.unknown else UnsupportedError)(*found.problems)
+            raise (_Decided if tracer.unknown else UnsupportedError)(*found.problems)
         if not found.recurrent:
             raise UnsupportedError(f"no LSTM or GRU layer leads to the output {self.graph.outputs[best]!r}")
         if not any(self.main.name in deps for deps in tracer.read):
-            raise UnsupportedError(f"no layer reads the input {self.main.name!r}")
-        others = found.deps - {self.main.name, *tracer.lengths}
+            raise _NotRead(f"no layer reads the input {self.main.name!r}")
+        counts = {one.name for one in self.graph.inputs if one.integer and len(one.dims) == 1}
+        others = found.deps - {self.main.name, *(counts & {*tracer.lengths})}
         if found.name is None or others:
             names = ", ".join(sorted(others or found.deps))
             raise UnsupportedError(

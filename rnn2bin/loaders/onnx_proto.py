@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ class Graph:
     tensors: dict[str, Tensor]
     nodes: tuple[Operation, ...]
     opset: int
+    files: tuple[Path, ...] = ()  # beside the model, with tensors of it
 
 
 def read_graph(path: Path) -> Graph:
@@ -77,7 +78,8 @@ def read_graph(path: Path) -> Graph:
         raise UnsupportedError(f"{path}: {found}; ONNX models of opset {known} are read: export it again with opset_version=17")
     reader = _Reader(path.parent, versions[0])
     try:
-        return reader.graph(model.graph)
+        graph = reader.graph(model.graph)
+        return replace(graph, files=tuple(dict.fromkeys(reader.files)))
     except (MemoryError, UnsafeError, UnsupportedError):
         raise
     except Exception as error:
@@ -89,6 +91,7 @@ class _Reader:
     folder: Path
     opset: int
     nodes: int = 0
+    files: list[Path] = field(default_factory=list)
 
     def graph(self, proto: Any, *, depth: int = 0) -> Graph:
         self.nodes += len(proto.node)
@@ -187,6 +190,7 @@ class _Reader:
             raise UnsupportedError(
                 f"{label}: {size} bytes from {offset} on are not in it ({file.stat().st_size} bytes): truncated or corrupt"
             )
+        self.files.append(file)
         with file.open("rb") as stream:
             stream.seek(offset)
             return stream.read(size)

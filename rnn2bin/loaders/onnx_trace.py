@@ -65,7 +65,7 @@ class Tracer:
     fixed_batch: int | None = None
     embedding: Tensor | int | None = None
     states: list[str] = field(default_factory=list)  # inputs that are carried states
-    lengths: list[str] = field(default_factory=list)  # inputs that are lengths
+    lengths: list[str] = field(default_factory=list)  # inputs that layers' lengths are made of
     unknown: list[str] = field(default_factory=list)  # operations that are not run
     read: list[frozenset[str]] = field(default_factory=list)  # what the layers' inputs depend on
     steps: list[tuple[int, int]] = field(default_factory=list)  # (T, B) of every layer at the first probe
@@ -344,23 +344,21 @@ def _freed(shape: list[int], found: Sequence[tuple[int, ...]], batch: int) -> li
     """`shape` with the axis that names the batch (of the file's own size) left open; `found`: the operand's shape at every probe."""
     moving = [axis for axis, sizes in enumerate(zip(*found, strict=True)) if len(set(sizes)) > 1]
     places = [k for k, n in enumerate(shape) if n == batch]
-    for k in places:
-        if k in moving:
-            return [0 if axis == k else n for axis, n in enumerate(shape)]
-    if (
-        not moving
-        or 0 in shape
-        or any(math.prod(one) % max(1, math.prod(n for n in shape if n > 0)) == 0 for one in found if -1 in shape and not places)
-    ):
+    put = lambda at, value: [value if k == at else n for k, n in enumerate(shape)]
+    kept = next((k for k in places if k in moving), None)
+    if kept is not None:
+        return put(kept, 0)  # as it is in the operand
+    if not moving or 0 in shape or (-1 in shape and not places):
         return shape
     if -1 not in shape:
-        at = places[0] if places else 0
-        return [-1 if axis == at else n for axis, n in enumerate(shape)]
-    rest = math.prod(n for k, n in enumerate(shape) if n > 0 and k != (places[0] if places else -1))
+        return put(places[0] if places else 0, -1)
+    # The open axis becomes the size it has, where that is the same at every probe, and the batch the open one.
     sizes = {math.prod(n for axis, n in enumerate(one) if axis != moving[0]) for one in found}
-    if places and len(sizes) == 1 and rest and next(iter(sizes)) % rest == 0:
-        return [-1 if axis == places[0] else next(iter(sizes)) // rest if n == -1 else n for axis, n in enumerate(shape)]
-    return shape
+    rest, size = math.prod(n for k, n in enumerate(shape) if n > 0 and k != places[0]), sizes.pop()
+    if sizes or not rest or size % rest:
+        return shape
+    shape = put(shape.index(-1), size // rest)
+    return put(places[0], -1)
 
 
 @special("Expand")
@@ -477,8 +475,7 @@ def _lengths(tracer: Tracer, value: Value | None, layout: int, x: Value | None) 
     steps = [t.shape[1 if layout else 0] for t in x.data]
     if not value.deps and all(bool((t == n).all()) for t, n in zip(value.data * len(steps), steps, strict=False)):
         return None
-    if value.origin:
-        tracer.lengths.append(value.origin)
+    tracer.lengths += value.deps
     return value
 
 
