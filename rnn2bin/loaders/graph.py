@@ -389,7 +389,12 @@ def _chain(probe: _Probe) -> _Probe | None:
     layers, graph = probe.section.layers, probe.graph
     width = probe.section.embedding.embedding_dim if probe.section.embedding else layers[0].input_size
     fits = all(layer.input_size == before for layer, before in zip(layers, [width, *(one.output_size for one in layers)], strict=False))
-    if not fits or graph.steps is not None or _masks(probe) or (not probe.section.embedding and graph.input_shape != (layers[0].input_size,)):
+    if (
+        not fits
+        or graph.steps is not None
+        or _masks(probe)
+        or (not probe.section.embedding and graph.input_shape != (layers[0].input_size,))
+    ):
         return None
     found = list(_linears(probe))
     inputs = [probe.input(length) for length in itertools.islice(probe.lengths(), 2)]

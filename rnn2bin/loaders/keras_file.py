@@ -1,7 +1,7 @@
 """Reader of Keras files: `.h5` and `.hdf5` of Keras 1 and 2, `.keras` and `.weights.h5` of Keras 3 -> Assembly. Keras itself is never used.
 
-A file is a config (JSON: layers and how they are called) and weights (HDF5). Where there are weights only, the recipe's `source: {keras: …}`
-is the config. Names in the file are data: a class is looked up in a closed table, a function is refused.
+A file is a config (JSON: layers and how they are called) and weights (HDF5). Where there are weights only, the recipe's
+`source: {keras: …}` is the config. Names in the file are data: a class is looked up in a closed table, a function is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rnn2bin.loaders import hdf5, keras_layers
 from rnn2bin.loaders.assemble import Assembly
 from rnn2bin.loaders.common import members
 from rnn2bin.loaders.graph import GraphBuilder
-from rnn2bin.loaders.keras_config import Call, Layer, Model, Ref, layer, model
+from rnn2bin.loaders.keras_config import Call, Layer, Model, Ref, layer, model, word
 from rnn2bin.loaders.keras_draft import draft
 from rnn2bin.loaders.keras_layers import Context, Value
 from rnn2bin.loaders.keras_weights import CELLS, KERNELS, ROOTS, Weights
@@ -255,7 +255,7 @@ def _network(file: KerasFile, described: Model, source: Source) -> Assembly:
     layers = list(described.layers.values())
     reasons = keras_layers.unknown([each for each in layers if each.name in used])
     reasons += [
-        f"{each}: does not lead to the output {output.layer!r}; where it is not needed, list it: `source: {{ignore: [{each.name}]}}`"
+        f"{each}: does not lead to the output {output.layer!r}; where it is not needed, list it: `source: {{ignore: [{word(each.name)}]}}`"
         for each in layers
         if each.name not in used and not ignored(each.name)
     ]
@@ -269,7 +269,7 @@ def _network(file: KerasFile, described: Model, source: Source) -> Assembly:
         raise UnsupportedError(*reasons)
     inputs = [name for name in (ref.layer for ref in described.inputs) if name in used]
     if len(inputs) != 1:
-        raise UnsupportedError(f"reads {len(inputs)} inputs ({', '.join(inputs)}); networks of one input are converted")
+        raise UnsupportedError(f"reads {len(inputs)} inputs ({', '.join(map(word, inputs))}); networks of one input are converted")
     ctx = Context(GraphBuilder(), 1 / 3 if file.generation >= 3 else 0.4, file.zeroes_masked, flips_kernels=file.backend == "theano")
     first = described.layers[inputs[0]]
     value = _entry(first, described)
@@ -286,10 +286,12 @@ def _network(file: KerasFile, described: Model, source: Source) -> Assembly:
 def _output(described: Model, source: Source) -> Ref:
     if source.output is not None:
         if source.output not in described.layers:
-            raise UnsupportedError(f"source.output: the file has no layer {source.output!r}; layers: {', '.join(described.layers)}")
+            raise UnsupportedError(
+                f"source.output: the file has no layer {source.output!r}; layers: {', '.join(map(word, described.layers))}"
+            )
         return Ref(source.output)
     if len(described.outputs) != 1:
-        names = ", ".join(ref.layer for ref in described.outputs)
+        names = ", ".join(word(ref.layer) for ref in described.outputs)
         raise UnsupportedError(f"gives {len(described.outputs)} outputs ({names}); say which: `source: {{output: NAME}}`")
     return described.outputs[0]
 
@@ -328,7 +330,9 @@ def _feeds_embedding(described: Model, name: str) -> bool:
         if not any(ref.layer == name for call in calls for ref in call.reads) or reader not in described.layers:
             continue
         found = described.layers[reader]
-        if found.kind == "Embedding" or (found.model is not None and any(_feeds_embedding(found.model, ref.layer) for ref in found.model.inputs)):
+        if found.kind == "Embedding" or (
+            found.model is not None and any(_feeds_embedding(found.model, ref.layer) for ref in found.model.inputs)
+        ):
             return True
     return False
 
@@ -352,7 +356,13 @@ def _run(ctx: Context, described: Model, given: Mapping[str, Value], outputs: Se
     """Call layers whose inputs are there until the outputs are; all reasons of the layers that cannot be made, at once."""
     needed = set().union(*(_leading_to(described, ref) for ref in outputs))
     progress = _Progress({name: [[value]] for name, value in given.items()})
-    waiting = [(described.layers[name], call) for name in described.layers if name in needed for call in described.calls.get(name, []) if call.reads]
+    waiting = [
+        (described.layers[name], call)
+        for name in described.layers
+        if name in needed
+        for call in described.calls.get(name, [])
+        if call.reads
+    ]
     reasons: list[str] = []
     while waiting:
         blocked = []
