@@ -24,7 +24,7 @@ from tolerances import assert_close
 from rnn2bin import cli
 from rnn2bin.cells.network import teacher_network
 from rnn2bin.errors import Rnn2binError, UnsafeError, UnsupportedError, UsageError
-from rnn2bin.loaders import inspect, keras_file, load
+from rnn2bin.loaders import inspect, keras_container, keras_file, load
 from rnn2bin.recipe import Source
 from rnn2bin.spec import LayerSpec
 
@@ -637,7 +637,7 @@ def test_configs_with_any_value_in_any_place_raise_our_errors(tmp_path: Path, da
     reads = {"conv": ["x"], "rnn": ["conv"], "flat": ["rnn"]}
     if not (tmp_path / "m.h5").exists():
         functional(tmp_path / "m.h5", layers, reads)
-        READ["file"] = keras_file._plain(tmp_path / "m.h5")
+        READ["file"] = keras_container.read(tmp_path / "m.h5")
     file = READ["file"]
     config = json.loads(json.dumps(file.config))
     for _ in range(data.draw(st.integers(1, 3))):

@@ -194,8 +194,10 @@ PLAIN = {
     ),
     **{
         f"dot {axes} {normalize}": lambda axes=axes, normalize=normalize: joined(
-            lambda x: L.Dot(axes, normalize=normalize)(
-                [L.LSTM(T if axes == (2, 1) else 4, return_sequences=True)(x), L.GRU(4, return_sequences=True)(x)]
+            lambda x: L.Dense(2)(
+                L.Dot(axes, normalize=normalize)(
+                    [L.LSTM(T if axes == (2, 1) else 4, return_sequences=True)(x), L.GRU(4, return_sequences=True)(x)]
+                )
             ),
             (T, I),
         )
