@@ -101,12 +101,14 @@ class DecodeSource(Closed):
     max_length: Count = Field(description="most steps it takes")
 
 
+# fmt: off
 KerasKind = Literal[
-    "Input", "Embedding", "LSTM", "GRU", "SimpleRNN", "CuDNNLSTM", "CuDNNGRU", "Dense", "Conv1D", "Conv2D", "MaxPooling1D", "AveragePooling1D",
-    "GlobalMaxPooling1D", "GlobalAveragePooling1D", "WeightedAverage", "BatchNormalization", "LayerNormalization", "Activation", "ReLU",
-    "LeakyReLU", "PReLU", "ELU", "Softmax", "Dropout", "Masking", "Flatten", "Reshape", "Permute", "RepeatVector", "Concatenate", "Add",
-    "Average", "Subtract", "Multiply", "Maximum", "Minimum", "Dot",
-]  # fmt: skip
+    "Input", "Embedding", "LSTM", "GRU", "SimpleRNN", "CuDNNLSTM", "CuDNNGRU", "Dense", "Conv1D", "Conv2D", "MaxPooling1D",
+    "AveragePooling1D", "GlobalMaxPooling1D", "GlobalAveragePooling1D", "WeightedAverage", "BatchNormalization", "LayerNormalization",
+    "Activation", "ReLU", "LeakyReLU", "PReLU", "ELU", "Softmax", "Dropout", "Masking", "Flatten", "Reshape", "Permute", "RepeatVector",
+    "Concatenate", "Add", "Average", "Subtract", "Multiply", "Maximum", "Minimum", "Dot",
+]
+# fmt: on
 
 
 class KerasLayer(Closed):
@@ -165,8 +167,7 @@ class Source(Closed):
     readout: Readout | None = Field(None, description="recognised networks: what the head reads")
     activations: list[Activation] | None = Field(None, description="recognised networks: what follows each linear layer, in order")
     keras: list[KerasLayer] | None = Field(
-        None,
-        description="Keras files: the layers of a file that holds weights only, in order; else what differs from the file's own config",
+        None, description="Keras files: the layers of a file of weights alone, in order; else what differs from the file's own config"
     )
     output: str | None = Field(
         None,

@@ -147,6 +147,23 @@ def test_a_network_for_one_length_says_so():
     assert made.spec.main.per_step is False
 
 
+def test_states_that_a_network_forgets_are_not_dropped():
+    """After a few steps the outputs are those of a network that began from zero: only short sequences tell."""
+    table, rnn, head = modules()
+    with torch.no_grad():
+        rnn.weight_hh_l0 *= 0.1
+        rnn.bias_hh_l0[H : 2 * H] = -4.0  # the forget gate
+    g = GraphBuilder()
+    start = g.constant(3 * torch.ones(1, 1, H))
+    y, _, _ = g.recurrent("lstm", g.add("Transpose", "input", perm=[1, 0, 2]), directions(rnn), h0=start, c0=start)
+    last = g.add("Gather", y, g.literal(-1), axis=0)
+    out = g.add("Gemm", last, g.constant(head.weight.detach()), g.constant(head.bias.detach()), transB=1)
+    made = g.network(out, input_shape=(), embedding=table.weight.detach())
+    tokens, state = torch.randint(V, (2, 3)), 3 * torch.ones(1, 3, H)
+    wanted = head(rnn(table(tokens), (state, state))[0][-1]).detach()
+    torch.testing.assert_close(teacher_network(made.spec, made.weights)(tokens).y, wanted, atol=1e-6, rtol=1e-5)
+
+
 def test_sequences_that_touch_each_other_are_refused():
     _, rnn, _ = modules()
     g = GraphBuilder()

@@ -16,7 +16,7 @@ from rnn2bin.errors import RecipeError
 from rnn2bin.recipe import Recipe
 from rnn2bin.recipe_yaml import bundled, dump, find, read, schema, validate_text
 
-NAMES = {"anneal", "gumbel", "slope", "strict", "sparse", "g2p", "smoke"}
+NAMES = {"anneal", "chars2vec", "g2p", "gumbel", "slope", "smoke", "sparse", "strict", "textgenrnn"}
 
 
 def reasons(text: str) -> list[str]:

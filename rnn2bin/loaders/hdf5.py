@@ -17,6 +17,7 @@ from rnn2bin.errors import UnsafeError, UnsupportedError, UsageError
 if TYPE_CHECKING:
     from numpy import ndarray
 
+MAGIC, PLACES = b"\x89HDF\r\n\x1a\n", (0, 512, 1024, 2048)  # a user block may stand before it
 # Weights hardly compress: all arrays together may take so much beside the file's own size.
 EXPANSION = 2
 FREE_BYTES = 64 * 2**20
@@ -39,11 +40,14 @@ def read(stream: IO[bytes], size: int, *, where: str) -> Contents:
     """
     if importlib.util.find_spec("h5py") is None:
         raise UsageError(f"{where}: reading Keras files needs h5py: pip install 'rnn2bin[keras]'")
+    data = stream.read()
+    if not any(data.startswith(MAGIC, at) for at in PLACES):
+        raise UnsupportedError(f"{where}: not an HDF5 (Keras) file, or its first bytes are damaged")
     command = [sys.executable, "-P", str(Path(__file__).with_name("hdf5_child.py")), str(EXPANSION * size + FREE_BYTES)]
     # No thread pools, whose stacks count as memory; no filter plugins, which are code.
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "HDF5_PLUGIN_PRELOAD": "::"}
     try:
-        done = subprocess.run(command, input=stream.read(), capture_output=True, timeout=TIMEOUT, env=environment, check=False)
+        done = subprocess.run(command, input=data, capture_output=True, timeout=TIMEOUT, env=environment, check=False)
     except subprocess.TimeoutExpired:
         raise UnsafeError(f"{where}: reading it does not end; refused") from None
     if done.returncode:

@@ -1,8 +1,10 @@
 """A process of its own: an HDF5 file on stdin -> its names, shapes and numbers on stdout. Run by `hdf5.read`; imports nothing of rnn2bin.
 
-The HDF5 library is large, written in C, and meets a stranger's bytes here: what it does to this process ends with it. Once the bytes are in,
-the process may open no file, write none, and use no more than its share of memory and time, so that a link to another file leads nowhere
-even if a check below should miss it. stdout: the header's length (8 bytes, little endian), a JSON header, the arrays one after the other.
+The HDF5 library is large, written in C, and meets a stranger's bytes here: what it does to this process ends with it. Once the bytes are
+in, the process may open no file, write none, and use no more than its share of memory and time, so that a link to another file leads
+nowhere even if a check below should miss it.
+
+stdout: the header's length (8 bytes, little endian), a JSON header, the arrays one after the other.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 
 MOST_OBJECTS = 20_000
 MOST_DEPTH = 32
-SECONDS = 60  # of processor time, and one more for each megabyte
+SECONDS = 20  # of processor time, and one more for each megabyte
 WORKSPACE = 4 * 2**30  # address space that Python and the libraries have mapped without using it
 WANTED = ("model_config", "keras_version", "backend", "layer_names", "weight_names")
 SKIPPED = ("optimizer_weights", "optimizer")  # of the root: what training needs to go on
@@ -115,7 +117,7 @@ class _Reader:
         self._once(group, path)
         if path.count("/") >= MOST_DEPTH:
             raise RefusedError("unsafe", f"groups nested more than {MOST_DEPTH} deep: no Keras model")
-        found = {name: value for name, value in self._attributes(group, path)}
+        found = dict(self._attributes(group, path))
         if found:
             self.attributes[path] = found
         for name in group:
@@ -156,7 +158,9 @@ class _Reader:
         if dataset.external:
             raise RefusedError("unsafe", f"{where}: its numbers stand in another file; refused, nothing else was opened")
         if dataset.dtype.kind not in "fiu" or dataset.dtype.itemsize > 8 or dataset.shape is None:
-            raise RefusedError("unsupported", f"{where}: holds {dataset.dtype}, not plain numbers (references, texts and records are not read)")
+            raise RefusedError(
+                "unsupported", f"{where}: holds {dataset.dtype}, not plain numbers (references, texts and records are not read)"
+            )
         claimed, stored = math.prod(dataset.shape) * dataset.dtype.itemsize, dataset.id.get_storage_size()
         plain = dataset.chunks is None
         if claimed > self.left or (plain and claimed > stored) or (claimed and not stored):
@@ -171,7 +175,7 @@ class _Reader:
             pieces = [wanted] if wanted in names else [f"{wanted}{k}" for k in range(len(names)) if f"{wanted}{k}" in names]
             values = [self._texts(group, name, path) for name in pieces]
             if values:
-                yield wanted, sum(values, []) if isinstance(values[0], list) else values[0]
+                yield wanted, [each for piece in values for each in piece] if isinstance(values[0], list) else values[0]
 
     def _texts(self, group: Any, name: str, path: str) -> Any:
         attribute = self.h5py.h5a.open(group.id, name.encode())
@@ -187,7 +191,9 @@ class _Reader:
 
 
 def _text(value: Any) -> str:
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    text = value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    text.encode("utf-8")  # h5py hides bytes that are no text behind surrogates
+    return text
 
 
 if __name__ == "__main__":

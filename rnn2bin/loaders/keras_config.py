@@ -6,6 +6,7 @@ one nested in another. Source: keras-team/keras, `Functional.get_config` and `Se
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 MODELS = ("Sequential", "Functional", "Model")
 MOST_LAYERS = 2000
 MOST_NESTED = 8
-OPERATIONS = ("NotEqual", "ExpandDims", "ZerosLike", "LogicalOr", "Any", "Squeeze")  # of Keras 3, between layers; no layer has their names
+# Of Keras 3, between layers; no layer has their names.
+OPERATIONS = ("NotEqual", "ExpandDims", "ZerosLike", "LogicalOr", "Any", "Squeeze")
 # Keras 1's names of classes and options, and what Keras 2 calls them.
 OLD_KINDS = {"Convolution1D": "Conv1D", "Convolution2D": "Conv2D", "TimeDistributedDense": "Dense"}
 OLD_OPTIONS = {
@@ -51,7 +53,7 @@ class Layer:
     weights: dict[str, ndarray] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"layer {self.name!r} ({self.kind})"
+        return f"layer {word(self.name)!r} ({word(self.kind)})"
 
     def refuse(self, why: str) -> UnsupportedError:
         return UnsupportedError(f"{self}: {why}")
@@ -106,8 +108,11 @@ class Layer:
             return None
         if isinstance(value, Mapping):  # Keras 3 has written {"class_name": "__tuple__", "items": […]}
             value = value.get("items")
-        fits = isinstance(value, list) and 0 < len(value) <= 8
-        if not fits or not all(n is None or (isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**31) for n in value):
+        if (
+            not isinstance(value, list)
+            or not 0 < len(value) <= 8
+            or not all(n is None or (isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**31) for n in value)
+        ):
             raise self.refuse(f"{option} is {_short(value)}, not a shape")
         return tuple(value)
 
@@ -149,7 +154,9 @@ def model(entry: Any, depth: int = 0) -> Model:
     if depth > MOST_NESTED:
         raise UnsupportedError(f"models nested more than {MOST_NESTED} deep")
     if kind not in MODELS:
-        raise UnsupportedError(f"a model of class {kind!r}: code of its own, which is not in the file; Sequential and functional models are read")
+        raise UnsupportedError(
+            f"a model of class {kind!r}: code of its own, which is not in the file; Sequential and functional models are read"
+        )
     entries = config if isinstance(config, list) else _get(config, "layers", (list,))
     if len(entries) > MOST_LAYERS:
         raise UnsupportedError(f"{len(entries)} layers; up to {MOST_LAYERS} are read")
@@ -161,14 +168,14 @@ def model(entry: Any, depth: int = 0) -> Model:
 def layer(entry: Any, depth: int = 0) -> Layer:
     """A layer from its entry, with the layers within it."""
     kind, config = _kind(entry), _get(entry, "config", (dict, list))
-    name = entry.get("name") or (config.get("name") if isinstance(config, dict) else None) or kind
+    name: Any = entry.get("name") or (config.get("name") if isinstance(config, dict) else None) or kind
     if not isinstance(name, str):
         raise UnsupportedError(f"a layer's name is {_short(name)}, not text")
     if kind in MODELS:
         return Layer(name, kind, config if isinstance(config, dict) else {}, model=model(entry, depth + 1))
     if not isinstance(config, dict):
         raise UnsupportedError(f"layer {name!r}: its config is no map")
-    found = Layer(name, _owned(kind, entry), {OLD_OPTIONS.get(key, key): value for key, value in config.items()})
+    found = Layer(name, _owned(kind, entry), {OLD_OPTIONS.get(str(key), str(key)): value for key, value in config.items()})
     found.parts = dict(_parts(found, depth + 1))
     return found
 
@@ -218,7 +225,7 @@ def _sequential(layers: list[Layer], config: Mapping[str, Any]) -> Model:
         raise UnsupportedError("a Sequential model without layers")
     if layers[0].kind != "InputLayer":
         layers = [Layer("input of the model", "InputLayer", _input_config(layers[0], config)), *layers]
-    calls = {after.name: [Call([Ref(before.name)])] for before, after in zip(layers, layers[1:], strict=False)}
+    calls = {after.name: [Call([Ref(before.name)])] for before, after in itertools.pairwise(layers)}
     if len({each.name for each in layers}) < len(layers):
         raise UnsupportedError("two layers of one name")
     return Model({each.name: each for each in layers}, calls, [Ref(layers[0].name)], [Ref(layers[-1].name)])
@@ -236,7 +243,8 @@ def _input_config(first: Layer, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _functional(entries: list[Any], config: Mapping[str, Any], depth: int) -> Model:
-    layers, calls = {}, {}
+    layers: dict[str, Layer] = {}
+    calls: dict[str, list[Call]] = {}
     for entry in entries:
         found = layer(entry, depth)
         if found.name in layers:
@@ -296,15 +304,19 @@ def _histories(value: Any, owner: Layer, depth: int = 0) -> Iterator[Ref]:
 
 
 def _kind(entry: Any) -> str:
-    kind = _get(entry, "class_name", (str,))
-    assert isinstance(kind, str)
-    return kind
+    return str(_get(entry, "class_name", (str,)))
 
 
 def _get(entry: Any, key: str, types: tuple[type, ...]) -> Any:
     if not isinstance(entry, Mapping) or not isinstance(entry.get(key), types):
         raise UnsupportedError(f"the model's config is not one that Keras writes: no {key} in {_short(entry)}")
     return entry[key]
+
+
+def word(text: str) -> str:
+    """A name from the file as it may stand in a message: no line breaks or escape sequences, and not long."""
+    text = text if text.isprintable() else text.encode("unicode_escape").decode()
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""A file of Keras weights without a config -> the `source: {keras: …}` to start from: what names and shapes tell, `unknown` for the rest."""
+"""A file of Keras weights without a config -> the `source: {keras: …}` to start from: what names and shapes tell, else `unknown`."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def draft(groups: Mapping[str, Sequence[str]], tensors: Mapping[str, ndarray]) -
         "holds weights only: it does not say what its layers compute or how they join; "
         "give the recipe `source: {keras: […]}`, the layers in order in Keras's own words (`rnn2bin inspect` prints one to start from)"
     ]
-    reasons += [
-        f"{entry['name']}: {option} is not in the file" for entry in entries for option, value in entry.items() if value == UNKNOWN
-    ]
+    reasons += [f"{entry['name']}: {option} is not in the file" for entry in entries for option, value in entry.items() if value == UNKNOWN]
     return entries, reasons
 
 

@@ -1,65 +1,33 @@
 """Reader of Keras files: `.h5` and `.hdf5` of Keras 1 and 2, `.keras` and `.weights.h5` of Keras 3 -> Assembly. Keras itself is never used.
 
-A file is a config (JSON: layers and how they are called) and weights (HDF5). Where there are weights only, the recipe's `source: {keras: …}`
-is the config. Names in the file are data: a class is looked up in a closed table, a function is refused.
+A file is a config (JSON: layers and how they are called) and weights (HDF5). Where there are weights only, the recipe's
+`source: {keras: …}` is the config. Names in the file are data: a class is looked up in a closed table, a function is refused.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rnn2bin.errors import UnsafeError, UnsupportedError
-from rnn2bin.loaders import hdf5, keras_layers
-from rnn2bin.loaders.archive import Archive
+from rnn2bin.errors import UnsupportedError
+from rnn2bin.loaders import keras_container, keras_layers
 from rnn2bin.loaders.assemble import Assembly
 from rnn2bin.loaders.graph import GraphBuilder
-from rnn2bin.loaders.keras_config import Call, Layer, Model, Ref, layer, model
+from rnn2bin.loaders.keras_config import Call, Layer, Model, Ref, layer, model, word
+from rnn2bin.loaders.keras_container import KerasFile
 from rnn2bin.loaders.keras_draft import draft
 from rnn2bin.loaders.keras_layers import Context, Value
-from rnn2bin.loaders.keras_weights import CELLS, KERNELS, ROOTS, Weights
+from rnn2bin.loaders.keras_weights import CELLS, KERNELS, Weights
 from rnn2bin.recipe import KerasLayer, Source
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
-JSON_BYTES = 64 * 2**20
 MOST_VALUES = 2**24  # in one input sequence
-ZIP_PARTS = {"config.json", "metadata.json", "model.weights.h5"}
-
-
-@dataclass(frozen=True)
-class KerasFile:
-    """What a file holds. `groups`: paths of arrays by layer, in Keras's order; `ordered`: the layers are saved by name (Keras 1 and 2)."""
-
-    config: Mapping[str, Any] | None
-    tensors: Mapping[str, ndarray]
-    groups: dict[str, list[str]]
-    ordered: bool
-    root: str = "layers"
-    version: str = ""
-    backend: str = ""
-
-    @property
-    def generation(self) -> int:
-        """1, 2 or 3. Keras 1 wrote no version; Keras 3's own layout is told from that of Keras 2.12 and later by its root."""
-        found = re.match(r"(\d{1,3})", self.version)
-        return int(found[1]) if found else 1 if self.ordered else 3 if self.root == ROOTS[0] else 2
-
-    @property
-    def zeroes_masked(self) -> bool:
-        """Whether Bidirectional makes masked steps zero: in tf.keras and from 2.4 on, not in Keras 2.3 and before."""
-        found = re.match(r"(\d{1,3})\.(\d{1,3})", self.version)
-        numbers = (int(found[1]), int(found[2])) if found else (self.generation, 0)
-        return numbers >= (2, 4) or self.version.endswith("-tf") or (not found and self.generation >= 2)
 
 
 def read(path: Path, source: Source) -> Assembly:
@@ -69,7 +37,7 @@ def read(path: Path, source: Source) -> Assembly:
     """
     if not source.automatic:
         raise UnsupportedError("a Keras file says itself how its layers join; `source` may hold `keras`, `output` and `ignore`")
-    file = _zipped(path) if zipfile.is_zipfile(path) else _plain(path)
+    file = keras_container.read(path)
     if not file.tensors:
         raise UnsupportedError(f"{path}: holds no weights")
     if file.config is None and not source.keras:
@@ -85,68 +53,6 @@ def _as_torch(tensors: Mapping[str, ndarray]) -> dict[str, Any]:
 
     kinds = {"f": np.float32, "i": np.int64, "u": np.int64}
     return {name: torch.from_numpy(values.astype(kinds[values.dtype.kind])) for name, values in tensors.items()}
-
-
-# --- containers ------------------------------------------------------------------------------------------------------------------
-
-
-def _plain(path: Path) -> KerasFile:
-    with path.open("rb") as stream:
-        contents = hdf5.read(stream, path.stat().st_size, where=str(path))
-    top = contents.attributes.get("", {})
-    config = _json(str(top["model_config"]).encode(), f"{path}: model_config") if "model_config" in top else None
-    return _file(contents, config, str(top.get("keras_version", "")))
-
-
-def _zipped(path: Path) -> KerasFile:
-    """`.keras`: config.json, metadata.json, model.weights.h5."""
-    archive = Archive(path)
-    names = set(archive.members)
-    extra = sorted(names - ZIP_PARTS - {"assets/"})
-    if "config.json" not in names or "model.weights.h5" not in names:
-        raise UnsupportedError(f"{path}: a zip archive, but no Keras model: no config.json and model.weights.h5")
-    if extra:
-        raise UnsupportedError(f"{path}: holds {', '.join(extra[:5])}, which rnn2bin does not read")
-    parts = {name: bytes(archive.read(name)) for name in names & ZIP_PARTS}
-    metadata = _json(parts.get("metadata.json", b"{}"), f"{path}: metadata.json")
-    weights = parts["model.weights.h5"]
-    contents = hdf5.read(io.BytesIO(weights), len(weights), where=f"{path}: model.weights.h5")
-    return _file(contents, _json(parts["config.json"], f"{path}: config.json"), str(metadata.get("keras_version", "")))
-
-
-def _json(data: bytes, where: str) -> dict[str, Any]:
-    if len(data) > JSON_BYTES:
-        raise UnsafeError(f"{where}: {len(data)} bytes of JSON")
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UnsupportedError(f"{where}: not valid JSON ({str(error)[:100]})") from None
-    if not isinstance(found, dict):
-        raise UnsupportedError(f"{where}: not a JSON object")
-    return found
-
-
-def _file(contents: hdf5.Contents, config: Mapping[str, Any] | None, version: str) -> KerasFile:
-    """Keras 1 and 2 name their layers in an attribute; Keras 3 saves them along the paths of the model."""
-    prefix = "model_weights/" if "layer_names" in contents.attributes.get("model_weights", {}) else ""
-    top = contents.attributes.get(prefix.rstrip("/"), {})
-    version = version or str(top.get("keras_version", ""))
-    if "layer_names" in top:
-        names = [f"{prefix}{name}" for name in top["layer_names"]]
-        written = {name: contents.attributes.get(name, {}).get("weight_names", []) for name in names}
-        groups = {name.removeprefix(prefix): [f"{name}/{each}" for each in found] for name, found in written.items()}
-        return KerasFile(config, contents.tensors, groups, True, version=version, backend=str(top.get("backend", "")))
-    root = next((root for root in ROOTS if any(path.startswith(f"{root}/") for path in contents.tensors)), ROOTS[0])
-    found: dict[str, list[str]] = {}
-    for path in sorted(contents.tensors, key=_by_direction):
-        at = path.split("/")
-        found.setdefault(at[1] if at[0] == root and len(at) > 1 else at[0], []).append(path)
-    return KerasFile(config, contents.tensors, found, False, root=root, version=version)
-
-
-def _by_direction(path: str) -> tuple[bool, list[tuple[int, str]]]:
-    """Forward before backward, and numbers by their size."""
-    return "/backward_layer/" in path, [(int(part), "") if part.isdecimal() else (0, part) for part in path.split("/")]
 
 
 # --- what the file or the recipe says of the layers --------------------------------------------------------------------------------
@@ -247,7 +153,7 @@ def _network(file: KerasFile, described: Model, source: Source) -> Assembly:
     layers = list(described.layers.values())
     reasons = keras_layers.unknown([each for each in layers if each.name in used])
     reasons += [
-        f"{each}: does not lead to the output {output.layer!r}; where it is not needed, list it: `source: {{ignore: [{each.name}]}}`"
+        f"{each}: does not lead to the output {output.layer!r}; where it is not needed, list it: `source: {{ignore: [{word(each.name)}]}}`"
         for each in layers
         if each.name not in used and not ignored(each.name)
     ]
@@ -261,7 +167,7 @@ def _network(file: KerasFile, described: Model, source: Source) -> Assembly:
         raise UnsupportedError(*reasons)
     inputs = [name for name in (ref.layer for ref in described.inputs) if name in used]
     if len(inputs) != 1:
-        raise UnsupportedError(f"reads {len(inputs)} inputs ({', '.join(inputs)}); networks of one input are converted")
+        raise UnsupportedError(f"reads {len(inputs)} inputs ({', '.join(map(word, inputs))}); networks of one input are converted")
     ctx = Context(GraphBuilder(), 1 / 3 if file.generation >= 3 else 0.4, file.zeroes_masked, flips_kernels=file.backend == "theano")
     first = described.layers[inputs[0]]
     value = _entry(first, described)
@@ -278,10 +184,12 @@ def _network(file: KerasFile, described: Model, source: Source) -> Assembly:
 def _output(described: Model, source: Source) -> Ref:
     if source.output is not None:
         if source.output not in described.layers:
-            raise UnsupportedError(f"source.output: the file has no layer {source.output!r}; layers: {', '.join(described.layers)}")
+            raise UnsupportedError(
+                f"source.output: the file has no layer {source.output!r}; layers: {', '.join(map(word, described.layers))}"
+            )
         return Ref(source.output)
     if len(described.outputs) != 1:
-        names = ", ".join(ref.layer for ref in described.outputs)
+        names = ", ".join(word(ref.layer) for ref in described.outputs)
         raise UnsupportedError(f"gives {len(described.outputs)} outputs ({names}); say which: `source: {{output: NAME}}`")
     return described.outputs[0]
 

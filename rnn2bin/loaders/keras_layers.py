@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from rnn2bin.errors import UnsupportedError
 from rnn2bin.loaders import keras_recurrent
 from rnn2bin.loaders.graph import GraphBuilder
-from rnn2bin.loaders.keras_config import Layer
+from rnn2bin.loaders.keras_config import Layer, word
 from rnn2bin.loaders.keras_weights import CELLS
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class Value:
 class Context:
     """The graph as it is being made, and what the file's generation of Keras means by its words.
 
-    `hard_sigmoid`: the slope of LayerSpec; `zeroes_masked`: whether Bidirectional makes masked steps zero; `table`: the embedding of the input.
+    `hard_sigmoid`: the slope of LayerSpec; `zeroes_masked`: whether Bidirectional makes masked steps zero; `table`: the input's embedding.
     """
 
     g: GraphBuilder
@@ -80,10 +79,10 @@ class Context:
 
 Handler = Callable[[Context, Layer, list[Value]], list[Value]]
 LAYERS: dict[str, Handler] = {}
-PASS_MASKS = (
-    *("Dense", "Activation", "Dropout", "SpatialDropout1D", "SpatialDropout2D", "GaussianNoise", "GaussianDropout", "AlphaDropout"),
-    *("ActivityRegularization", "ReLU", "LeakyReLU", "PReLU", "ELU", "BatchNormalization", "LayerNormalization", "Identity"),
-)
+_DROPOUTS = ("Dropout", "SpatialDropout1D", "SpatialDropout2D", "AlphaDropout", "GaussianDropout", "GaussianNoise")
+_TRAINING_ONLY = (*_DROPOUTS, "ActivityRegularization", "Identity")
+_ONE_TO_ONE = ("Activation", "ReLU", "LeakyReLU", "PReLU", "ELU", "BatchNormalization", "LayerNormalization")
+PASS_MASKS = ("Dense", *_ONE_TO_ONE, *_TRAINING_ONLY)
 
 
 def call(ctx: Context, layer: Layer, inputs: list[Value]) -> list[Value]:
@@ -94,11 +93,15 @@ def call(ctx: Context, layer: Layer, inputs: list[Value]) -> list[Value]:
     if layer.config.get("data_format") not in (None, "channels_last"):
         raise layer.refuse(f"data_format {layer.config['data_format']!r}; channels_last is read")
     if any(value.tokens for value in inputs) and layer.kind not in ("Embedding", "ops.NotEqual"):
-        inputs = [replace(value, name=ctx.g.add("Cast", value.name, to="float32"), tokens=False) if value.tokens else value for value in inputs]
+        inputs = [_as_floats(ctx, value) for value in inputs]
     outputs = handler(ctx, layer, inputs)
     if layer.kind in PASS_MASKS and inputs[0].mask:
         outputs = [replace(value, mask=inputs[0].mask) for value in outputs]
     return outputs
+
+
+def _as_floats(ctx: Context, value: Value) -> Value:
+    return replace(value, name=ctx.g.add("Cast", value.name, to="float32"), tokens=False) if value.tokens else value
 
 
 def layer_kind(*names: str) -> Callable[[Callable[[Context, Layer, Value], Value]], Callable[[Context, Layer, Value], Value]]:
@@ -167,7 +170,7 @@ def _activation(ctx: Context, layer: Layer, x: Value) -> Value:
     return replace(x, name=activated(ctx, layer, x.name, layer.text("activation", "linear")))
 
 
-@layer_kind("Dropout", "SpatialDropout1D", "SpatialDropout2D", "GaussianNoise", "GaussianDropout", "AlphaDropout", "ActivityRegularization", "Identity")
+@layer_kind(*_TRAINING_ONLY)
 def _identity(ctx: Context, layer: Layer, x: Value) -> Value:
     return x
 
@@ -323,7 +326,7 @@ def _global_pooling(ctx: Context, layer: Layer, x: Value) -> Value:
 
 @layer_kind("WeightedAverage")
 def _weighted_average(ctx: Context, layer: Layer, x: Value) -> Value:
-    """Σ a_t x_t with a = softmax over the steps of x_t · w: what a recipe may declare a layer to be (DeepMoji's AttentionWeightedAverage)."""
+    """Σ a_t x_t with a = softmax over the steps of x_t · w: a recipe may say that a layer is this (DeepMoji: AttentionWeightedAverage)."""
     _axes(layer, x, 2)
     if layer.flag("return_attention"):
         raise layer.refuse("returns its attention too")
@@ -396,10 +399,10 @@ def _flatten(ctx: Context, layer: Layer, x: Value) -> Value:
 
 @layer_kind("Reshape")
 def _reshape(ctx: Context, layer: Layer, x: Value) -> Value:
-    target = layer.get("target_shape", [])
-    if isinstance(target, dict):
-        target = target.get("items")
-    if not isinstance(target, list) or not all(isinstance(n, int) and (n == -1 or 0 < n < 2**31) for n in target) or target.count(-1) > 1:
+    target: Any = layer.get("target_shape", [])
+    target = target.get("items") if isinstance(target, dict) else target
+    fits = isinstance(target, list) and all(isinstance(n, int) and (n == -1 or 0 < n < 2**31) for n in target)
+    if not fits or target.count(-1) > 1:
         raise layer.refuse("its target shape is not one")
     shape: list[int | None] = [None if n == -1 else n for n in target]
     known = [n for n in x.shape if n is not None]
@@ -492,8 +495,8 @@ def _squeeze(ctx: Context, layer: Layer, x: Value) -> Value:
 def _logical_or(ctx: Context, layer: Layer, inputs: list[Value]) -> list[Value]:
     if len(inputs) != 2:
         raise layer.refuse(f"reads {len(inputs)} values")
-    shape = inputs[0].shape if math.prod(n or 1 for n in inputs[0].shape) >= math.prod(n or 1 for n in inputs[1].shape) else inputs[1].shape
-    return [ctx.value(ctx.g.add("Or", inputs[0].name, inputs[1].name), shape)]
+    wider = max(inputs, key=lambda value: math.prod(n or 1 for n in value.shape))
+    return [ctx.value(ctx.g.add("Or", inputs[0].name, inputs[1].name), wider.shape)]
 
 
 LAYERS["ops.LogicalOr"] = _logical_or
@@ -519,7 +522,9 @@ def _merge(ctx: Context, layer: Layer, inputs: list[Value]) -> list[Value]:
         raise layer.refuse("joins values of different ranks")
     if layer.kind in ("Maximum", "Minimum") and any(value.mask for value in inputs):
         raise layer.refuse("compares masked values")
-    op = {"Add": "Add", "Average": "Add", "Subtract": "Sub", "Multiply": "Mul", "Maximum": "Max", "Minimum": "Min"}[layer.kind.removeprefix("ops.")]
+    op = {"Add": "Add", "Average": "Add", "Subtract": "Sub", "Multiply": "Mul", "Maximum": "Max", "Minimum": "Min"}[
+        layer.kind.removeprefix("ops.")
+    ]
     y = inputs[0].name
     for value in inputs[1:]:
         y = ctx.g.add(op, y, value.name)
@@ -599,4 +604,4 @@ def unknown(layers: Sequence[Layer]) -> list[str]:
 def _hint(layer: Layer) -> str:
     if layer.kind == "Lambda":
         return "its code is in the file, and is never run"
-    return f"where the recipe knows what it computes, it may say so: `source: {{keras: [{{name: {layer.name}, kind: …}}]}}`"
+    return f"where the recipe knows what it computes, it may say so: `source: {{keras: [{{name: {word(layer.name)}, kind: …}}]}}`"

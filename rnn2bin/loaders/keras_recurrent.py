@@ -85,10 +85,12 @@ def bidirectional(ctx: Context, layer: Layer, inputs: list[Value]) -> list[Value
         states = walk.states
         whole = _steps(ctx, walk, zero=zero) if sequences else ""
         halves = [ctx.g.name("forwards"), ctx.g.name("backwards")]
-        parts = ctx.g.add_many("Split", (whole,), halves, axis=-1, num_outputs=2) if sequences else [states[0], states[len(states) // 2]]
+        parts = [states[0], states[len(states) // 2]]
+        if sequences:
+            parts = list(ctx.g.add_many("Split", (whole,), halves, axis=-1, num_outputs=2))
         out = whole if sequences and merge == "concat" else _merged(ctx, parts, merge)
     else:
-        walks = [_walk(ctx, way, x, s, backwards=k == 1, states=starts[k]) for k, (way, s) in enumerate(zip(ways, stacks, strict=True))]
+        walks = [_walk(ctx, ways[k], x, stacks[k], backwards=k == 1, states=starts[k]) for k in (0, 1)]
         states = walks[0].states + walks[1].states
         parts = [walk.states[0] for walk in walks]
         if sequences:
@@ -266,7 +268,9 @@ def _units(layer: Layer, gates: int) -> int:
     units = recurrent.shape[0] if recurrent.ndim == 2 else 0
     fits = kernel.ndim == 2 and recurrent.shape == (units, gates * units) and kernel.shape[1] == gates * units and 0 not in kernel.shape
     if not fits or units == 0 or layer.whole("units", units) != units:
-        raise layer.refuse(f"weights of shapes {kernel.shape} and {recurrent.shape}, which are not those of {layer.get('units', 'its')} units")
+        raise layer.refuse(
+            f"weights of shapes {kernel.shape} and {recurrent.shape}, which are not those of {layer.get('units', 'its')} units"
+        )
     return int(units)
 
 

@@ -78,7 +78,8 @@ class Weights:
         reasons = [reason for at, part in layer.parts.items() for reason in self._from_path(part, f"{path}/{at}")]
         within = f"{path}/cell/vars/" if layer.kind in CELLS and not layer.kind.endswith("Cell") else f"{path}/vars/"
         found = [name for name in self.tensors if name.startswith(within) and name[len(within) :].isdecimal()]
-        return reasons + self._take(layer, sorted(found, key=lambda name: int(name[len(within) :])), sum(variables(layer), []))
+        found.sort(key=lambda name: int(name[len(within) :]))
+        return reasons + self._take(layer, found, [name for part in variables(layer) for name in part])
 
     def _from_group(self, layer: Layer) -> list[str]:
         assert self.groups is not None
