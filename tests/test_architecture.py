@@ -24,6 +24,7 @@ ORDER = [
     "distill",
     "pack",
     "runtime",
+    "bench",
     "evaluation",
     "pipeline",
     "plan",

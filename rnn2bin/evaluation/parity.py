@@ -38,9 +38,7 @@ class NativeNetwork:
         logits: bool = False,
         **_: Any,
     ) -> Output:
-        y, after = self.model.call(
-            x, state, lengths=lengths, decoder_input=decoder_input, decoder_lengths=decoder_lengths, logits=logits
-        )
+        y, after = self.model.call(x, state, lengths=lengths, decoder_input=decoder_input, decoder_lengths=decoder_lengths, logits=logits)
         return Output(y, after, [], [])
 
     def generate(self, x: Tensor, *, lengths: Tensor | None = None, **_: Any) -> Tensor:
@@ -51,7 +49,9 @@ def parity(network: Network, model: Model, part: Part) -> dict[str, Any]:
     """`max_abs` difference of states, `steps` compared (of sequences), `flips_in_margin`, and `flips_outside`: a fault where it is not 0."""
     batch = next(iter(evaluation_batches(part.take(torch.arange(min(ROWS, len(part)))))))
     found = {"max_abs": 0.0, "steps": 0, "flips_in_margin": 0, "flips_outside": 0}
-    state = _compare(network.entry, model, batch.inputs[:STEPS].nan_to_num(0) if batch.inputs.is_floating_point() else batch.inputs[:STEPS], None, found)
+    state = _compare(
+        network.entry, model, batch.inputs[:STEPS].nan_to_num(0) if batch.inputs.is_floating_point() else batch.inputs[:STEPS], None, found
+    )
     if network.spec.decode:
         start = torch.full_like(batch.inputs[:1], network.spec.decode.start)
         tokens = network.generate(batch.inputs)[: STEPS - 1]

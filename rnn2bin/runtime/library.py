@@ -52,6 +52,7 @@ _SIGNATURES = {
     "r2b_get_state": (c_int32, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
     "r2b_set_state": (c_int32, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
     "r2b_get_gates": (c_int32, (c_void_p, c_int64, c_int64, c_void_p)),
+    "r2b_read": (c_uint64, (c_void_p, c_uint64)),
     "r2b_count": (None, (c_void_p, POINTER(Counters))),
 }
 
