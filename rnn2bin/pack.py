@@ -18,7 +18,7 @@ from torch import Tensor
 from rnn2bin import spec as specs
 from rnn2bin.cells.network import Network
 from rnn2bin.errors import DivergedError, ResourceError, UnsupportedError, UsageError
-from rnn2bin.packed import CONFIG, WEIGHTS, read_config
+from rnn2bin.packed import CONFIG, WEIGHTS
 
 PARTIAL, RUNTIME = ".partial", "runtime"
 RUNTIME_FILES = ("*.h", "*.c", "kernels/*.h", "kernels/*.c", "Makefile", "README.md")
@@ -96,7 +96,7 @@ def write_model(student: Network, folder: Path, *, provenance: dict[str, Any], t
 
 
 def write_runtime(folder: Path) -> None:
-    """Into `folder`/runtime the sources of the native runtime, a Makefile, an example and a README: builds with a C compiler and make alone."""
+    """Into `folder`/runtime the native runtime's sources, a Makefile, an example and a README: builds with a C compiler and make alone."""
     source = Path(__file__).parent / "runtime" / "native"
     for pattern in RUNTIME_FILES:
         for file in source.glob(pattern):

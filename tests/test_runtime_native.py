@@ -356,7 +356,7 @@ BAD_FILES = {
     "negative shape": (edit_weights(lambda h, d: joined(_set(h, ONE, shape=[-111, -5]), d)), "out of range"),
     "not finite": (edit_weights(lambda h, d: joined(h, b"\x00\x7c" + d[2:])), "not finite"),
     "unknown tensor": (edit_weights(lambda h, d: joined({**h, "x": {"dtype": "F16", "shape": [1], "data_offsets": [len(d), len(d) + 2]}}, d + b"\0\0")), "unknown tensor x"),  # noqa: E501
-    "missing tensor": (edit_weights(lambda h, d: joined({k.replace(ONE, "other"): v for k, v in h.items()}, d)), "gates.weight_ih is missing"),
+    "missing tensor": (edit_weights(lambda h, d: joined({k.replace(ONE, "other"): v for k, v in h.items()}, d)), "weight_ih is missing"),
     "hidden size": (edit_config(lambda c: c["spec"]["sections"]["main"]["layers"][1].update(hidden_size=1 << 19)), "shape|missing|reads"),
     "zero size": (edit_config(lambda c: c["spec"]["sections"]["main"]["layers"][0].update(hidden_size=0)), "hidden_size"),
     "gates": (edit_config(lambda c: c["gates"]["main.layers.0.fwd"].update(i="maybe")), "binary or soft"),
@@ -454,7 +454,7 @@ def exercise(tmp_path: Path, flags: list[str], *, compiler: str = "cc", make_fla
         flags=f"{make_flags} {' '.join(f for f in flags if f.startswith('-fsanitize'))}",
         compiler=compiler,
         target="librnn2bin.a",
-    )  # noqa: E501
+    )
     program = place / "exercise"
     command = [
         compiler,
@@ -468,7 +468,7 @@ def exercise(tmp_path: Path, flags: list[str], *, compiler: str = "cc", make_fla
         str(program),
         "-lm",
         "-lpthread",
-    ]  # noqa: E501
+    ]
     subprocess.run(command, check=True)
     networks = {
         "lstm": network_of("lstm", tokens="embedding", copies=3),

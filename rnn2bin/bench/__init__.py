@@ -6,7 +6,6 @@ with a bootstrap interval; bytes of weights touched a step against the read band
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import random
@@ -54,9 +53,9 @@ def one_core() -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def bench(path: Path, data: np.ndarray | None = None, settings: Settings = Settings()) -> dict[str, Any]:  # noqa: B008
-    """The JSON document of `rnn2bin bench`. `data` (T,…): one long sequence of inputs; None: random ones. Raises UsageError where the native
-    runtime is not built."""
+def bench(path: Path, data: np.ndarray | None = None, settings: Settings = Settings()) -> dict[str, Any]:
+    """The JSON document of `rnn2bin bench`. `data` (T,…): one long sequence of inputs; None: random ones. Raises UsageError where
+    the native runtime is not built."""
     if library.library() is None:
         raise UsageError("bench: measures the native runtime, which was not built; install a C compiler and reinstall")
     with one_core():
@@ -215,7 +214,7 @@ def render(found: dict[str, Any]) -> str:
     for row in found["rows"]:
         lines.append(
             f"{row['layers']} x {row['cell']} {row['hidden_size']}  {row['call']:8} {row['compute']}  density {row['density']:.3f}  "
-            f"{row['us_per_step']:.2f} µs a step  {row['bytes_touched_per_step'] / 1e3:.0f} kB ({row['bandwidth_share']:.0%} of the read bandwidth)"
+            f"{row['us_per_step']:.2f} µs a step  {row['bytes_touched_per_step'] / 1e3:.0f} kB, {row['bandwidth_share']:.0%} of the bandwidth"
         )
         for name, rival in row["rivals"].items():
             lines.append(

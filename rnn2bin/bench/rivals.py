@@ -24,7 +24,8 @@ NAMES = {"torch": "torch", "ort": "onnxruntime", "openvino": "openvino"}
 
 def contenders(spec: RnnSpec, against: tuple[str, ...], *, steps: int) -> dict[str, Steps]:
     """Name -> one call. Networks that the ONNX cells do not describe (a projection, the other reset form) are run by torch alone."""
-    section, found = spec.entry, {}
+    section = spec.entry
+    found: dict[str, Steps] = {}
     installed = {name for name in against if importlib.util.find_spec(NAMES[name])}
     cells = {layer.cell for layer in section.layers}
     if "torch" in installed and cells <= {"lstm", "gru"}:
@@ -119,7 +120,8 @@ def _torch_cells(section: SectionSpec) -> Steps:
     for y in section.layers:
         cells.append((torch.nn.LSTMCell if y.cell == "lstm" else torch.nn.GRUCell)(width, y.hidden_size))
         width = y.hidden_size
-    x, states = torch.randn(1, section.layers[0].input_size), [None] * len(cells)
+    x = torch.randn(1, section.layers[0].input_size)
+    states: list[Any] = [None] * len(cells)
 
     def call() -> int:
         with torch.inference_mode():
@@ -181,7 +183,7 @@ def onnx_model(section: SectionSpec) -> bytes:
             weight(f"B{k}", 1, 2 * gates * n),
             "",
         ]
-        more = {} if y.cell == "lstm" else {"linear_before_reset": 1}
+        more: dict[str, Any] = {} if y.cell == "lstm" else {"linear_before_reset": 1}
         operator = "LSTM" if y.cell == "lstm" else "GRU"
         nodes.append(
             helper.make_node(

@@ -1,8 +1,8 @@
 """The native runtime against the oracle: the same metric on the same data, and step by step from the same state.
 
-Binary gates are discontinuous: a difference in the last place of a pre-activation next to zero flips a decision, and free-running states part
-from there on. So each step starts both from the oracle's state; decisions must be equal wherever |pre-activation| > MARGIN, flips inside are
-counted, and values are compared where no decision of the step flipped.
+Binary gates are discontinuous: a difference in the last place of a pre-activation next to zero flips a decision, and free-running states
+part from there on. So each step starts both from the oracle's state; decisions must be equal wherever |pre-activation| > MARGIN, flips
+inside are counted, and values are compared where no decision of the step flipped.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class NativeNetwork:
 
 
 def parity(network: Network, model: Model, part: Part) -> dict[str, Any]:
-    """`max_abs` difference of states, `steps` compared (of sequences), `flips_in_margin`, and `flips_outside`: a fault where it is not 0."""
+    """`max_abs` difference of states, `steps` of sequences that were compared, `flips_in_margin`, `flips_outside`: a fault if not 0."""
     batch = next(iter(evaluation_batches(part.take(torch.arange(min(ROWS, len(part)))))))
     found = {"max_abs": 0.0, "steps": 0, "flips_in_margin": 0, "flips_outside": 0}
     state = _compare(
