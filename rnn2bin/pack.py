@@ -19,6 +19,7 @@ from rnn2bin import spec as specs
 from rnn2bin.cells.network import Network
 from rnn2bin.errors import DivergedError, ResourceError, UnsupportedError, UsageError
 from rnn2bin.packed import CONFIG, WEIGHTS
+from rnn2bin.packed import read_config as read_config  # of this place too, for those who know torch
 
 PARTIAL, RUNTIME = ".partial", "runtime"
 RUNTIME_FILES = ("*.h", "*.c", "kernels/*.h", "kernels/*.c", "Makefile", "README.md")

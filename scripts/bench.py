@@ -26,7 +26,7 @@ VOCABULARY = 64
 
 
 def rate_for(cell: str, density: float) -> float:
-    """The open rate of o and i (LSTM), of updates and resets (GRU, gates by changed units), at which a step asks for so many of the weights."""
+    """The open rate of o and i (LSTM), of updates and resets (GRU, gates by changed units), at which a step asks for that density."""
     share = (lambda p: p * (3 + p) / 4) if cell == "lstm" else (lambda p: p * (2 + p) / 3)
     low, high = 0.0, 1.0
     for _ in range(40):
@@ -45,6 +45,8 @@ def network_of(cell: str, hidden: int, density: float, *, layers: int = 2, token
     for name, p in network.named_parameters():
         if ".levels." in name:
             p.fill_(0.3 if name.endswith("lo") else 0.95)
+        elif name.endswith("embedding.weight"):
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.5)
         elif p.ndim == 2:
             p.copy_((torch.rand(p.shape, generator=generator) * 2 - 1) * (3 / p.shape[1]) ** 0.5)
         elif name.endswith("gates.bias"):

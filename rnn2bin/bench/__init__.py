@@ -212,14 +212,14 @@ def render(found: dict[str, Any]) -> str:
     """A table for people."""
     lines = [f"{found['machine']['cpu']}, {found['machine']['isa']}; read bandwidth {found['machine']['read_gb_per_s']} GB/s"]
     for row in found["rows"]:
+        shape = f"{row['layers']} x {row['cell']} {row['hidden_size']}"
         lines.append(
-            f"{row['layers']} x {row['cell']} {row['hidden_size']}  {row['call']:8} {row['compute']}  density {row['density']:.3f}  "
+            f"{shape}  {row['call']:8} {row['compute']}  density {row['density']:.3f}  "
             f"{row['us_per_step']:.2f} µs a step  {row['bytes_touched_per_step'] / 1e3:.0f} kB, {row['bandwidth_share']:.0%} of the bandwidth"
         )
         for name, rival in row["rivals"].items():
-            lines.append(
-                f"    {name:16} {rival['us_per_step']:9.2f} µs   {rival['ratio']:.2f}x  [{rival['ci95'][0]:.2f}, {rival['ci95'][1]:.2f}]"
-            )
+            low, high = rival["ci95"]
+            lines.append(f"    {name:16} {rival['us_per_step']:9.2f} µs   {rival['ratio']:.2f}x  [{low:.2f}, {high:.2f}]")
     return "\n".join(lines)
 
 
