@@ -190,6 +190,29 @@ def export(out: Path, to: str, target: Path | None, json_out: bool) -> None:
     as_json(written) if json_out else click.echo("\n".join([f"{written['file']}: {written['bytes']} bytes", *written["meaning"]]))
 
 
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), metavar="DATA", help="Inputs to run on, as for run; without them random ones.")
+@click.option("--against", default="torch,ort,openvino", show_default=True, help="Rivals, of those that are installed; '' for none.")
+@json_option
+def bench(out: Path, data: Path | None, against: str, json_out: bool) -> None:
+    """Time a step of OUT on the native runtime, one core, against other runtimes on the float network of its shape."""
+    quiet_libraries()
+    from rnn2bin import bench as benchmark
+    from rnn2bin import packed
+    from rnn2bin.bench import rivals
+    from rnn2bin.spec import from_dict
+
+    names = tuple(name for name in against.split(",") if name)
+    if unknown := [name for name in names if name not in rivals.NAMES]:
+        raise click.UsageError(f"--against: unknown {', '.join(unknown)}; choose of {', '.join(rivals.NAMES)}")
+    config = packed.read_config(out)
+    vocabulary = (config.get("task") or {}).get("vocabulary")
+    inputs = benchmark.inputs_from(data, from_dict(config["spec"]), vocabulary) if data else None
+    found = benchmark.bench(out, inputs, benchmark.Settings(against=names))
+    as_json(found) if json_out else click.echo(benchmark.render(found))
+
+
 @main.group()
 def recipes() -> None:
     """The bundled recipes."""

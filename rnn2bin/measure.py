@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,9 +16,9 @@ from rnn2bin.gates.estimators import FLOAT, Discretize
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network with the mode its gates run in, and how its cells walk over time."""
+    """A network (or what is called like one) with the mode its gates run in, and how its cells walk over time."""
 
-    network: Network
+    network: Any
     mode: Discretize
     walk: Walk = walk
 

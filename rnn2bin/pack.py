@@ -74,7 +74,7 @@ def write_model(student: Network, folder: Path, *, provenance: dict[str, Any], t
 
 
 def write_runtime(folder: Path) -> None:
-    """Into `folder`/runtime the sources of the native runtime, a Makefile, an example and a README: builds with a C compiler and make alone."""
+    """Into `folder`/runtime the native runtime's sources, a Makefile, an example and a README: builds with a C compiler and make alone."""
     source = Path(__file__).parent / "runtime" / "native"
     for pattern in RUNTIME_FILES:
         for file in source.glob(pattern):

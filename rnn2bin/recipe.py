@@ -171,7 +171,7 @@ class Source(Closed):
     )
     output: str | None = Field(
         None,
-        description="graph files: which output is the network's (for Keras, the layer that gives it); default: the first that a layer leads to",
+        description="graph files: which output is the network's (Keras: the layer that gives it); default: the first behind a layer",
     )
     inputs: dict[str, int | float | list[int | float]] = Field(
         default_factory=dict, description="graph files: inputs that always have the same value (`{sr: 16000}`)"

@@ -229,11 +229,12 @@ def read_index(data: bytes, folder: Path) -> Any:
 
 def read_packed(data: bytes, folder: Path) -> Any:
     from rnn2bin import pack
+    from rnn2bin.packed import read_config
 
     if not (folder / pack.WEIGHTS).exists():
         (folder / pack.WEIGHTS).write_bytes(packed()[1])
     (folder / pack.CONFIG).write_bytes(data)
-    return pack.read_network(folder, pack.read_config(folder))
+    return pack.read_network(folder, read_config(folder))
 
 
 def read_recipe(data: bytes, folder: Path) -> Any:

@@ -29,6 +29,7 @@ ORDER = [
     "machine",
     "pack",
     "runtime",
+    "bench",
     "evaluation",
     "export",
     "pipeline",

@@ -67,6 +67,8 @@ def test_silero_vads_onnx_files_are_sequence_networks(name, source):
         wanted = np.stack(outputs)
     assert_close(teacher_network(loaded.spec, loaded.weights)(x).y, torch.from_numpy(wanted))
     assert (loaded.spec.main.activation, loaded.spec.main.windowed) == ("sigmoid", True)
+
+
 def _public(name: str) -> Path:
     """A file of a public package's source distribution, unpacked into demo/."""
     path = next(iter(sorted(DEMO.glob(f"*/{name}"))), None)

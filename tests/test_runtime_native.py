@@ -184,7 +184,7 @@ def test_screening_reads_less(tmp_path):
     network = network_of("gru", tokens="embedding", hidden=256)
     with torch.no_grad():
         for cell in network.cells().values():
-            cell.part("gates").bias[256:] += 0.5  # most units keep
+            cell.part("gates").bias[256:] += 1.2  # most units keep
     counters = {}
     for compute in native_backend.COMPUTE:
         handle = native_backend.Handle(both(network, tmp_path, compute=compute)[1], 1)
@@ -257,7 +257,7 @@ def test_weights_touched_are_what_density_counts(case, tmp_path):
 
 
 @built
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512vnni"])
 def test_every_instruction_set(isa, tmp_path):
     """Each in a process of its own: the choice is made when a model is opened. What this processor lacks runs as the best it has."""
     code = f"""
@@ -273,12 +273,12 @@ print(t.library.isa())
     environment = {**os.environ, "RNN2BIN_ISA": isa, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == isa or isa not in _processor()
+    assert done.stdout.strip() == isa or isa not in _processor().split()
 
 
 def _processor() -> str:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "scalar " + " ".join(n for n, flag in (("avx2", "avx2"), ("avx512", "avx512vl")) if flag in flags)
+    return "scalar " + " ".join(n for n, flag in (("avx2", "avx2"), ("avx512", "avx512vl"), ("avx512vnni", "avx512_vnni")) if flag in flags)
 
 
 # ---------------------------------------------------------------------------------------------- bad input
@@ -356,7 +356,7 @@ BAD_FILES = {
     "negative shape": (edit_weights(lambda h, d: joined(_set(h, ONE, shape=[-111, -5]), d)), "out of range"),
     "not finite": (edit_weights(lambda h, d: joined(h, b"\x00\x7c" + d[2:])), "not finite"),
     "unknown tensor": (edit_weights(lambda h, d: joined({**h, "x": {"dtype": "F16", "shape": [1], "data_offsets": [len(d), len(d) + 2]}}, d + b"\0\0")), "unknown tensor x"),  # noqa: E501
-    "missing tensor": (edit_weights(lambda h, d: joined({k.replace(ONE, "other"): v for k, v in h.items()}, d)), "gates.weight_ih is missing"),
+    "missing tensor": (edit_weights(lambda h, d: joined({k.replace(ONE, "other"): v for k, v in h.items()}, d)), "weight_ih is missing"),
     "hidden size": (edit_config(lambda c: c["spec"]["sections"]["main"]["layers"][1].update(hidden_size=1 << 19)), "shape|missing|reads"),
     "zero size": (edit_config(lambda c: c["spec"]["sections"]["main"]["layers"][0].update(hidden_size=0)), "hidden_size"),
     "gates": (edit_config(lambda c: c["gates"]["main.layers.0.fwd"].update(i="maybe")), "binary or soft"),
@@ -441,15 +441,34 @@ def test_a_packed_directory_builds_and_runs_itself(tmp_path):
             assert lines[0].tolist() == y[:, 0].tolist()
         else:
             assert_close(lines, y[:, 0])
-    refused = subprocess.run(["./rnn2bin-run", ".."], input="1 x", cwd=tmp_path / "tokens" / "runtime", capture_output=True, text=True, check=False)
+    refused = subprocess.run(
+        ["./rnn2bin-run", ".."], input="1 x", cwd=tmp_path / "tokens" / "runtime", capture_output=True, text=True, check=False
+    )
     assert refused.returncode == 1
     assert "not numbers" in refused.stderr
 
 
 def exercise(tmp_path: Path, flags: list[str], *, compiler: str = "cc", make_flags: str = "-O1 -g", runner: tuple[str, ...] = ()) -> None:
-    place = made(tmp_path / "build", flags=f"{make_flags} {' '.join(f for f in flags if f.startswith('-fsanitize'))}", compiler=compiler, target="librnn2bin.a")  # noqa: E501
+    place = made(
+        tmp_path / "build",
+        flags=f"{make_flags} {' '.join(f for f in flags if f.startswith('-fsanitize'))}",
+        compiler=compiler,
+        target="librnn2bin.a",
+    )
     program = place / "exercise"
-    command = [compiler, "-std=c11", *make_flags.split(), *flags, f"-I{place}", str(HERE / "exercise.c"), str(place / "librnn2bin.a"), "-o", str(program), "-lm", "-lpthread"]  # noqa: E501
+    command = [
+        compiler,
+        "-std=c11",
+        *make_flags.split(),
+        *flags,
+        f"-I{place}",
+        str(HERE / "exercise.c"),
+        str(place / "librnn2bin.a"),
+        "-o",
+        str(program),
+        "-lm",
+        "-lpthread",
+    ]
     subprocess.run(command, check=True)
     networks = {
         "lstm": network_of("lstm", tokens="embedding", copies=3),
@@ -483,7 +502,16 @@ def test_sanitizers(sanitizer, tmp_path):
 def test_fuzzed_files_never_crash_the_reader(tmp_path):
     place = made(tmp_path / "build", flags="-O1 -g -fsanitize=address,undefined", target="librnn2bin.a")
     program = place / "fuzz"
-    command = ["cc", "-std=c11", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{place}", str(HERE / "fuzz.c")]
+    command = [
+        "cc",
+        "-std=c11",
+        "-O1",
+        "-g",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        f"-I{place}",
+        str(HERE / "fuzz.c"),
+    ]
     subprocess.run([*command, str(place / "librnn2bin.a"), "-o", str(program), "-lm"], check=True)
     scratch = tmp_path / "scratch"
     scratch.mkdir()

@@ -1,8 +1,8 @@
 """The native runtime against the oracle: the same metric on the same data, and step by step from the same state.
 
-Binary gates are discontinuous: a difference in the last place of a pre-activation next to zero flips a decision, and free-running states part
-from there on. So each step starts both from the oracle's state; decisions must be equal wherever |pre-activation| > MARGIN, flips inside are
-counted, and values are compared where no decision of the step flipped.
+Binary gates are discontinuous: a difference in the last place of a pre-activation next to zero flips a decision, and free-running states
+part from there on. So each step starts both from the oracle's state; decisions must be equal wherever |pre-activation| > MARGIN, flips
+inside are counted, and values are compared where no decision of the step flipped.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ class NativeNetwork:
         logits: bool = False,
         **_: Any,
     ) -> Output:
-        y, after = self.model.call(
-            x, state, lengths=lengths, decoder_input=decoder_input, decoder_lengths=decoder_lengths, logits=logits
-        )
+        y, after = self.model.call(x, state, lengths=lengths, decoder_input=decoder_input, decoder_lengths=decoder_lengths, logits=logits)
         return Output(y, after, [], [], [], [])
 
     def generate(self, x: Tensor, *, lengths: Tensor | None = None, **_: Any) -> Tensor:
@@ -48,10 +46,12 @@ class NativeNetwork:
 
 
 def parity(network: Network, model: Model, part: Part) -> dict[str, Any]:
-    """`max_abs` difference of states, `steps` compared (of sequences), `flips_in_margin`, and `flips_outside`: a fault where it is not 0."""
+    """`max_abs` difference of states, `steps` of sequences that were compared, `flips_in_margin`, `flips_outside`: a fault if not 0."""
     batch = next(iter(evaluation_batches(part.take(torch.arange(min(ROWS, len(part)))))))
     found = {"max_abs": 0.0, "steps": 0, "flips_in_margin": 0, "flips_outside": 0}
-    state = _compare(network.entry, model, batch.inputs[:STEPS].nan_to_num(0) if batch.inputs.is_floating_point() else batch.inputs[:STEPS], None, found)
+    state = _compare(
+        network.entry, model, batch.inputs[:STEPS].nan_to_num(0) if batch.inputs.is_floating_point() else batch.inputs[:STEPS], None, found
+    )
     if network.spec.decode:
         start = torch.full_like(batch.inputs[:1], network.spec.decode.start)
         tokens = network.generate(batch.inputs)[: STEPS - 1]

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rnn2bin.errors import UnsafeError, UnsupportedError
+from rnn2bin.files import whole
 from rnn2bin.loaders import inert
 from rnn2bin.loaders.archive import Archive
-from rnn2bin.files import whole
 from rnn2bin.loaders.inert import DamagedError, Found
 from rnn2bin.loaders.objects import Names, Walk, script_names
 from rnn2bin.loaders.tensors import CALLS, WIDTHS, ArrayRef, Held, Storage, TensorRef, UnreadTensor, storage_class

@@ -26,13 +26,13 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from rnn2bin import pack, recipe_yaml
 from rnn2bin import spec as specs
 from rnn2bin import student as students
-from rnn2bin.packed import read_config
 from rnn2bin.cells.network import CellState, Trace, Walk, reverse, state_after, valid_steps, walk, zero_state
 from rnn2bin.cells.weights import Cell
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DivergedError, RecipeError, UnsupportedError, UsageError
 from rnn2bin.gates.estimators import BINARY, Discretize
 from rnn2bin.loaders.assemble import split_direction
+from rnn2bin.packed import read_config
 from rnn2bin.recipe import Recipe
 from rnn2bin.spec import DIRECTIONS, LayerSpec, RnnSpec
 

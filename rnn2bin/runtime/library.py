@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import warnings
 from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint64, c_void_p
+from typing import Any
 
 ABI = 1
 COMPUTE = {"fp16": 0, "int8": 1}
@@ -30,10 +31,10 @@ class Counters(ctypes.Structure):
     _fields_ = tuple((name, c_uint64) for name in ("steps", "weights", "bytes", "rows", "uncertain"))
 
     def to_dict(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name, _ in self._fields_}
+        return {field[0]: getattr(self, field[0]) for field in self._fields_}
 
 
-_SIGNATURES = {
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "r2b_abi": (c_int32, ()),
     "r2b_isa": (c_char_p, ()),
     "r2b_last_error": (c_char_p, ()),
@@ -52,6 +53,7 @@ _SIGNATURES = {
     "r2b_get_state": (c_int32, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
     "r2b_set_state": (c_int32, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
     "r2b_get_gates": (c_int32, (c_void_p, c_int64, c_int64, c_void_p)),
+    "r2b_read": (c_uint64, (c_void_p, c_uint64)),
     "r2b_count": (None, (c_void_p, POINTER(Counters))),
 }
 

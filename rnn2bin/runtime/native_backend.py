@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import byref, c_int64
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ class Model:
             return [work(slice(0, batch))]
         edges = [batch * k // count for k in range(count + 1)]
         with ThreadPoolExecutor(count) as pool:
-            return list(pool.map(work, [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]))
+            return list(pool.map(work, [slice(a, b) for a, b in pairwise(edges)]))
 
     def _run(self, job: _Job) -> tuple[np.ndarray, State]:
         steps, batch = job.x.shape[:2]

@@ -3,7 +3,8 @@
  *     fuzz DIRECTORY SCRATCH COUNT SEED
  *
  * SCRATCH is a directory of its own (on a memory file system it is quickest). Built with ASan and UBSan, which turn a read outside of the
- * file into a failure. */
+ * file into a failure. With -DLIBFUZZER and clang's -fsanitize=fuzzer an input is a length (4 bytes), config.json of that length, and
+ * model.safetensors; the environment's SCRATCH names the directory (scripts/check_native.sh). */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,6 +16,26 @@ typedef struct {
   size_t size;
 } blob;
 
+static void write_file(const char *folder, const char *name, const blob *b) {
+  char path[4096];
+  snprintf(path, sizeof path, "%s/%s", folder, name);
+  FILE *file = fopen(path, "wb");
+  if (!file || fwrite(b->bytes, 1, b->size, file) != b->size) exit(2);
+  fclose(file);
+}
+
+static void try_run(const r2b_model *model) {
+  r2b_info info;
+  r2b_describe(model, &info);
+  if (info.input_size > 4096 || info.output_size > 4096) return;
+  r2b_state *s = r2b_new_state(model, 2, 3);
+  float *y = calloc((size_t)(6 * info.output_size), 4);
+  void *x = calloc((size_t)(6 * info.input_size), 8);
+  if (s) r2b_run(s, x, 3, NULL, y);
+  r2b_free_state(s), free(x), free(y);
+}
+
+#if !defined(LIBFUZZER)
 static unsigned long long seed;
 
 static unsigned draw(unsigned below) {
@@ -35,14 +56,6 @@ static blob read_file(const char *folder, const char *name) {
   if (fread(b.bytes, 1, b.size, file) != b.size) exit(2);
   fclose(file);
   return b;
-}
-
-static void write_file(const char *folder, const char *name, const blob *b) {
-  char path[4096];
-  snprintf(path, sizeof path, "%s/%s", folder, name);
-  FILE *file = fopen(path, "wb");
-  if (!file || fwrite(b->bytes, 1, b->size, file) != b->size) exit(2);
-  fclose(file);
 }
 
 static const char *const WORDS[] = {"0",    "1",        "-1",    "4294967296", "9223372036854775807", "1e9",  "\"",     "{",      "}",
@@ -77,17 +90,23 @@ static void mutate(blob *b, size_t within) {
   }
 }
 
-static void try_run(const r2b_model *model) {
-  r2b_info info;
-  r2b_describe(model, &info);
-  if (info.input_size > 4096 || info.output_size > 4096) return;
-  r2b_state *s = r2b_new_state(model, 2, 3);
-  float *y = calloc((size_t)(6 * info.output_size), 4);
-  void *x = calloc((size_t)(6 * info.input_size), 8);
-  if (s) r2b_run(s, x, 3, NULL, y);
-  r2b_free_state(s), free(x), free(y);
-}
+#endif
 
+#if defined(LIBFUZZER)
+int LLVMFuzzerTestOneInput(const unsigned char *data, size_t size) {
+  const char *folder = getenv("SCRATCH");
+  if (!folder || size < 4) return 0;
+  size_t length = data[0] | (size_t)data[1] << 8 | (size_t)data[2] << 16;
+  if (length > size - 4) length = size - 4;
+  blob config = {(unsigned char *)data + 4, length}, weights = {(unsigned char *)data + 4 + length, size - 4 - length};
+  write_file(folder, "config.json", &config);
+  write_file(folder, "model.safetensors", &weights);
+  r2b_model *model = r2b_open(folder, (int)(size % 2));
+  if (model) try_run(model);
+  r2b_close(model);
+  return 0;
+}
+#else
 int main(int count, char **words) {
   if (count < 5) return 2;
   blob config = read_file(words[1], "config.json"), weights = read_file(words[1], "model.safetensors");
@@ -114,6 +133,8 @@ int main(int count, char **words) {
     if (which) write_file(words[2], "config.json", &config);
     else write_file(words[2], "model.safetensors", &weights);
   }
+  free(a.bytes), free(b.bytes), free(config.bytes), free(weights.bytes);
   printf("%ld inputs, %ld of them opened and ran\n", total, opened);
   return 0;
 }
+#endif

@@ -55,3 +55,5 @@ const kernels *kernels_choose(void) {
 }
 
 const char *r2b_isa(void) { return kernels_choose()->name; }
+
+uint64_t r2b_read(const void *memory, uint64_t bytes) { return kernels_choose()->read(memory, bytes / 8); }

@@ -62,6 +62,7 @@ typedef struct kernels {
   void (*product)(const matrix *m, const product_row *rows, int count, r2b_counters *counters);
   void (*step[3])(const cell *cell, step_row *rows, product_row *products, int count, scratch *work); /* by cell_kind */
   void (*activate)(activation kind, float *y, int n);
+  uint64_t (*read)(const uint64_t *memory, uint64_t words);
   int screens; /* whether gates can be screened in integers */
 } kernels;
 

@@ -1,0 +1,235 @@
+"""`rnn2bin bench`: the native runtime's time a step against other runtimes running the float network of the same shape.
+
+Protocol (docs/benchmarks.md): one pinned core, one thread everywhere, contenders interleaved in random order, the median of paired ratios
+with a bootstrap interval; bytes of weights touched a step against the read bandwidth measured in the same run at the same working set.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rnn2bin.bench import rivals
+from rnn2bin.errors import UsageError
+from rnn2bin.runtime import library
+from rnn2bin.runtime.native_backend import Handle, Model
+from rnn2bin.spec import RnnSpec
+
+BLOCKS, STEPS, SEQUENCE = 15, 1024, 100
+Steps = Callable[[], int]  # runs some steps, says how many
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and against whom. `steps` at least, for each contender in each of the `blocks`."""
+
+    against: tuple[str, ...] = ("torch", "ort", "openvino")
+    blocks: int = BLOCKS
+    steps: int = STEPS
+    seed: int = 0
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Pinned to one core, where the system can."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def bench(path: Path, data: np.ndarray | None = None, settings: Settings = Settings()) -> dict[str, Any]:
+    """The JSON document of `rnn2bin bench`. `data` (T,…): one long sequence of inputs; None: random ones. Raises UsageError where
+    the native runtime is not built."""
+    if library.library() is None:
+        raise UsageError("bench: measures the native runtime, which was not built; install a C compiler and reinstall")
+    with one_core():
+        rows = [row for compute in ("fp16", "int8") for row in rows_of(path, compute, data, settings)]
+        return {"machine": machine(), "rows": rows}
+
+
+def rows_of(path: Path, compute: str, data: np.ndarray | None, settings: Settings) -> list[dict[str, Any]]:
+    """A stream (T = 1 a call) and a sequence (T = 100 a call), batch 1."""
+    model = Model(path, compute=compute)
+    if data is None:
+        data = random_inputs(model.spec, settings.steps, settings.seed)
+    calls = [("sequence", SEQUENCE), *([("stream", 1)] if model._info.streams else [])]
+    return [_row(model, compute, call, steps, data, settings) for call, steps in calls]
+
+
+def random_inputs(spec: RnnSpec, steps: int, seed: int) -> np.ndarray:
+    generator, entry = np.random.default_rng(seed), spec.entry
+    if entry.embedding:
+        return generator.integers(0, entry.embedding.num_embeddings, steps)
+    return generator.normal(size=(steps, *entry.input_shape)).astype(np.float32)
+
+
+def _row(model: Model, compute: str, call: str, steps: int, data: np.ndarray, settings: Settings) -> dict[str, Any]:
+    ours = Ours(model, data, steps)
+    others = rivals.contenders(model.spec, settings.against, steps=steps)
+    times = interleaved({"native": ours.run, **others}, settings)
+    touched = ours.counters()
+    layer, mine = model.spec.entry.layers[0], times["native"]
+    bytes_read = touched["bytes"] / touched["steps"]
+    bandwidth = read_bandwidth(model_bytes(model.spec, compute))
+    return {
+        "cell": layer.cell,
+        "hidden_size": layer.hidden_size,
+        "layers": len(model.spec.entry.layers),
+        "call": call,
+        "steps_per_call": steps,
+        "batch": 1,
+        "compute": compute,
+        "density": touched["weights"] / touched["steps"] / dense_weights(model.spec),
+        "us_per_step": float(np.median(mine)),
+        "us_per_step_min": float(np.min(mine)),
+        "bytes_touched_per_step": bytes_read,
+        "read_gb_per_s": bandwidth,
+        "bandwidth_share": bytes_read / float(np.median(mine)) / 1e3 / bandwidth,
+        "rivals": {name: _against(mine, theirs, settings.seed) for name, theirs in times.items() if name != "native"},
+    }
+
+
+class Ours:
+    """The native runtime over one long sequence of inputs, `steps` a call, again from the start where it ends."""
+
+    def __init__(self, model: Model, data: np.ndarray, steps: int) -> None:
+        self.handle, self.steps = Handle(model, 1, steps), min(steps, len(data))
+        data = np.ascontiguousarray(data, np.int64 if model.spec.entry.embedding else np.float32)
+        whole = len(data) // self.steps * self.steps
+        self.calls = [np.ascontiguousarray(part[:, None]) for part in np.split(data[:whole], whole // self.steps)]
+        self.y = np.empty((1 if model._info.per_sequence else self.steps, 1, model._info.output_size), np.float32)
+        self.at = 0
+        self._addresses = [call.ctypes.data for call in self.calls]
+        self._run, self._out = model._native.r2b_run, self.y.ctypes.data
+
+    def run(self) -> int:
+        """One call."""
+        self._run(self.handle.address, self._addresses[self.at], self.steps, None, self._out)
+        self.at = (self.at + 1) % len(self.calls)
+        return self.steps
+
+    def counters(self) -> dict[str, int]:
+        return self.handle.counters().to_dict()
+
+
+def interleaved(contenders: dict[str, Steps], settings: Settings) -> dict[str, np.ndarray]:
+    """Name -> µs a step in each block. Every block runs every contender once, in an order of its own, after a warm-up."""
+    order, found = list(contenders), {name: np.empty(settings.blocks) for name in contenders}
+    shuffle = random.Random(settings.seed).shuffle
+    for run in contenders.values():
+        run()
+    for block in range(settings.blocks):
+        shuffle(order)
+        for name in order:
+            run, done = contenders[name], 0
+            began = time.perf_counter()
+            while done < settings.steps:
+                done += run()
+            found[name][block] = (time.perf_counter() - began) / done * 1e6
+    return found
+
+
+def _against(ours: np.ndarray, theirs: np.ndarray, seed: int) -> dict[str, Any]:
+    """Rival time / ours: median of the blocks' ratios, with a bootstrap interval."""
+    ratios = theirs / ours
+    picks = np.random.default_rng(seed).integers(0, len(ratios), (2000, len(ratios)))
+    low, high = np.quantile(np.median(ratios[picks], axis=1), [0.025, 0.975])
+    return {"us_per_step": float(np.median(theirs)), "ratio": float(np.median(ratios)), "ci95": [float(low), float(high)]}
+
+
+def dense_weights(spec: RnnSpec) -> int:
+    """Weights a step touches with every gate open: all matrices, but those that tokens have folded into a table."""
+    total = 0
+    for section in [spec.entry]:
+        for index, layer in enumerate(section.layers):
+            inputs = 0 if index == 0 and section.embedding else layer.input_size
+            rows = (len(layer.kind.gates) + 1) * layer.hidden_size
+            total += layer.directions * (rows * (inputs + layer.recurrent_size) + layer.proj_size * layer.hidden_size)
+        total += sum(linear.in_features * linear.out_features for linear in section.head) if section.readout == "all" else 0
+    return total
+
+
+def model_bytes(spec: RnnSpec, compute: str) -> int:
+    """The working set: what the weights take that steps read."""
+    return dense_weights(spec) * (2 if compute == "fp16" else 1)
+
+
+def read_bandwidth(size: int, repeats: int = 20) -> float:
+    """GB/s of reading `size` bytes again and again, the best of `repeats`."""
+    native, size = library.library(), max(size, 1 << 16)
+    assert native is not None
+    memory = np.ones(size // 8, np.uint64)
+    native.r2b_read(memory.ctypes.data, size)
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for _ in range(max(1, (1 << 24) // size)):
+            native.r2b_read(memory.ctypes.data, size)
+        best = min(best, (time.perf_counter() - began) / max(1, (1 << 24) // size))
+    return size / best / 1e9
+
+
+def machine() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = (
+        [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if cpuinfo.exists()
+        else []
+    )
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "isa": library.isa(),
+        "versions": {name: number for name in ("torch", "numpy", "onnxruntime", "openvino") if (number := _version(name))},
+        "read_gb_per_s": {f"{size >> 10} KB": round(read_bandwidth(size), 1) for size in (1 << 19, 1 << 22, 1 << 24, 1 << 26)},
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def render(found: dict[str, Any]) -> str:
+    """A table for people."""
+    lines = [f"{found['machine']['cpu']}, {found['machine']['isa']}; read bandwidth {found['machine']['read_gb_per_s']} GB/s"]
+    for row in found["rows"]:
+        shape = f"{row['layers']} x {row['cell']} {row['hidden_size']}"
+        lines.append(
+            f"{shape}  {row['call']:8} {row['compute']}  density {row['density']:.3f}  {row['us_per_step']:.2f} µs a step  "
+            f"{row['bytes_touched_per_step'] / 1e3:.0f} kB, {row['bandwidth_share']:.0%} of the bandwidth"
+        )
+        for name, rival in row["rivals"].items():
+            low, high = rival["ci95"]
+            lines.append(f"    {name:16} {rival['us_per_step']:9.2f} µs   {rival['ratio']:.2f}x  [{low:.2f}, {high:.2f}]")
+    return "\n".join(lines)
+
+
+def inputs_from(path: Path, spec: RnnSpec, vocabulary: Sequence[str] | None) -> np.ndarray:
+    """The file's sequences end to end, pads left out: (T,) tokens or (T,I)."""
+    from rnn2bin import data
+
+    if path.suffix.lower() in (".txt", ".text"):
+        return data.encode_text(path.read_text(encoding="utf-8"), vocabulary).numpy()
+    part = data.read_tensors(path)
+    data.check_part(part, spec, where=str(path))
+    lengths = [part.inputs.shape[1]] * len(part) if part.lengths is None else part.lengths.tolist()
+    return np.concatenate([x[:n].numpy() for x, n in zip(part.inputs, lengths, strict=True)])

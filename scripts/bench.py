@@ -1,0 +1,126 @@
+"""The curves of docs/benchmarks.md: networks with random weights whose gates are set to a density, two layers, token input, batch 1.
+
+    pip install 'rnn2bin[bench]'
+    python scripts/bench.py --out bench.json --plot docs/benchmarks.png
+    python scripts/bench.py --sizes 256 --densities 0.1 1.0 --blocks 7 --out -
+
+Protocol: rnn2bin/bench. Real networks: rnn2bin bench OUT --data DATA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rnn2bin import bench, pack
+from rnn2bin.cells.network import Network
+from rnn2bin.spec import EmbeddingSpec, LayerSpec, RnnSpec, SectionSpec
+
+VOCABULARY = 64
+
+
+def rate_for(cell: str, density: float) -> float:
+    """The open rate of o and i (LSTM), of updates and resets (GRU, gates by changed units), at which a step asks for that density."""
+    share = (lambda p: p * (3 + p) / 4) if cell == "lstm" else (lambda p: p * (2 + p) / 3)
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share(middle) < density else (low, middle)
+    return high
+
+
+@torch.no_grad()
+def network_of(cell: str, hidden: int, density: float, *, layers: int = 2, tokens: bool = True, seed: int = 0) -> Network:
+    """Uniform weights; gate biases moved until each gate opens as often as `density` asks for, and spread so that units differ."""
+    stack = tuple(LayerSpec(cell, hidden, hidden) for _ in range(layers))
+    spec = RnnSpec({"main": SectionSpec(stack, EmbeddingSpec(VOCABULARY, hidden) if tokens else None)})
+    network = Network(spec, {name: (True,) * len(y.kind.gates) for name, y in spec.cell_names()}, levels="learned")
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in network.named_parameters():
+        if ".levels." in name:
+            p.fill_(0.3 if name.endswith("lo") else 0.95)
+        elif name.endswith("embedding.weight"):
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.5)
+        elif p.ndim == 2:
+            p.copy_((torch.rand(p.shape, generator=generator) * 2 - 1) * (3 / p.shape[1]) ** 0.5)
+        elif name.endswith("gates.bias"):
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    rate = rate_for(cell, density)
+    wanted = {"i": rate, "f": 0.7, "o": rate, "r": rate, "z": 1 - rate}
+    x = torch.randint(VOCABULARY, (20, 4), generator=generator) if tokens else torch.randn(20, 4, hidden, generator=generator)
+    for _ in range(6):
+        pres = network(x).pre
+        for one, pre in zip(network.cells().values(), pres, strict=True):
+            for k, gate in enumerate(one.layer.kind.gate_names):
+                decided = pre[8:, :, k].flatten().sort().values
+                one.part("gates").bias.view(-1, hidden)[k] -= decided[int((1 - min(wanted[gate], 0.999)) * (len(decided) - 1))]
+    return network.half().float()
+
+
+def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    settings = bench.Settings(against=tuple(options.against), blocks=options.blocks, steps=options.steps)
+    found = []
+    for cell in options.cells:
+        for hidden in options.sizes:
+            for density in options.densities:
+                with tempfile.TemporaryDirectory() as folder, bench.one_core():
+                    pack.write_model(network_of(cell, hidden, density), Path(folder), provenance={}, task={"name": "match"})
+                    for compute in options.compute:
+                        new = bench.rows_of(Path(folder), compute, None, settings)
+                        found += new
+                        print(
+                            bench.render({"machine": {"cpu": "", "isa": "", "read_gb_per_s": ""}, "rows": new}).split("\n", 1)[1],
+                            file=sys.stderr,
+                        )
+    return found
+
+
+def plot(found: list[dict[str, Any]], target: Path) -> None:
+    """Time against density for each size, and against size at each density; sequence calls."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    calls = [row for row in found if row["call"] == "sequence"]
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    for axis, by, other in ((axes[0], "density", "hidden_size"), (axes[1], "hidden_size", "density")):
+        groups: dict[tuple[str, str, Any], list[tuple[float, float]]] = {}
+        for row in calls:
+            key = (row["cell"], row["compute"], row[other] if other == "hidden_size" else round(row[other], 1))
+            groups.setdefault(key, []).append((row[by], row["us_per_step"]))
+        for (cell, compute, value), points in sorted(groups.items()):
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{cell} {compute}, {other.replace('_', ' ')} {value}")
+        axis.set(xscale="log", yscale="log", xlabel=by.replace("_", " "), ylabel="µs a step")
+        axis.legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(target, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="+", default=["lstm", "gru"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[256, 512, 1024, 2048])
+    parser.add_argument("--densities", nargs="+", type=float, default=[0.05, 0.1, 0.25, 0.5, 1.0])
+    parser.add_argument("--compute", nargs="+", default=["fp16", "int8"])
+    parser.add_argument("--against", nargs="*", default=["torch", "ort", "openvino"])
+    parser.add_argument("--blocks", type=int, default=bench.BLOCKS)
+    parser.add_argument("--steps", type=int, default=bench.STEPS)
+    parser.add_argument("--out", default="-", help="JSON file, or - for standard output")
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    found = rows(options)
+    document = json.dumps({"machine": bench.machine(), "rows": found}, indent=2) + "\n"
+    sys.stdout.write(document) if options.out == "-" else Path(options.out).write_text(document)
+    if options.plot:
+        plot(found, options.plot)
+
+
+if __name__ == "__main__":
+    main()
