@@ -395,7 +395,8 @@ def test_optimizer_states_are_left_out(tmp_path: Path) -> None:
 
 def test_source_keras_is_for_keras_files(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1)}, tmp_path / "m.pt")
-    assert "source.keras" in refused(tmp_path / "m.pt", source({"name": "a"}))
+    with pytest.raises(UsageError, match="keras: for files that hold a graph"):
+        load(tmp_path / "m.pt", source=source({"name": "a"}))
     path = legacy(tmp_path / "m.h5", [("LSTM", {**INPUT, **SIGMOID, "units": U}, lstm_weights())])
     assert "'a' is no layer of the file" in refused(path, source({"name": "a"}))
     main = {"main": {"cell": "lstm", "layers": [{"weight_ih": "a", "weight_hh": "b"}]}}
@@ -561,7 +562,7 @@ def test_the_zip_file_written_here_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a\\..\\evil"])
 def test_entries_that_point_elsewhere(tmp_path: Path, name: str) -> None:
-    assert "point elsewhere" in unsafe(keras_zip(tmp_path / "m.keras", SMALL, SMALL_WEIGHTS, **{name: b"x"}))
+    assert "leading out of the archive" in unsafe(keras_zip(tmp_path / "m.keras", SMALL, SMALL_WEIGHTS, **{name: b"x"}))
 
 
 def test_an_entry_given_twice(tmp_path: Path) -> None:
@@ -570,7 +571,7 @@ def test_an_entry_given_twice(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")  # zipfile warns of what is meant here
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("config.json", "{}")
-    assert "given twice" in unsafe(path)
+    assert "two entries named" in unsafe(path)
 
 
 def test_a_zip_bomb(tmp_path: Path) -> None:
