@@ -376,6 +376,13 @@ def test_layers_that_lead_nowhere_are_an_error_until_they_are_ignored(tmp_path: 
     assert "no layer 'what'" in refused(path, source(output="what"))
 
 
+def test_an_ignored_layer_may_be_of_any_class(tmp_path: Path) -> None:
+    path = branched(tmp_path / "m.h5")
+    with h5py.File(path, "r+") as file:
+        file.attrs["model_config"] = file.attrs["model_config"].replace('{"class_name": "Dense"', '{"class_name": "Mine"', 1)
+    assert load(path, source=source(ignore=["spare"])).spec.main.output_size == OUT
+
+
 def test_arrays_that_nobody_uses_and_arrays_that_are_missing(tmp_path: Path) -> None:
     path = legacy(tmp_path / "m.h5", [("LSTM", {**INPUT, **SIGMOID, "units": U}, lstm_weights())])
     with h5py.File(path, "r+") as file:

@@ -248,6 +248,19 @@ def test_activations(tmp_path: Path, name: str) -> None:
     check(model, X, tmp_path / "m.keras")
 
 
+@FORMATS
+def test_another_output_is_left_out(tmp_path: Path, suffix: str) -> None:
+    from rnn2bin.recipe import Source
+
+    entry = L.Input((None, I))
+    h = L.LSTM(4)(entry)
+    model = filled(keras.Model(entry, [L.Dense(2, name="kept")(h), L.Dense(3, name="spare")(h)]))
+    wanted = torch.tensor(np.asarray(model.predict(X, verbose=0)[0]))
+    model.save(tmp_path / f"m{suffix}")
+    loaded = load(tmp_path / f"m{suffix}", source=Source(output="kept", ignore=["spare"]))
+    assert_close(teacher_network(loaded.spec, loaded.weights)(torch.tensor(X).transpose(0, 1)).y, wanted)
+
+
 def test_weights_alone_of_keras_3(tmp_path: Path) -> None:
     from rnn2bin.recipe import Source
 

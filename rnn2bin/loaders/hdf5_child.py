@@ -19,7 +19,7 @@ from typing import Any
 MOST_OBJECTS = 20_000
 MOST_DEPTH = 32
 SECONDS = 20  # of processor time, and one more for each megabyte
-WORKSPACE = 4 * 2**30  # address space that Python and the libraries have mapped without using it
+WORKSPACE = 512 * 2**20  # of address space, for Python and the libraries, which take some 120 MB
 WANTED = ("model_config", "keras_version", "backend", "layer_names", "weight_names")
 SKIPPED = ("optimizer_weights", "optimizer")  # of the root: what training needs to go on
 

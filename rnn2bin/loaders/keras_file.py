@@ -158,10 +158,9 @@ def _network(file: KerasFile, described: Model, source: Source) -> Assembly:
         if each.name not in used and not ignored(each.name)
     ]
     weights = Weights(file.tensors, file.groups if file.ordered or file.config is None else None, file.root)
-    missing = weights.give(layers)
+    missing = weights.give(layers, used)
     if not reasons:
-        spare = {path for each in layers if each.name not in used for path in file.groups.get(each.name, ())}
-        left = [path for path in weights.leftovers() if path not in spare and not ignored(path)]
+        left = [path for path in weights.leftovers() if not ignored(path)]
         reasons = missing + [f"{path}: an array that no layer of the model uses" for path in left if not missing]
     if reasons:
         raise UnsupportedError(*reasons)

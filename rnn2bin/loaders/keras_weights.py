@@ -5,7 +5,7 @@ Source: keras-team/keras, `hdf5_format.py` of Keras 2 and `saving_lib.py` of Ker
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -58,11 +58,17 @@ class Weights:
     root: str = ""
     used: set[str] = field(default_factory=set)
 
-    def give(self, layers: Sequence[Layer]) -> list[str]:
-        """Every layer its weights; a reason for each that is missing or too many."""
-        if self.groups is None:
-            return [reason for path, layer in self._paths(layers, "") for reason in self._from_path(layer, path)]
-        return [reason for layer in layers for reason in self._from_group(layer)]
+    def give(self, layers: Sequence[Layer], wanted: Collection[str]) -> list[str]:
+        """The `wanted` of all layers their weights; a reason for each array missing or too many. What the others have counts as used."""
+        reasons = []
+        for path, layer in self._paths(layers, ""):
+            if layer.name in wanted:
+                reasons += self._from_path(layer, path) if self.groups is None else self._from_group(layer)
+            elif self.groups is None:
+                self.used |= {name for name in self.tensors if name.startswith(f"{path}/")}
+            else:
+                self.used |= set(self.groups.get(layer.name, ()))
+        return reasons
 
     def leftovers(self) -> list[str]:
         """Arrays that no layer took. What dropout draws its random numbers from belongs to training."""
