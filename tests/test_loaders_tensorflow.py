@@ -145,6 +145,8 @@ def test_what_is_no_graph_is_refused(tmp_path):
     refused(saved(tmp_path, placeholder(), node("y", "Relu", "x")), "no LSTM or GRU cell")
     refused(saved(tmp_path, placeholder(), placeholder()), "two nodes are named 'x'")
     refused(saved(tmp_path, node("rnn", "CudnnRNNV2", "x")), r"CudnnRNNV2 \(rnn\): its weights are one opaque buffer")
+    (tmp_path / "saved_model.pb").write_bytes(field(1, 1))
+    refused(tmp_path / "saved_model.pb", "a SavedModel, whose weights lie beside it")
     refused(saved(tmp_path, node("loop", "StatelessWhile", "x")), r"StatelessWhile \(loop\): TensorFlow 2 control flow")
 
 
