@@ -35,7 +35,7 @@ SILENT = ("Const", "NoOp", "Assert", "Placeholder", "PlaceholderWithDefault")
 MOST_ENDS = 200
 NOISE = ("RandomUniform", "StatelessRandomUniform", "StatelessRandomUniformV2")
 MASKING = frozenset(
-    {"Floor", "Add", "AddV2", "Sub", "Mul", "RealDiv", "Div", "GreaterEqual", "Less", "Cast", "Identity", "Select", "SelectV2"}
+    {"Floor", "Add", "AddV2", "Sub", "Mul", "RealDiv", "Div", "GreaterEqual", "Less", "Cast", "Identity", "Select", "SelectV2", "Enter"}
 )
 
 
@@ -272,18 +272,20 @@ class _Importer(Values):
         return operands[0] if noisy[0] and not any(noisy[1:]) else None
 
     def noisy(self, ref: Ref) -> bool:
-        """Whether a random number decides this value: the mask of a dropout. Shapes and what the mask multiplies do not count."""
-        front, seen = [ref[0]], set()
+        """Whether a value is a dropout's mask: made of random numbers, constants and how much is kept, of nothing that the network reads."""
+        front, seen, chance = [ref[0]], set(), False
         while front:
             node = self.nodes.get(front.pop())
             if node is None or node.name in seen:
                 continue
             seen.add(node.name)
-            if node.op in NOISE:
-                return True
-            if node.op in MASKING:
+            if node.op in NOISE:  # its operand is a shape
+                chance = True
+            elif node.op in MASKING:
                 front += [name for name, _ in node.inputs]
-        return False
+            elif node.op not in ("Const", "PlaceholderWithDefault") and not (node.op == "Placeholder" and self.role(node) == "chance"):
+                return False
+        return chance
 
     # -- loops --
 
