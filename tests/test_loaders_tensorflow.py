@@ -187,10 +187,19 @@ def test_one_of_several_outputs_is_chosen_by_ignoring_the_others(tmp_path):
     assert loaders.load(path, source=Source(ignore=["other"])).spec == loaders.load(case("gru", tmp_path)[0]).spec
 
 
-def test_dropout_that_a_placeholder_decides_drops_nothing(tmp_path):
-    """As tf.nn.dropout wrote it: x / keep · ⌊keep + uniform⌋."""
+KEPT = {
+    "fed": placeholder("keep", axes=()),
+    "left on": const("keep", np.float32(0.5)),
+    "by default": node("keep", "PlaceholderWithDefault", "half"),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_dropout_drops_nothing(kept, tmp_path):
+    """As tf.nn.dropout wrote it: x / keep · ⌊keep + uniform⌋, with what is kept fed, constant or a default."""
     parts = [
-        placeholder("keep", axes=()),
+        const("half", np.float32(0.5)),
+        KEPT[kept],
         node("noise/shape", "Shape", "net/add"),
         node("noise", "RandomUniform", "noise/shape"),
         node("shifted", "Add", "keep", "noise"),
