@@ -145,6 +145,8 @@ def test_what_is_no_graph_is_refused(tmp_path):
     refused(saved(tmp_path, placeholder(), node("y", "Relu", "x")), "no LSTM or GRU cell")
     refused(saved(tmp_path, placeholder(), placeholder()), "two nodes are named 'x'")
     refused(saved(tmp_path, node("rnn", "CudnnRNNV2", "x")), r"CudnnRNNV2 \(rnn\): its weights are one opaque buffer")
+    (tmp_path / "saved_model.pb").write_bytes(field(1, 1))
+    refused(tmp_path / "saved_model.pb", "a SavedModel, whose weights lie beside it")
     refused(saved(tmp_path, node("loop", "StatelessWhile", "x")), r"StatelessWhile \(loop\): TensorFlow 2 control flow")
 
 
@@ -185,18 +187,30 @@ def test_one_of_several_outputs_is_chosen_by_ignoring_the_others(tmp_path):
     assert loaders.load(path, source=Source(ignore=["other"])).spec == loaders.load(case("gru", tmp_path)[0]).spec
 
 
-def test_dropout_that_a_placeholder_decides_drops_nothing(tmp_path):
-    """As tf.nn.dropout wrote it: x / keep · ⌊keep + uniform⌋."""
+KEPT = {
+    "fed": placeholder("keep", axes=()),
+    "left on": const("keep", np.float32(0.5)),
+    "by default": node("keep", "PlaceholderWithDefault", "half"),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_dropout_drops_nothing(kept, tmp_path):
+    """As tf.nn.dropout wrote it: x / keep · ⌊keep + uniform⌋, with what is kept fed, constant or a default."""
     parts = [
-        placeholder("keep", axes=()),
+        const("half", np.float32(0.5)),
+        KEPT[kept],
         node("noise/shape", "Shape", "net/add"),
         node("noise", "RandomUniform", "noise/shape"),
         node("shifted", "Add", "keep", "noise"),
         node("mask", "Floor", "shifted"),
         node("scaled", "RealDiv", "net/add", "keep"),
         node("dropped", "Mul", "scaled", "mask"),
+        const("two", np.float32(2)),
+        node("doubled", "Mul", "dropped", "two"),  # what was dropped from is no mask
     ]
     gru = case("gru", tmp_path)[0].read_bytes()
     found, wanted = loaders.load(saved(tmp_path, gru, *parts)), loaders.load(case("gru", tmp_path)[0])
-    assert found.spec == wanted.spec
-    assert all(torch.equal(found.weights[name], wanted.weights[name]) for name in wanted.weights)
+    x = torch.randn(6, 2, 5)
+    ours, theirs = (teacher_network(one.spec, one.weights)(x).y for one in (found, wanted))
+    torch.testing.assert_close(ours, 2 * theirs)

@@ -65,6 +65,8 @@ class GraphNode:
 
 def read(path: Path) -> dict[str, GraphNode]:
     """Name -> node. Raises UnsupportedError where the file is no GraphDef or damaged, UnsafeError where it would exhaust the memory."""
+    if path.name == "saved_model.pb":
+        raise UnsupportedError(f"{path}: a SavedModel, whose weights lie beside it; freeze it to one graph, or export it as ONNX (tf2onnx)")
     data = memoryview(path.read_bytes())
     found: dict[str, GraphNode] = {}
     try:

@@ -35,7 +35,7 @@ SILENT = ("Const", "NoOp", "Assert", "Placeholder", "PlaceholderWithDefault")
 MOST_ENDS = 200
 NOISE = ("RandomUniform", "StatelessRandomUniform", "StatelessRandomUniformV2")
 MASKING = frozenset(
-    {"Floor", "Add", "AddV2", "Sub", "Mul", "RealDiv", "Div", "GreaterEqual", "Less", "Cast", "Identity", "Select", "SelectV2"}
+    {"Floor", "Add", "AddV2", "Sub", "Mul", "RealDiv", "Div", "GreaterEqual", "Less", "Cast", "Identity", "Select", "SelectV2", "Enter"}
 )
 
 
@@ -57,6 +57,7 @@ class _Importer(Values):
     def __init__(self, nodes: dict[str, GraphNode], ignore: Sequence[str]) -> None:
         super().__init__(nodes)
         self.ignore, self.builder = ignore, GraphBuilder()
+        self.random = any(node.op in NOISE for node in nodes.values())
         self.finder = Cells(nodes)
         self.cells = list(self.finder.find())
         self.outputs = {ref: cell for cell in self.cells for ref in (cell.new_h, cell.new_c) if ref is not None}
@@ -193,7 +194,7 @@ class _Importer(Values):
         if ref in self.outputs:
             self.run(self.outputs[ref])
             return self.made[ref] if ref in self.made else self.refuse_cell_states(node)
-        if node.op in ("Mul", "RealDiv", "Div", "Select", "SelectV2") and (kept := self.without_dropout(node)) is not None:
+        if node.op in ("Mul", "Select", "SelectV2") and (kept := self.without_dropout(node)) is not None:
             return self.value(kept)
         if node.op in ("Select", "SelectV2") and (inner := self.finder.before_end(ref))[1] is not None:
             return self.value(inner[0])
@@ -259,31 +260,38 @@ class _Importer(Values):
         return replace(value, name=name, flipped=None)
 
     def without_dropout(self, node: GraphNode) -> Ref | None:
-        """What dropout passes on where it drops nothing: the operand that no random number reaches."""
-        operands = node.inputs[-2:] if node.op in ("Select", "SelectV2") else node.inputs
-        if node.op in ("RealDiv", "Div"):
-            other = self.nodes.get(self.finder.skip(operands[1])[0])
-            return operands[0] if other is not None and other.op == "Placeholder" and self.role(other) == "chance" else None
-        if not any(node.op in NOISE for node in self.nodes.values()):
+        """What a dropout passes on where it drops nothing: what its mask multiplies (or selects), not scaled."""
+        if not self.random:
             return None
-        noisy = [self.noisy(ref) for ref in node.inputs]
+        masks = [self.mask(ref) for ref in node.inputs]
         if node.op == "Mul":
-            return operands[noisy.index(False)] if sum(noisy) == 1 else None
-        return operands[0] if noisy[0] and not any(noisy[1:]) else None
+            return self.unscaled(node.inputs[masks.index(None)]) if set(masks) == {True, None} else None
+        return self.unscaled(node.inputs[1]) if masks[0] else None
 
-    def noisy(self, ref: Ref) -> bool:
-        """Whether a random number decides this value: the mask of a dropout. Shapes and what the mask multiplies do not count."""
-        front, seen = [ref[0]], set()
+    def mask(self, ref: Ref) -> bool | None:
+        """None for a value that depends on what the network reads; else whether random numbers make it."""
+        front, seen, random = [ref[0]], set(), False
         while front:
             node = self.nodes.get(front.pop())
             if node is None or node.name in seen:
                 continue
             seen.add(node.name)
-            if node.op in NOISE:
-                return True
-            if node.op in MASKING:
+            if node.op in NOISE:  # its operand is a shape
+                random = True
+            elif node.op in MASKING:
                 front += [name for name, _ in node.inputs]
-        return False
+            elif node.op not in ("Const", "PlaceholderWithDefault") and not (node.op == "Placeholder" and self.role(node) == "chance"):
+                return None
+        return random
+
+    def unscaled(self, ref: Ref) -> Ref:
+        """What dropout divides by the share that it keeps."""
+        node = self.node(self.finder.skip(ref))
+        if node.op in ("RealDiv", "Div", "Mul"):
+            for one, other in (node.inputs, node.inputs[::-1]):
+                if self.mask(other) is False and (number := self.value(other).constant) is not None and number.numel() == 1:
+                    return one
+        return ref
 
     # -- loops --
 
