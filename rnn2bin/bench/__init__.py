@@ -215,7 +215,8 @@ def render(found: dict[str, Any]) -> str:
         shape = f"{row['layers']} x {row['cell']} {row['hidden_size']}"
         lines.append(
             f"{shape}  {row['call']:8} {row['compute']}  density {row['density']:.3f}  "
-            f"{row['us_per_step']:.2f} µs a step  {row['bytes_touched_per_step'] / 1e3:.0f} kB, {row['bandwidth_share']:.0%} of the bandwidth"
+            f"{row['us_per_step']:.2f} µs a step  {row['bytes_touched_per_step'] / 1e3:.0f} kB, "
+            f"{row['bandwidth_share']:.0%} of the bandwidth"
         )
         for name, rival in row["rivals"].items():
             low, high = rival["ci95"]
