@@ -33,7 +33,7 @@ Progress = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Result:
-    """What `convert` returns: where the packed directory is, its report, and the model on the torch backend."""
+    """What `convert` returns: where the packed directory is, its report, and the model on the default backend."""
 
     path: Path
     report: Report

@@ -17,14 +17,13 @@ built = pytest.mark.skipif(library.library() is None, reason="the native runtime
 
 @built
 def test_rows_have_what_the_contract_says(tmp_path):
-    path = packed(network_of("lstm", tokens="embedding", head=False), tmp_path)
+    network = network_of("lstm", tokens="embedding", head=False)
+    path, dense = packed(network, tmp_path), bench.dense_weights(network.spec)
     rows = bench.rows_of(path, "fp16", None, bench.Settings(against=("torch",), blocks=3, steps=8))
     assert {row["call"] for row in rows} == {"sequence", "stream"}
     for row in rows:
         assert 0 < row["density"] <= 1
-        assert row["bytes_touched_per_step"] > 2 * row["density"] * bench.dense_weights(
-            network_of("lstm", tokens="embedding", head=False).spec
-        )
+        assert row["bytes_touched_per_step"] > 2 * row["density"] * dense
         assert set(row["rivals"]) == {"torch fp32", "torch bf16", "torch int8"}
         for rival in row["rivals"].values():
             assert rival["ci95"][0] <= rival["ratio"] <= rival["ci95"][1]

@@ -23,6 +23,7 @@ from click.testing import CliRunner, Result
 from conftest import CLASSES, HIDDEN, VOCABULARY, WIDTH, Save, state_dict
 
 from rnn2bin import cli, pipeline, runtime
+from rnn2bin.runtime import library
 
 FAST = ["--recipe", "smoke.yaml", "--set", "train.steps=6", "--set", "train.max_steps=6", "--set", "train.evaluate_every=3"]
 LABELS = np.random.default_rng(1).integers(0, CLASSES, 40)
@@ -324,7 +325,13 @@ def test_data_free(tmp_path, save_model, cell):
         "report.json",
         "report.html",
         "README.md",
+        "runtime",
     }
+    assert {"Makefile", "main.c", "rnn2bin.h", "kernels"} <= {p.name for p in (tmp_path / "OUT" / "runtime").iterdir()}
+    if library.library():
+        assert report["native"]["metric"] == pytest.approx(report["binary"]["metric"], rel=1e-3)
+        assert report["parity"]["steps"] > 0
+        assert report["parity"]["flips_outside"] == 0
 
 
 TASKS = [

@@ -214,8 +214,9 @@ def render(found: dict[str, Any]) -> str:
     for row in found["rows"]:
         shape = f"{row['layers']} x {row['cell']} {row['hidden_size']}"
         lines.append(
-            f"{shape}  {row['call']:8} {row['compute']}  density {row['density']:.3f}  {row['us_per_step']:.2f} µs a step  "
-            f"{row['bytes_touched_per_step'] / 1e3:.0f} kB, {row['bandwidth_share']:.0%} of the bandwidth"
+            f"{shape}  {row['call']:8} {row['compute']}  density {row['density']:.3f}  "
+            f"{row['us_per_step']:.2f} µs a step  {row['bytes_touched_per_step'] / 1e3:.0f} kB, "
+            f"{row['bandwidth_share']:.0%} of the bandwidth"
         )
         for name, rival in row["rivals"].items():
             low, high = rival["ci95"]

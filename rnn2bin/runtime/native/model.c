@@ -68,15 +68,23 @@ static int new_matrix(r2b_model *model, matrix *m, int rows, int cols) {
   return m->weights ? 0 : -1;
 }
 
+/* A block of 32 by 32 of a tile, transposed: lines of both are in the first cache while it lasts. */
+static void lay_out_block(uint16_t *tile, int height, const uint8_t *source, int cols, int row, int rows, int col, int wide) {
+  for (int k = 0; k < rows; k++)
+    for (int j = 0; j < wide; j++)
+      tile[(size_t)(col + j) * (size_t)height + (size_t)(row + k)] = half_at(source, (size_t)(row + k) * (size_t)cols + (size_t)(col + j));
+}
+
 /* Columns `first` to `first + cols` of a matrix from a row-major one (wanted, cols). */
 static void lay_out(matrix *m, const uint8_t *source, int first, int cols) {
+  enum { BLOCK = 32 };
   for (int row = 0; row < m->rows;) {
     int height = tile_rows(m->rows - row), real = m->wanted - row < height ? m->wanted - row : height;
-    uint16_t *tile = m->weights + (size_t)row * (size_t)m->cols;
-    for (int j = 0; j < cols; j++) {
-      uint16_t *column = tile + (size_t)(first + j) * (size_t)height;
-      for (int k = 0; k < real; k++) column[k] = half_at(source, (size_t)(row + k) * (size_t)cols + (size_t)j);
-    }
+    uint16_t *tile = m->weights + (size_t)row * (size_t)m->cols + (size_t)first * (size_t)height;
+    const uint8_t *from = source + 2 * (size_t)row * (size_t)cols;
+    for (int col = 0; col < cols; col += BLOCK)
+      for (int k = 0; k < real; k += BLOCK)
+        lay_out_block(tile, height, from, cols, k, real - k < BLOCK ? real - k : BLOCK, col, cols - col < BLOCK ? cols - col : BLOCK);
     row += height;
   }
 }
