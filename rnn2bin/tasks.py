@@ -72,11 +72,16 @@ class Task:
 def resolve(recipe: Recipe, spec: RnnSpec, part: Part) -> Task:
     """The task the recipe names, or the one the data say. Raises DataError where targets and outputs do not fit."""
     name = recipe.task if recipe.task != "auto" else _guess(spec, part)
-    metric = recipe.metric if recipe.metric != "auto" else DEFAULT_METRIC[name]
+    metric = recipe.metric if recipe.metric != "auto" else _default_metric(name, spec)
     reasons = _misfits(name, metric, spec, part)
     if reasons:
         raise DataError(*reasons)
     return Task(name, metric, spec)
+
+
+def _default_metric(name: str, spec: RnnSpec) -> str:
+    """Two numbers of one sign always point the same way: a single output is compared by its value."""
+    return "mse" if name == "match" and spec.main.output_size == 1 else DEFAULT_METRIC[name]
 
 
 def _guess(spec: RnnSpec, part: Part) -> str:

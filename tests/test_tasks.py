@@ -358,3 +358,10 @@ def test_steps_are_counted_not_sequences(lengths, wanted):
     network = Network(spec)
     batch = Batch(torch.zeros(4, 3, 2), None if lengths is None else torch.tensor(lengths), None, None)
     assert tasks.prepare(tasks.Task("match", "cosine", spec), batch, network).steps == wanted
+
+
+@pytest.mark.parametrize(("size", "metric"), [(1, "mse"), (3, "cosine")])
+def test_a_single_output_is_not_matched_by_its_direction(size, metric):
+    """The cosine of two numbers is 1 or −1, whatever they are."""
+    spec = RnnSpec({"main": SectionSpec((LayerSpec("lstm", 2, 4),), head=(LinearSpec(4, size, activation="sigmoid"),))})
+    assert tasks.resolve(parse({"task": "match"}), spec, Part(torch.randn(3, 5, 2))).metric == metric

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rnn2bin.errors import UnsafeError, UnsupportedError
+from rnn2bin.files import json_object
 from rnn2bin.loaders import hdf5
 from rnn2bin.loaders.archive import Archive
 from rnn2bin.loaders.keras_weights import ROOTS
@@ -82,13 +82,7 @@ def _zipped(path: Path) -> KerasFile:
 def _json(data: bytes, where: str) -> dict[str, Any]:
     if len(data) > JSON_BYTES:
         raise UnsafeError(f"{where}: {len(data)} bytes of JSON")
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UnsupportedError(f"{where}: not valid JSON ({str(error)[:100]})") from None
-    if not isinstance(found, dict):
-        raise UnsupportedError(f"{where}: not a JSON object")
-    return found
+    return json_object(data, where=where)
 
 
 def _file(contents: hdf5.Contents, config: Mapping[str, Any] | None, version: str) -> KerasFile:
