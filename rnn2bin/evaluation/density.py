@@ -113,7 +113,6 @@ class DensityCounter:
             "incremental": share("incremental", "dense", both),
             "bytes_per_step": total("touched", both) * per_step,
             "dense_bytes_per_step": total("dense", both) * per_step,
-            "around": around(self.network),
             "layers": {name: {"weights_touched": c.touched / max(c.dense, 1e-12)} for name, c in {**self.cells, **self.heads}.items()},
         }
 
