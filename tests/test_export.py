@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def sample(spec: RnnSpec, steps: int = T, batch: int = B) -> torch.Tensor:
 
 @pytest.mark.parametrize(("options", "how"), NETWORKS, ids=lambda v: "-".join(map(str, v.values())))
 def test_onnxruntime_gives_the_packed_networks_outputs(options, how, tmp_path):
-    model = runtime.load(packed(student(section(**options), **how), tmp_path / "out"))
+    model = runtime.load(packed(student(section(**options), **how), tmp_path / "out"), backend="torch")
     export(tmp_path / "out", to="onnx", out=tmp_path / "m.onnx")
     for steps, batch in ((T, B), (1, 1), (4, 2)):
         x = sample(model.spec, steps, batch)
@@ -120,7 +121,7 @@ def test_onnxruntime_gives_the_packed_networks_outputs(options, how, tmp_path):
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_a_sequence_may_be_cut(cell, tmp_path):
-    model = runtime.load(packed(student(section(cell, copies=2)), tmp_path / "out"))
+    model = runtime.load(packed(student(section(cell, copies=2)), tmp_path / "out"), backend="torch")
     export(tmp_path / "out", to="onnx", out=tmp_path / "m.onnx")
     x = sample(model.spec)
     first = run(tmp_path / "m.onnx", x=x[:4])
@@ -166,7 +167,7 @@ def flips(model: Any, path: Path, x: torch.Tensor) -> tuple[int, int]:
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
 def test_every_decision_is_the_oracles(cell, tmp_path):
-    model = runtime.load(packed(student(section(cell, copies=2)), tmp_path / "out"))
+    model = runtime.load(packed(student(section(cell, copies=2)), tmp_path / "out"), backend="torch")
     export(tmp_path / "out", to="onnx", out=tmp_path / "m.onnx")
     count, total = flips(model, tmp_path / "m.onnx", sample(model.spec, 40))
     assert total == 40 * B * 2 * HIDDEN * 2 * len(model.spec.main.layers[0].kind.gates)
@@ -183,7 +184,7 @@ def test_what_stands_around_layers_is_exported_too(tmp_path):
             False
         )
         network.load_state_dict(loaded.weights, strict=False)
-        model = runtime.load(packed(network, tmp_path / f"out{k}"))
+        model = runtime.load(packed(network, tmp_path / f"out{k}"), backend="torch")
         export(tmp_path / f"out{k}", to="onnx", out=tmp_path / f"out{k}.onnx")
         x = sample(model.spec)
         assert_close(run(tmp_path / f"out{k}.onnx", x=x)["y"], model(x)[0])
@@ -209,7 +210,7 @@ STATE_DICTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 def test_pytorchs_own_cells_give_the_same(options, how, suffix, tmp_path):
-    model = runtime.load(packed(student(section(**options), **how), tmp_path / "out"))
+    model = runtime.load(packed(student(section(**options), **how), tmp_path / "out"), backend="torch")
     written = export(tmp_path / "out", to="torch", out=tmp_path / f"m{suffix}")
     if suffix == ".pt":
         tensors = torch.load(tmp_path / "m.pt", weights_only=True)
@@ -230,8 +231,9 @@ def test_pytorchs_own_cells_give_the_same(options, how, suffix, tmp_path):
     assert any(kind.__name__ in line for line in written["meaning"])
 
 
-def test_the_state_dict_is_read_back_as_the_same_network(tmp_path):
-    model = runtime.load(packed(student(section("lstm"), open_only="o"), tmp_path / "out"))
+def test_the_state_dict_is_read_back_as_the_same_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(loaders, "HALF", math.inf)  # gates that are nearly steps have weights that fp16 does not hold
+    model = runtime.load(packed(student(section("lstm"), open_only="o"), tmp_path / "out"), backend="torch")
     export(tmp_path / "out", to="torch", out=tmp_path / "m.pt")
     loaded = loaders.load(tmp_path / "m.pt")
     x = sample(model.spec, 20)

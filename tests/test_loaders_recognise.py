@@ -175,6 +175,7 @@ def test_torch_style_encoder_decoder(tmp_path: Path) -> None:
         ("decoder.fc_out.", nn.Linear(6, 7)),
     )
     spec = load(save(tmp_path, shapes), source=Source.model_validate({"decode": DECODE})).spec
+    assert spec.entry.embedding is not None
     assert (spec.entry.embedding.num_embeddings, spec.main.output_size) == (9, 7)
 
 

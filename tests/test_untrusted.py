@@ -642,7 +642,7 @@ def test_a_packed_directory_that_claims_sizes(tmp_path: Path, case: str) -> None
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         with pytest.raises(UnsupportedError, match=match):
-            runtime.load(folder)
+            runtime.load(folder, backend="torch")
         assert tracemalloc.get_traced_memory()[1] < 256 * MEGABYTE
     finally:
         tracemalloc.stop()

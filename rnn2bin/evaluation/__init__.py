@@ -15,7 +15,7 @@ from rnn2bin.data import Part
 from rnn2bin.distill.window import run_cell
 from rnn2bin.evaluation import controls as control
 from rnn2bin.evaluation.bootstrap import paired_drop
-from rnn2bin.evaluation.density import DensityCounter
+from rnn2bin.evaluation.density import DensityCounter, around
 from rnn2bin.evaluation.html import Figures, Heatmap, Histogram
 from rnn2bin.evaluation.parity import NativeNetwork, parity
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize, sample
@@ -140,7 +140,7 @@ def evaluate_parts(
         "drop": drop(task, first["teacher"], first["binary"]),
         "controls": {name: m.to_dict() for name, m in second.items() if name != "teacher"},
         "gates": gate_table(model.network, rates),
-        "density": watch.density.result(),
+        "density": {**watch.density.result(), "around": around(model.network)},
         "parity": parity(model.network, native, part) if native else None,
         "worst": worst(task, part, first["teacher"], first["binary"], vocabulary),
     }

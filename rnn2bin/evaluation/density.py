@@ -62,7 +62,6 @@ class DensityCounter:
             "incremental": _share("incremental", "dense", both),
             "bytes_per_step": _total("touched", both) * per_step,
             "dense_bytes_per_step": _total("dense", both) * per_step,
-            "around": around(self.network),
             "layers": {name: {"weights_touched": _share("touched", "dense", [c])} for name, c in {**self.cells, **self.heads}.items()},
         }
 
