@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rnn2bin.machine import Findings, cpu, kernels, threads, versions
+from rnn2bin.runtime import library
 
 COMPILERS = ("cc", "gcc", "clang")
 VOCABULARY, WIDTH, HIDDEN, SEQUENCES, STEPS = 13, 7, 17, 8, 11  # odd, so that rows lie unaligned
@@ -24,6 +25,7 @@ def examine() -> Findings:
         "cpu": cpu(),
         "threads": threads(),
         "kernels": kernels(),
+        "runtime": library.isa(),
         "devices": devices(),
         "compiler": next((found for name in (os.environ.get("CC"), *COMPILERS) if name and (found := shutil.which(name))), None),
         "disk": {"at": str(Path.cwd()), "free_bytes": shutil.disk_usage(Path.cwd()).free},
@@ -103,6 +105,7 @@ def render(found: Findings) -> str:
         ("isa", " ".join(chip["isa"]) or "unknown"),
         ("threads", f"{found['threads']['torch']} (torch)"),
         ("kernels", _kernel_row(found["kernels"])),
+        ("runtime", found["runtime"] or "not compiled: packed networks run on torch, which skips nothing; install again with a C compiler"),
         ("devices", ", ".join(found["devices"])),
         ("compiler", found["compiler"] or "none on PATH (needed to install the training kernels and for the C runtime)"),
         ("disk", f"{found['disk']['free_bytes'] / 1e9:.1f} GB free at {found['disk']['at']}"),

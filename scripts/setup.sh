@@ -8,7 +8,7 @@ if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv"
 fi
 # Again only when the requirements or the C sources changed.
-stamp="$venv/.rnn2bin-$(cat pyproject.toml CMakeLists.txt rnn2bin/distill/csrc/* | cksum | tr -d ' ')"
+stamp="$venv/.rnn2bin-$(cat pyproject.toml CMakeLists.txt rnn2bin/distill/csrc/* rnn2bin/runtime/native/*.[ch] rnn2bin/runtime/native/kernels/* | cksum | tr -d ' ')"
 if [ ! -e "$stamp" ]; then
   echo "installing into $venv (a few minutes the first time)"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "torch==2.13.0"

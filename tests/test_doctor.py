@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from rnn2bin import cli, doctor, machine, pipeline
 from rnn2bin.distill import native
+from rnn2bin.runtime import library
 
 
 def test_command():
@@ -23,8 +24,10 @@ def test_command():
     assert found["threads"]["torch"] >= 1
     assert found["disk"]["free_bytes"] > 0
     assert found["kernels"] == {"isa": native.isa(), "bfloat16": native.has_bfloat16()}
+    assert found["runtime"] == library.isa()
     text = doctor.render(found)
     assert "works" in text
+    assert "packed networks run on torch" in doctor.render(found | {"runtime": None})
     assert all(name in text for name in found["versions"])
 
 

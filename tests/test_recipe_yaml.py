@@ -74,7 +74,7 @@ def test_the_others_differ_where_they_say() -> None:
     assert read("slope").gates.estimator == "hard-sigmoid"
     assert read("slope").gates.noise == 0
     assert read("strict").gates.levels == "strict"
-    assert read("sparse").budget.open == {"i": 0.25, "o": 0.25, "z": 0.25}
+    assert read("sparse").budget.density == 0.25
     g2p = read("g2p")
     assert g2p.task == "transduce"
     assert g2p.source is not None
@@ -252,9 +252,10 @@ def test_paths_stay_as_written(tmp_path: Path) -> None:
 
 
 def test_overrides_are_set_in_order() -> None:
-    recipe = read("sparse", overrides=["train.steps=5", "train.steps=1e3", "budget.open.i=0.5", "gates.soft=[o, r]", "data.path=a=b"])
+    recipe = read("sparse", overrides=["train.steps=5", "train.steps=1e3", "budget.open.i=0.5", "budget.density=0.3", "gates.soft=[o, r]", "data.path=a=b"])
     assert recipe.train.steps == 1000
-    assert recipe.budget.open == {"i": 0.5, "o": 0.25, "z": 0.25}
+    assert recipe.budget.open == {"i": 0.5}
+    assert recipe.budget.density == 0.3
     assert recipe.gates.soft == ["o", "r"]
     assert recipe.data.path == "a=b"
 
