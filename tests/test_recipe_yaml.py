@@ -252,7 +252,10 @@ def test_paths_stay_as_written(tmp_path: Path) -> None:
 
 
 def test_overrides_are_set_in_order() -> None:
-    recipe = read("sparse", overrides=["train.steps=5", "train.steps=1e3", "budget.open.i=0.5", "budget.density=0.3", "gates.soft=[o, r]", "data.path=a=b"])
+    recipe = read(
+        "sparse",
+        overrides=["train.steps=5", "train.steps=1e3", "budget.open.i=0.5", "budget.density=0.3", "gates.soft=[o, r]", "data.path=a=b"],
+    )
     assert recipe.train.steps == 1000
     assert recipe.budget.open == {"i": 0.5}
     assert recipe.budget.density == 0.3

@@ -151,8 +151,9 @@ def test_kill_9_at_random_moments(cell, count, server, references, older, tmp_pa
         force = number % 4 > 1
         folder = wanted.copy(tmp_path / str(number), older=older if force else None)
         options = ["--force"] if force else []
-        packing = next(k for k, operation in enumerate(wanted.operations, 1) if ".partial" in operation)
-        at = draw.randint(1, len(wanted.operations) if number % 4 else packing)  # a quarter falls into the training
+        # The first moment is the beginning of the second checkpoint, when a whole interval is lost; all others are drawn.
+        second = next(k for k, operation in enumerate(wanted.operations, 1) if f"checkpoint-{2 * EVERY}" in operation)
+        at = draw.randint(1, len(wanted.operations)) if number else second
         moment: dict[str, Any] = {"after": draw.uniform(0, wanted.seconds)} if number % 2 else {"at": at, "kind": "kill"}
         done = server([*CONVERT, *options], cwd=folder, **moment)
         killed += done["code"] == -signal.SIGKILL
