@@ -9,7 +9,7 @@ from torch import nn
 from rnn2bin import spec as specs
 from rnn2bin.cells.network import teacher_network
 from rnn2bin.errors import UnsupportedError
-from rnn2bin.loaders.graph import Direction, GraphBuilder
+from rnn2bin.loaders.graph import SINGLE, Direction, GraphBuilder, close
 
 V, E, H, OUT = 11, 5, 7, 4
 
@@ -209,3 +209,13 @@ def test_every_activation_is_the_same_in_the_oracle_and_the_kernels_with_its_gra
         grads.append([y.detach(), *(p.grad.clone() for p in network.parameters())])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8)
+
+
+def test_what_ran_in_float32_is_compared_as_float32():
+    """A file's own steps run in float32, a settled graph in float64: one tolerance for both refused a network for its rounding."""
+    a = torch.linspace(0.1, 1, 7)
+    b = a * (1 + 5e-6)
+    assert close(a, a)
+    assert not close(a, b)
+    assert close(a, b, tolerance=SINGLE)
+    assert not close(a, a * 1.01, tolerance=SINGLE)

@@ -24,6 +24,7 @@ MOST_LITERALS = 65536
 STEPS = (29, 17, 64, 128, 400)  # tried in turn: convolutions and pools need some length
 BATCH = 3
 TOLERANCE = 1e-6  # of outputs against their own scale; float64 sums in another order stay far below
+SINGLE = 1e-4  # the same for what runs in float32
 # A mean over an axis of one moves too; whether an activation may be taken from before these is tried.
 MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Gather", "Slice", "ReduceMean")
 PEELED = {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Sigmoid": "sigmoid", "Relu": "relu", "Tanh": "tanh"}
@@ -272,12 +273,12 @@ class _Probe:
         return self.holds(lambda p: close(p.run(x).y, other.run(x).y))
 
 
-def close(a: Tensor, b: Tensor) -> bool:
-    """Same shape, and equal but for the rounding of float32."""
+def close(a: Tensor, b: Tensor, *, tolerance: float = TOLERANCE) -> bool:
+    """Same shape, and equal but for rounding."""
     if a.shape != b.shape:
         return False
     scale = max(float(b.abs().max()) if b.numel() else 0.0, 1e-3)
-    return float((a - b).abs().max()) <= TOLERANCE * scale if a.numel() else True
+    return float((a - b).abs().max()) <= tolerance * scale if a.numel() else True
 
 
 def _settled(probe: _Probe, steps: int | None) -> _Probe:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from rnn2bin.errors import UnsupportedError, UsageError
 from rnn2bin.loaders.assemble import Assembly
-from rnn2bin.loaders.graph import GraphBuilder, close
+from rnn2bin.loaders.graph import SINGLE, GraphBuilder, close
 from rnn2bin.loaders.onnx_proto import Graph, Input, read_graph
 from rnn2bin.loaders.onnx_trace import MOST_ELEMENTS, Tracer, Value
 from rnn2bin.recipe import Source
@@ -322,7 +322,7 @@ class _Reading:
             theirs = torch.cat([self.stepped(x[:, b : b + 1], at, states) for b in range(batch)], 1)
         else:
             theirs = torch.stack([self.called(x[:, b], {})[at] for b in range(batch)], 1)
-        if not close(ours, theirs.reshape(ours.shape)):
+        if not close(ours, theirs.reshape(ours.shape), tolerance=SINGLE):
             raise UnsupportedError("run over a sequence, the network does not give what the file gives called step by step")
 
     def graph_steps(self, x: Tensor, states: Sequence[str]) -> bool:
