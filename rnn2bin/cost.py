@@ -114,7 +114,9 @@ def _emitted(read: Read, bit: Bits, *, backward: bool) -> Tensor | None:
 
 def head(spec: SectionSpec, below: Tensor, lengths: Tensor | None) -> Count:
     """The linear layers behind every step's h (T,B,D·R): the first reads its non-zero columns."""
-    mask = torch.ones(below.shape[:2], dtype=torch.float64) if lengths is None else valid_steps(lengths, below.shape[0])[..., 0].double()
+    mask = (
+        below.new_ones(below.shape[:2], dtype=torch.float64) if lengths is None else valid_steps(lengths, below.shape[0])[..., 0].double()
+    )
     steps = mask.sum()
     rest = sum(linear.in_features * linear.out_features for linear in spec.head[1:]) * steps
     touched = ((below != 0).sum(-1).double() * mask).sum() * spec.head[0].out_features + rest

@@ -253,7 +253,8 @@ class Budget(Closed):
     """The density dial: the share of weights a step may read, or wanted open rates gate by gate (z: the share of updated units)."""
 
     density: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="wanted share of weights read at a step, reached within 0.01 by itself; a GRU's is counted by its changed units"
+        None,
+        description="wanted share of the layers' weights read at a step, about 0.01 is missed; a GRU's is counted by its changed units",
     )
     until: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of the run after which `density` is reached")
     open: dict[str, Share] = Field(default_factory=dict, description="gate name -> wanted open rate, e.g. {i: 0.15, o: 0.1}")
