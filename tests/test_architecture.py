@@ -33,6 +33,7 @@ ORDER = [
     "evaluation",
     "export",
     "pipeline",
+    "search",
     "plan",
     "reproduce",
     "modules",
@@ -43,6 +44,7 @@ ORDER = [
 # Function-level imports that close a loop on purpose, each with its reason.
 ALLOWED = {
     ("pipeline", "modules"),  # convert() hands an nn.Module over
+    ("pipeline", "search"),  # convert() with two limits
     ("pipeline", "plan"),  # the pre-flight check before the work starts
 }
 

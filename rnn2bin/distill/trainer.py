@@ -428,6 +428,7 @@ class _Progress(TrainerCallback):
             "metric": trainer.metric,
             "hard": last.hard if last else None,
             "soft": last.soft if last else None,
+            "measured": last.step if last else None,
             "temperature": mode.temperature,
             "slope": mode.slope,
             "progress": trainer.progress,
