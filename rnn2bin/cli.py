@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from rnn2bin import __version__, signals
-from rnn2bin.errors import Rnn2binError
+from rnn2bin import __version__, processes, signals
+from rnn2bin.errors import BudgetError, InterruptedRunError, Rnn2binError
 
 RECIPE_HELP = "A YAML file, or the name of a bundled recipe (rnn2bin recipes ls)."
 DATA_HELP = (
@@ -33,6 +33,9 @@ class Cli(click.Group):
             with signals.raised():
                 return super().invoke(context)
         except Rnn2binError as error:
+            if not processes.leads():
+                _told_apart(error)
+                context.exit(error.exit_code)
             if context.meta["rnn2bin.json"]:
                 click.echo(json.dumps({"error": {"code": error.code, "exit_code": error.exit_code, "reasons": list(error.reasons)}}))
             for reason in error.reasons:
@@ -44,8 +47,18 @@ class Cli(click.Group):
             click.echo("rnn2bin: out of memory; lower train.batch_size or train.window", err=True)
             context.exit(6)
         except KeyboardInterrupt:
-            click.echo("rnn2bin: interrupted; nothing was written", err=True)
+            if processes.leads():
+                click.echo("rnn2bin: interrupted; nothing was written", err=True)
             context.exit(7)
+        finally:
+            processes.leave()
+
+
+def _told_apart(error: Rnn2binError) -> None:
+    """An error of a process that does not report: told where process 0 does not know of it."""
+    if not getattr(error, "told", False) and not isinstance(error, BudgetError | InterruptedRunError):
+        for reason in error.reasons:
+            click.echo(f"rnn2bin (process {processes.rank()}): {reason}", err=True)
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -100,6 +113,8 @@ def convert(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, o
 
     with progress_bar(json_out) as progress:
         result = job.convert(model, recipe=chosen, data=data or None, out=out, resume=resume, force=force, progress=progress)
+    if not processes.leads():
+        return
     if json_out:
         return as_json(result.report)
     from rnn2bin.evaluation import html
@@ -323,6 +338,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     ours = logging.getLogger("rnn2bin")
     if not ours.handlers:

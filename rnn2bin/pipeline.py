@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from rnn2bin import data, evaluation, loaders, machine, measure, pack, recipe_yaml, signals, storage, student, tasks
+from rnn2bin import data, evaluation, loaders, machine, measure, pack, processes, recipe_yaml, signals, storage, student, tasks
 from rnn2bin.cells.network import Network, teacher_network
 from rnn2bin.distill import calibrate, sampling
 from rnn2bin.distill import trainer as distiller
@@ -137,6 +137,8 @@ def convert(
     if isinstance(source, torch.nn.Module):
         from rnn2bin import modules
 
+        if processes.count() > 1:
+            raise UsageError("convert: an nn.Module is converted by one process; start it without torchrun")
         given = {"forward": forward} if forward is not None else {}
         return modules.convert_module(
             source, recipe=chosen, data=data, out=out, loss=loss, metric=metric, resume=resume, force=force, progress=progress, **given
@@ -217,6 +219,8 @@ def keeping(work: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         raise InterruptedRunError(f"interrupted; {_how_to_go_on(work)}") from None
     except (OSError, SafetensorError, RuntimeError) as error:
+        if processes.lost(error):
+            raise InterruptedRunError(f"another process is gone; {_how_to_go_on(work)}") from None
         reason = storage.failure(error)
         if reason is None:
             raise
@@ -239,26 +243,35 @@ def run(
     progress: Progress | None = None,
 ) -> Result:
     """`convert` for a file, with a resolved recipe."""
+    progress = progress if processes.leads() else None
     if not resume:
-        check_out(out, force=force)
-    job = prepare(source, recipe, given)
-    if resume:
-        digests = {"source_sha256": job.loaded.provenance["sha256"], "data_sha256": data.digest(job.parts)}
-        done = finished(out, recipe=recipe, force=force, **digests)
-        if done:
-            return Result(out, done)
-        check_out(out, force=force)
+        processes.lead(lambda: check_out(out, force=force))
+    job = processes.first(lambda: prepare(source, recipe, given))
     network = student.student(job.teacher, recipe.gates)
-    from rnn2bin import plan
-
-    plan.check_disk(plan.disk_of(job, network, out))
-    # What is only reported does not change the training: a missed budget is raised with --resume, without training again.
-    key = f"{job.loaded.provenance['sha256']} {data.digest(job.parts)} {recipe.model_dump_json(exclude={'report'})}"
-    work = check_work(out, key, resume=resume, force=force)
+    done, work = processes.lead(lambda: _begin(job, network, out, resume=resume, force=force))
+    if done:
+        return Result(out, done)
     with keeping(work):
         report = _convert(job, network, out, work, command=command_of(source, given), resume=resume, force=force, progress=progress)
-        discard(work)
+        processes.lead(lambda: discard(work))
     return Result(out, report)
+
+
+def _begin(job: Job, network: Network, out: Path, *, resume: bool, force: bool) -> tuple[Report | None, Path]:
+    """(the report, where nothing is left to do; the work folder), after every check that can be made before training."""
+    from rnn2bin import plan
+
+    recipe, data_sha256 = job.recipe, data.digest(job.parts)
+    if resume:
+        digests = {"source_sha256": job.loaded.provenance["sha256"], "data_sha256": data_sha256}
+        done = finished(out, recipe=recipe, force=force, **digests)
+        if done:
+            return done, work_folder(out)
+        check_out(out, force=force)
+    plan.check_disk(plan.disk_of(job, network, out))
+    # What is only reported does not change the training: a missed budget is raised with --resume, without training again.
+    key = f"{job.loaded.provenance['sha256']} {data_sha256} {recipe.model_dump_json(exclude={'report'})}"
+    return None, check_work(out, key, resume=resume, force=force)
 
 
 def finished(out: Path, *, recipe: Recipe, force: bool, **digests: str) -> Report | None:
@@ -300,15 +313,19 @@ def _convert(
     fine_tuned = _float_control(job, work, steps=trained.steps, resume=resume) if recipe.report.float_same_compute else None
     seconds = trained.seconds_before + time.perf_counter() - began
     network.eval()
-    with pack.staging(out, force=force) as folder:
-        provenance = provenance_of(job, command["model"])
-        pack.write_model(network, folder, provenance=provenance, task=task_of(job))
-        pack.write_runtime(folder)
-        (folder / "recipe.yaml").write_text(recipe_yaml.dump(recipe), encoding="utf-8")
-        recorded = {**provenance, "command": command, **made(folder, recipe)}
-        report = write_report(job, folder, trained, provenance=recorded, seconds=seconds, fine_tuned=fine_tuned, searched=searched)
-        refuse_over_budget(report, recipe)
-    return report
+
+    def ship() -> Report:
+        with pack.staging(out, force=force) as folder:
+            provenance = provenance_of(job, command["model"])
+            pack.write_model(network, folder, provenance=provenance, task=task_of(job))
+            pack.write_runtime(folder)
+            (folder / "recipe.yaml").write_text(recipe_yaml.dump(recipe), encoding="utf-8")
+            recorded = {**provenance, "command": command, **made(folder, recipe)}
+            report = write_report(job, folder, trained, provenance=recorded, seconds=seconds, fine_tuned=fine_tuned, searched=searched)
+            refuse_over_budget(report, recipe)
+        return report
+
+    return processes.lead(ship)
 
 
 def distil(

@@ -13,6 +13,7 @@ ORDER = [
     "files",
     "signals",
     "storage",
+    "processes",
     "spec",
     "recipe",
     "recipe_yaml",

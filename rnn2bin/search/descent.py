@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rnn2bin import processes
 from rnn2bin.cells.network import Network
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.trainer import Trained
@@ -89,7 +90,7 @@ def descend(
     job, limits = blind(job), limits_of(job.recipe)
     wanted = job.recipe.budget.density
     assert wanted is not None
-    rungs = [Rung((), wanted, measure(job, network), network, trained)]
+    rungs = [Rung((), wanted, processes.lead(lambda: measure(job, network)), network, trained)]
     while kind := following([rung.found for rung in rungs], limits):
         rungs.append(_train(job, rungs[-1], kind, work, resume=resume, report=report))
     best, kept = choose([replace(rung.found, what=rung) for rung in rungs], limits)
@@ -115,7 +116,7 @@ def _train(job: Any, before: Rung, kind: str, work: Path, *, resume: bool, repor
         resume=resume,
         report=report and (lambda now: report(now | {"training": len(path) + 1, "wanted_density": wanted})),
     )
-    return replace(rung, found=measure(job, network), trained=after(before.trained, trained))
+    return replace(rung, found=processes.lead(lambda: measure(job, network)), trained=after(before.trained, trained))
 
 
 def after(first: Trained, second: Trained) -> Trained:

@@ -8,11 +8,13 @@ from xml.sax.saxutils import escape
 from rnn2bin.evaluation.html import Axis, significant
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 400, 64, 20, 34, 46
-FAR = 4.0  # trials that lose more than so many times the front's worst lie on the upper edge
+ROOM = 16  # between two numbers
+FAR = 1.5  # trials that lose more than so many times the front's worst lie on the upper edge
 # Okabe-Ito colours, as in report.html
 STYLE = """
 svg { background: #fff; font: 12px system-ui, "DejaVu Sans", sans-serif; }
-.grid { stroke: #dfe3e8; } .tick, .name { fill: #5a626d; } .title { fill: #16191d; font-size: 13px; }
+.grid { stroke: #dfe3e8; } .tick, .name { fill: #5a626d; }
+.name { paint-order: stroke; stroke: #fff; stroke-width: 3px; } .title { fill: #16191d; font-size: 13px; }
 .limit { stroke: #5a626d; stroke-dasharray: 2 4; } .front { fill: none; stroke: #0072b2; stroke-width: 2; }
 .other { fill: #9aa7b8; fill-opacity: .7; } .best { fill: #0072b2; } .chosen { fill: none; stroke: #d55e00; stroke-width: 2.5; }
 """
@@ -27,7 +29,8 @@ def draw(report: dict[str, Any]) -> str:
     parts = [*_frame(across, up), *_limits(report["limits"], across, up)]
     parts += [f'<circle class="other" cx="{x:g}" cy="{y:g}" r="3.5"/>' for x, y in where.values()]
     parts.append(f'<path class="front" d="{_stairs([where[one["number"]] for one in best])}"/>')
-    parts += [_named(one, where[one["number"]]) for one in best]
+    parts += [f'<circle class="best" cx="{x:g}" cy="{y:g}" r="4.5"/>' for x, y in (where[one["number"]] for one in best)]
+    parts += _numbers([(one["number"], *where[one["number"]]) for one in best])
     marked = report["chosen"] if report["chosen"] is not None else report["nearest"]
     x, y = where[marked]
     parts.append(f'<circle class="chosen" cx="{x:g}" cy="{y:g}" r="8"/>')
@@ -83,6 +86,12 @@ def _stairs(points: list[tuple[float, float]]) -> str:
     return f"M{x:g},{y:g}" + "".join(f"H{x:g}V{y:g}" for x, y in points[1:])
 
 
-def _named(one: dict[str, Any], at: tuple[float, float]) -> str:
-    x, y = at
-    return f'<circle class="best" cx="{x:g}" cy="{y:g}" r="4.5"/><text class="name" x="{x + 9:g}" y="{y - 7:g}">{one["number"]}</text>'
+def _numbers(points: list[tuple[int, float, float]]) -> list[str]:
+    """The trials' numbers; of some that lie on each other the first alone."""
+    written: list[tuple[float, float]] = []
+    parts = []
+    for number, x, y in points:
+        if all(abs(x - a) > ROOM or abs(y - b) > ROOM for a, b in written):
+            written.append((x, y))
+            parts.append(f'<text class="name" x="{x + 9:g}" y="{y - 7:g}">{number}</text>')
+    return parts

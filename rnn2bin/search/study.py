@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rnn2bin import data as parts_of
-from rnn2bin import pipeline, recipe_yaml, signals, storage
+from rnn2bin import pipeline, processes, recipe_yaml, signals, storage
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import BudgetError, DivergedError, InterruptedRunError, ResourceError, UsageError
@@ -82,6 +82,8 @@ def search(
 
 def run(source: str | Path, order: Order, given: Any, *, force: bool = False, progress: Progress | None = None) -> Report:
     """`search` with everything resolved."""
+    if processes.count() > 1:
+        raise UsageError("search: start the command several times with the same --out, or --study; torchrun is for one long conversion")
     optuna = _optuna()
     job = pipeline.prepare(source, order.recipe, given)
     key = key_of(order, job.loaded.provenance["sha256"], parts_of.digest(job.parts))
