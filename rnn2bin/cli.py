@@ -21,6 +21,9 @@ DATA_HELP = (
 )
 
 
+SPACE_HELP = "A YAML that changes which knobs are searched; for each `a.b:` {low: 1, high: 9, log: true}, a list of values, or null."
+
+
 class Cli(click.Group):
     """Turns expected errors into one line a reason on stderr and their exit code."""
 
@@ -87,7 +90,7 @@ data_option = click.option("--data", multiple=True, metavar="DATA", help=DATA_HE
 @click.option("--out", type=click.Path(path_type=Path), help="Directory to write (default: MODEL.rnn2bin here).")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=V", help="Set one knob of the recipe; may be given often.")
 @click.option("--max-drop", type=float, help="Largest relative loss of the metric; more is exit code 5 and nothing written.")
-@click.option("--max-density", type=float, help="Largest share of the layers' weights read at a step: sets the budget; more is exit code 5.")
+@click.option("--max-density", type=float, help="Largest share of the layers' weights a step reads: sets the budget; more is exit code 5.")
 @click.option("--seed", type=int, help="Seed of noise, order and split.")
 @click.option("--plan", "only_plan", is_flag=True, help="Say what would happen (layers, size, memory, time) and stop.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted conversion.")
@@ -131,8 +134,8 @@ def convert(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, o
 @data_option
 @click.option("--out", type=click.Path(path_type=Path), help="Directory for study, front and chosen recipe (default: MODEL.search here).")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=V", help="Set one knob of the recipe; may be given often.")
-@click.option("--space", "knobs", type=click.Path(path_type=Path), help="A YAML that changes which knobs are searched: A.B: {low, high, log}, a list, or null.")
-@click.option("--trials", type=click.IntRange(1), default=40, show_default=True, help="Finished trials the study shall hold, of all workers together.")
+@click.option("--space", "knobs", type=click.Path(path_type=Path), help=SPACE_HELP)
+@click.option("--trials", type=click.IntRange(1), default=40, show_default=True, help="Finished trials in the study, of all workers.")
 @click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Start no trial after so many seconds.")
 @click.option("--study", metavar="URL", help="The study's data base, for workers on many machines (default: a SQLite file in OUT).")
 @click.option("--max-drop", type=float, help="Choose the fastest recipe with at most this relative loss; none is exit code 5.")
@@ -398,7 +401,7 @@ def _plain_report() -> Callable[[dict[str, Any]], None]:
         at = (now.get("training", 1), 10 * now["step"] // now["steps"])
         if at > last[0]:
             if at[0] > last[0][0]:
-                click.echo(f"training {at[0]}: density {now['wanted_density']:.3f} is wanted", err=True)
+                click.echo(f"step 0/{now['steps']}  training {at[0]}: density {now['wanted_density']:.3f} is wanted", err=True)
             last[0] = at
             click.echo(f"step {now['step']}/{now['steps']}  {describe(now)}", err=True)
 

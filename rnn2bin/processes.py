@@ -69,7 +69,7 @@ def lead(work: Callable[[], T]) -> T:
     result, failed = _everyone((result, failed), failed=failed)
     if failed is not None:
         if not leads():
-            failed.told = True  # type: ignore[attr-defined]
+            failed.told = True  # type: ignore[attr-defined, union-attr]
         raise failed
     return result  # type: ignore[no-any-return]
 

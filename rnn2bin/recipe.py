@@ -310,8 +310,9 @@ class Train(Closed):
 class Report(Closed):
     max_drop: NotNegative | None = Field(None, description="largest relative loss of the metric; more is exit code 5")
     max_density: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="largest share of the layers' weights read at a step, counted as `budget.density` is, which it sets; more is exit "
-        "code 5. With `max_drop`: the fastest network that keeps both is searched for"
+        None,
+        description="largest share of the layers' weights read at a step, counted as `budget.density`, which it sets; more is exit code 5. "
+        "With `max_drop`: the fastest network that keeps both is searched for",
     )
     controls: bool = Field(True, description="also measure threshold-only, sharpened sigmoid and random gates")
     float_same_compute: bool = Field(False, description="also fine-tune the float network with the same data and steps (doubles the time)")

@@ -66,9 +66,7 @@ def following(found: Sequence[Found], limits: Limits) -> str | None:
 def recipe_of(recipe: Recipe, wanted: float) -> Recipe:
     """That of a further training: bits from the first step on, as the network before ended."""
     gates, at_end = recipe.gates, lambda s: s.model_copy(update={"schedule": "constant", "start": s.end})
-    gates = gates.model_copy(
-        update={"straight_through_from": 0.0, "temperature": at_end(gates.temperature), "slope": at_end(gates.slope)}
-    )
+    gates = gates.model_copy(update={"straight_through_from": 0.0, "temperature": at_end(gates.temperature), "slope": at_end(gates.slope)})
     shorter = with_steps(recipe, max(1, round(SHARE * recipe.train.steps)))
     train = shorter.train.model_copy(update={"max_steps": shorter.train.steps})
     return shorter.model_copy(update={"gates": gates, "train": train, "budget": recipe.budget.model_copy(update={"density": wanted})})

@@ -1,5 +1,7 @@
-"""`rnn2bin search`: Optuna over recipes. Two objectives, the relative drop and the density, both on the validation part; the study is stored,
-so that it can be stopped, gone on with, and shared by many workers."""
+"""`rnn2bin search`: Optuna over recipes. Two objectives, the relative drop and the density, both on the validation part.
+
+The study is stored, so that it can be stopped, gone on with, and shared by many workers.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ from rnn2bin.measure import Candidate, compare
 from rnn2bin.recipe import Recipe
 from rnn2bin.search import picture, space
 from rnn2bin.search.descent import limits_of
-from rnn2bin.search.front import Found, Limits, choose, front, missed
+from rnn2bin.search.front import Found, choose, front, missed
 from rnn2bin.search.measured import blind, measure
 
 Report = dict[str, Any]
@@ -120,7 +122,9 @@ def check_out(out: Path, key: str, *, force: bool) -> None:
             except (ValueError, KeyError, TypeError):
                 there = None
             if there != key and not force:
-                raise UsageError(f"{out}: holds a search with another model, recipe, data or knobs; --force replaces it, or choose another --out")
+                raise UsageError(
+                    f"{out}: holds a search with another model, recipe, data or knobs; --force replaces it, or choose another --out"
+                )
     with storage.failures(out, "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
 
@@ -170,7 +174,9 @@ def _database(url: str) -> Iterator[None]:
         raise UsageError(f"--study: {make_url(url).drivername} needs a Python driver that is not installed ({_line(error)})") from None
     except (SQLAlchemyError, StorageInternalError) as error:
         reason = _line(getattr(error.__cause__ or error, "orig", None) or error.__cause__ or error)
-        raise ResourceError(f"{make_url(url).render_as_string(hide_password=True)}: the study cannot be read or written ({reason})") from None
+        raise ResourceError(
+            f"{make_url(url).render_as_string(hide_password=True)}: the study cannot be read or written ({reason})"
+        ) from None
 
 
 def _line(error: BaseException) -> str:
@@ -254,9 +260,8 @@ class Worker:
         network, trained = pipeline.distil(job, folder, resume=True, progress=self._watch(trial, recipe))
         found = measure(job, network)
         curve = [(point.progress, self._drop(point.hard)) for point in trained.history]
-        details = {"highest": found.highest, "steps": trained.steps, "best_step": trained.best_step, "curve": curve}
-        for name, value in (details | {"seconds": trained.seconds_before + time.perf_counter() - began}).items():
-            trial.set_user_attr(name, value)
+        seconds = trained.seconds_before + time.perf_counter() - began
+        trial.set_user_attr("measured", {"highest": found.highest, "steps": trained.steps, "seconds": seconds, "curve": curve})
         pipeline.discard(folder)
         return found.drop, found.density
 
@@ -275,7 +280,7 @@ class Worker:
                 return
             seen[0] = now["measured"]
             wanted = recipe.budget.density
-            rivals = [t.user_attrs["curve"] for t in self.complete() if wanted is None or t.values[1] <= wanted]
+            rivals = [t.user_attrs["measured"]["curve"] for t in self.complete() if wanted is None or t.values[1] <= wanted]
             if behind(now["progress"], self._drop(now["hard"]), rivals):
                 pipeline.discard(self.order.out / TRIALS / trial.user_attrs["recipe"])
                 self._stop(trial, f"behind at step {now['measured']}")
@@ -345,7 +350,9 @@ class Worker:
             else:
                 (self.order.out / RECIPE).unlink(missing_ok=True)
         if not kept:
-            raise BudgetError(missed(best, limits).replace("nothing was written", f"no recipe was written, the search is in {self.order.out}"))
+            raise BudgetError(
+                missed(best, limits).replace("nothing was written", f"no recipe was written, the search is in {self.order.out}")
+            )
         return report
 
 
@@ -355,21 +362,21 @@ def rounded(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def found_of(trial: Any, knobs: space.Space) -> Found:
-    return Found(trial.values[0], trial.values[1], trial.user_attrs["highest"], trial)
+    return Found(trial.values[0], trial.values[1], trial.user_attrs["measured"]["highest"], trial)
 
 
 def row(trial: Any, knobs: space.Space) -> Report:
     """A trial as plain data."""
-    values, attributes = trial.values or (None, None), trial.user_attrs
+    values, measured = trial.values or (None, None), trial.user_attrs.get("measured", {})
     return {
         "number": trial.number,
         "state": trial.state.name.lower(),
         "drop": values[0],
-        "drop_at_most": attributes.get("highest"),
+        "drop_at_most": measured.get("highest"),
         "density": values[1],
-        "steps": attributes.get("steps"),
-        "seconds": attributes.get("seconds"),
-        "stopped": attributes.get("stopped"),
+        "steps": measured.get("steps"),
+        "seconds": measured.get("seconds"),
+        "stopped": trial.user_attrs.get("stopped"),
         "knobs": {name: rounded(trial.params).get(name) for name in knobs},
     }
 
@@ -412,16 +419,25 @@ def _keeping(out: Path) -> Iterator[None]:
 def render(report: Report) -> str:
     """The front for people, the chosen recipe marked."""
     by_number = {one["number"]: one for one in report["trials"]}
-    names = [name for name in report["trials"][0]["knobs"]] if report["trials"] else []
+    names = list(report["trials"][0]["knobs"])
     head = ["trial", "drop", "at most", "density", "steps", *(name.rpartition(".")[2] for name in names)]
     lines = [head]
     for number in report["front"]:
         one = by_number[number]
         mark = "*" if number == report["chosen"] else " "
         values = [f"{one['knobs'][name]:g}" if isinstance(one["knobs"][name], int | float) else str(one["knobs"][name]) for name in names]
-        lines.append([f"{mark}{number}", f"{100 * one['drop']:.2f}%", f"{100 * one['drop_at_most']:.2f}%", f"{one['density']:.3f}", str(one["steps"]), *values])
+        lines.append(
+            [
+                f"{mark}{number}",
+                f"{100 * one['drop']:.2f}%",
+                f"{100 * one['drop_at_most']:.2f}%",
+                f"{one['density']:.3f}",
+                str(one["steps"]),
+                *values,
+            ]
+        )
     widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     states = [one["state"] for one in report["trials"]]
-    ends = f"{states.count('complete')} trials finished, {states.count('pruned')} stopped early; drop and density of the validation part; * chosen"
-    return "\n".join([*table, ends, f"recipe: {report['recipe']}"])
+    counts = f"{states.count('complete')} trials finished, {states.count('pruned')} stopped early"
+    return "\n".join([*table, f"{counts}; drop and density of the validation part; * chosen", f"recipe: {report['recipe']}"])
