@@ -105,7 +105,8 @@ def convert(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, o
     from rnn2bin import recipe_yaml
 
     # before the heavy imports: a typo is told at once
-    chosen = recipe_yaml.resolve(recipe, overrides, seed=seed, max_drop=max_drop, max_density=max_density)
+    read = lambda: recipe_yaml.resolve(recipe, overrides, seed=seed, max_drop=max_drop, max_density=max_density)
+    chosen = processes.first(read)
     quiet_libraries()
     if only_plan:
         from rnn2bin import plan

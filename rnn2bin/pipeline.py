@@ -247,7 +247,7 @@ def run(
     if not resume:
         processes.lead(lambda: check_out(out, force=force))
     job = processes.first(lambda: prepare(source, recipe, given))
-    network = student.student(job.teacher, recipe.gates)
+    network = processes.first(lambda: student.student(job.teacher, recipe.gates))
     done, work = processes.lead(lambda: _begin(job, network, out, resume=resume, force=force))
     if done:
         return Result(out, done)

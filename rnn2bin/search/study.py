@@ -317,7 +317,7 @@ class Worker:
     @staticmethod
     def _values(trial: Any) -> dict[str, Any]:
         """Knobs of a trial that ran, or that waits to."""
-        return dict(trial.params or trial.system_attrs.get("fixed_params", {}))
+        return rounded(trial.params or trial.system_attrs.get("fixed_params", {}))
 
     # -- the end
 
