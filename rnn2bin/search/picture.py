@@ -14,7 +14,7 @@ FAR = 1.5  # trials that lose more than so many times the front's worst lie on t
 STYLE = """
 svg { background: #fff; font: 12px system-ui, "DejaVu Sans", sans-serif; }
 .grid { stroke: #dfe3e8; } .tick, .name { fill: #5a626d; }
-.name { paint-order: stroke; stroke: #fff; stroke-width: 3px; } .title { fill: #16191d; font-size: 13px; }
+.halo { stroke: #fff; stroke-width: 3px; fill: #fff; } .title { fill: #16191d; font-size: 13px; }
 .limit { stroke: #5a626d; stroke-dasharray: 2 4; } .front { fill: none; stroke: #0072b2; stroke-width: 2; }
 .other { fill: #9aa7b8; fill-opacity: .7; } .best { fill: #0072b2; } .chosen { fill: none; stroke: #d55e00; stroke-width: 2.5; }
 """
@@ -93,5 +93,5 @@ def _numbers(points: list[tuple[int, float, float]]) -> list[str]:
     for number, x, y in points:
         if all(abs(x - a) > ROOM or abs(y - b) > ROOM for a, b in written):
             written.append((x, y))
-            parts.append(f'<text class="name" x="{x + 9:g}" y="{y - 7:g}">{number}</text>')
+            parts += [f'<text class="{style}" x="{x + 9:g}" y="{y - 7:g}">{number}</text>' for style in ("halo", "name")]
     return parts
