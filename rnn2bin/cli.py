@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,8 +54,17 @@ class Cli(click.Group):
             if processes.leads():
                 click.echo("rnn2bin: interrupted; nothing was written", err=True)
             context.exit(7)
-        finally:
-            processes.leave()
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        if processes.count() == 1:
+            return super().main(*args, **options)
+        try:
+            super().main(*args, **options)
+        except SystemExit as ended:
+            processes.leave(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+        except BaseException:
+            traceback.print_exc()
+            processes.leave(1)
 
 
 def _told_apart(error: Rnn2binError) -> None:
@@ -106,8 +116,8 @@ def convert(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, o
 
     # before the heavy imports: a typo is told at once
     read = lambda: recipe_yaml.resolve(recipe, overrides, seed=seed, max_drop=max_drop, max_density=max_density)
-    chosen = processes.first(read)
     quiet_libraries()
+    chosen = processes.first(read)
     if only_plan:
         from rnn2bin import plan
 
