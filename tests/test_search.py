@@ -510,7 +510,7 @@ def test_a_killed_worker_gives_its_trial_back(model, data, tmp_path, monkeypatch
     long = ["train.steps=4000", "train.max_steps=4000", "train.evaluate_every=20"]
     wanted = [sys.executable, "-m", "rnn2bin", *command("search", model, tmp_path / "S", data(), knobs=long), "--trials", "1"]
     worker = subprocess.Popen(wanted, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list((tmp_path / "S" / "trials").glob("*/checkpoint-*")):
+    while not list((tmp_path / "S" / "trials").glob("*/checkpoint-*/manifest.json")):
         assert worker.poll() is None, worker.communicate()
     worker.kill()
     worker.wait()
