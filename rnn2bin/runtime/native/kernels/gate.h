@@ -10,7 +10,7 @@ static void gate(const cell *cell, int g, const float *products, float *out) {
     if (cell->binary[g])
       for (int j = 0; j < hidden; j++) to[j] = product[j] + bias[j] > 0.0f ? hi[j] : lo[j];
     else
-      for (int j = 0; j < hidden; j++) to[j] = sigmoid_of(product[j] + bias[j]);
+      for (int j = 0; j < hidden; j++) to[j] = sigmoid_of(bounded(product[j] + bias[j], cell->layer->clip));
   }
 }
 
