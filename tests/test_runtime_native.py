@@ -50,10 +50,10 @@ def filled(spec: RnnSpec, *, soft: tuple[str, ...] = (), levels: str = "learned"
 
 
 def network_of(cell: str, *, tokens: str = "", readout: str = "all", head: bool = True, proj: int = 0, directions: int = 1, copies: int = 1,
-               hidden: int = H, activation: str = "none", **options: Any) -> Network:  # fmt: skip
+               hidden: int = H, activation: str = "none", clips: dict[str, float] | None = None, **options: Any) -> Network:  # fmt: skip
     width = V if tokens == "one_hot" else I
-    first = LayerSpec(cell, width, hidden, directions, proj, copies)
-    second = LayerSpec(cell, first.output_size, hidden, directions, proj, copies)
+    first = LayerSpec(cell, width, hidden, directions, proj, copies, **(clips or {}))
+    second = LayerSpec(cell, first.output_size, hidden, directions, proj, copies, **(clips or {}))
     embedding = EmbeddingSpec(V, width, one_hot=tokens == "one_hot") if tokens else None
     linears = (LinearSpec(second.output_size, 9, activation="tanh"), LinearSpec(9, 6, bias=False, activation=activation)) if head else ()
     return filled(RnnSpec({"main": SectionSpec((first, second), embedding, linears, readout)}), **options)
@@ -107,6 +107,26 @@ CASES: list[dict[str, Any]] = [
         {"readout": "max", "head": False},
     )
 ] + [{"cell": "lstm", "proj": 11, "copies": 2}, {"cell": "lstm", "proj": 11, "directions": 2, "tokens": "embedding"}]
+CLIPS = {"clip": 0.7, "cell_clip": 0.5}
+CASES += [
+    {"cell": cell, **more}
+    for cell in ("lstm_peephole", "lstm_coupled", "lstm_coupled_peephole")
+    for more in (
+        {},
+        {"copies": 3, "levels": "strict"},
+        {"directions": 2, "copies": 2, "tokens": "embedding"},
+        {"proj": 11, "copies": 2, "clips": {**CLIPS, "proj_clip": 0.3}},
+        {"soft": ("i",), "hidden": 64},
+        {"soft": ("o", "f"), "copies": 2, "clips": CLIPS},
+        {"readout": "max", "head": False},
+    )
+]
+CASES += [
+    {"cell": "lstm", "copies": 2, "clips": CLIPS},
+    {"cell": "lstm", "soft": ("f",), "clips": CLIPS},
+    {"cell": "gru", "copies": 2, "soft": ("r",), "clips": {"clip": 0.7}},
+    {"cell": "gru_reset_before", "soft": ("z",), "clips": {"clip": 0.7}},
+]
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(v) for v in case.values()))
 
 
@@ -198,7 +218,7 @@ def test_screening_reads_less(tmp_path):
 
 @built
 def test_encoder_and_decoder(tmp_path):
-    for cell in ("gru", "lstm", "gru_reset_before"):
+    for cell in ("gru", "lstm", "gru_reset_before", "lstm_coupled_peephole"):
         network = translator(cell)
         for compute in native_backend.COMPUTE:
             theirs, ours = both(network, tmp_path, compute=compute)
@@ -228,6 +248,9 @@ COUNTED: list[dict[str, Any]] = [
     {"cell": "lstm", "copies": 3, "tokens": "embedding"},
     {"cell": "lstm", "proj": 11, "copies": 2},
     {"cell": "lstm", "soft": ("o",)},
+    {"cell": "lstm_peephole", "copies": 2},
+    {"cell": "lstm_coupled", "copies": 3, "proj": 11},
+    {"cell": "lstm_coupled_peephole", "tokens": "embedding", "clips": CLIPS},
     {"cell": "gru"},
     {"cell": "gru", "copies": 3, "tokens": "embedding"},
     {"cell": "gru", "soft": ("z",)},

@@ -14,14 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rnn2bin.cells import gru, lstm
+from rnn2bin.cells import gru, lstm, lstm_coupled, lstm_peephole
 from rnn2bin.cells.ops import OPS
 from rnn2bin.cells.weights import Cell, Tensors, fold
 from rnn2bin.errors import UnsupportedError
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
 from rnn2bin.spec import DIRECTIONS, LayerSpec, RnnSpec, SectionSpec
 
-STEPS = {"lstm": lstm.step, "gru": gru.step_reset_after, "gru_reset_before": gru.step_reset_before}
+STEPS = {
+    "lstm": lstm.step,
+    "lstm_peephole": lstm_peephole.step,
+    "lstm_coupled": lstm_coupled.step,
+    "lstm_coupled_peephole": lstm_coupled.step_peephole,
+    "gru": gru.step_reset_after,
+    "gru_reset_before": gru.step_reset_before,
+}
 
 CellState = tuple[Tensor, ...]  # (h,) or (h, c), each (B, ·)
 State = list[list[CellState]]  # [layer][direction]
