@@ -99,6 +99,15 @@ NETWORKS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"cell": "gru_reset_before", "copies": 2, "readout": "max"}, {}),
     ({"cell": "gru_reset_before", "directions": 2}, {"levels": "strict"}),
     ({"cell": "gru_reset_before", "activation": "softsign", "readout": "final"}, {}),
+    ({"cell": "lstm_peephole"}, {}),
+    ({"cell": "lstm_peephole", "copies": 3, "clip": 0.7, "cell_clip": 0.5}, {"soft": "f"}),
+    ({"cell": "lstm_peephole", "copies": 2, "proj_size": 4, "directions": 2, "proj_clip": 0.3}, {}),
+    ({"cell": "lstm_coupled", "copies": 3, "directions": 2}, {}),
+    ({"cell": "lstm_coupled", "embedding": TOKENS, "clip": 0.7}, {"levels": "strict", "soft": "i"}),
+    ({"cell": "lstm_coupled_peephole", "copies": 2, "activation": "softsign", "hard_sigmoid": 0.4}, {"soft": "o"}),
+    ({"cell": "lstm", "clip": 0.7, "cell_clip": 0.5}, {"soft": "o"}),
+    ({"cell": "gru", "clip": 0.7, "copies": 2}, {"soft": "z"}),
+    ({"cell": "gru_reset_before", "clip": 0.7}, {"soft": "r"}),
 ]
 
 

@@ -132,9 +132,66 @@ def test_two_layers_of_every_kind_are_onnxruntimes(op, attributes, direction, tm
     assert (len(made.spec.main.layers), layer.directions, layer.cell) == (
         2,
         ways,
-        {"LSTM": "lstm"}.get(op) or ("gru" if attributes["linear_before_reset"] else "gru_reset_before"),
+        "lstm_coupled" if "input_forget" in attributes else {"LSTM": "lstm"}.get(op) or ("gru" if attributes["linear_before_reset"] else "gru_reset_before"),
     )
     assert (made.spec.main.graph is None) == (direction != "reverse")
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("coupled", [0, 1])
+@pytest.mark.parametrize("clip", [None, 0.6])
+@pytest.mark.parametrize("peepholes", [False, True])
+def test_peepholes_clips_and_coupled_gates_are_onnxruntimes(peepholes, clip, coupled, direction, tmp_path):
+    """In all combinations, with lengths, first states and activations; what the file says must make a difference."""
+    ways = 2 if direction == "bidirectional" else 1
+
+    def built(path: Path, *, plain: bool) -> Path:
+        net, y, width = Net(), "x", WIDTH
+        for _ in range(2):
+            functions = ["HardSigmoid", "Softsign", "Softsign"] if coupled else ["Sigmoid", "Tanh", "Tanh"]
+            attributes: dict[str, Any] = {"direction": direction, "activations": functions * ways}
+            h0, c0, p = (net.weight(ways, 1, n * HIDDEN) for n in (1, 1, 3))
+            p = net.op("Mul", net.op("Squeeze", p, net.tensor(np.array([1]))), net.tensor(np.float32(3)))
+            starts = [net.op("Expand", s, net.tensor(np.array([ways, B, HIDDEN]))) for s in (h0, c0)]
+            if not plain:
+                attributes |= ({"clip": clip} if clip else {}) | ({"input_forget": 1} if coupled else {}) | ({"p": p} if peepholes else {})
+            y = net.flat(net.cell("LSTM", y, width, lengths="n", h0=starts[0], c0=starts[1], **attributes)[0], ways)
+            width = ways * HIDDEN
+        return net.save(path, net.op("ReduceMax", net.head(y, width), axes=[0], keepdims=0), n=(TensorProto.INT32, ["B"]))
+
+    path = built(tmp_path / "m.onnx", plain=False)
+    x, n = 2 * floats(T, B, WIDTH), torch.tensor([6, 2, 4])
+    made, wanted = network(path), theirs(path, x=x, n=n.int())[0]
+    assert_close(made(x, lengths=n).y, wanted)
+    kind = f"lstm{'_coupled' if coupled else ''}{'_peephole' if peepholes else ''}"
+    assert [(one.cell, one.clip) for one in made.spec.main.layers] == [(kind, pytest.approx(clip or 0.0))] * 2
+    if peepholes or clip or coupled:
+        assert (wanted - theirs(built(tmp_path / "plain.onnx", plain=True), x=x, n=n.int())[0]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+@pytest.mark.parametrize("reset", [0, 1])
+def test_clipped_grus_are_onnxruntimes(reset, direction, tmp_path):
+    ways, net = 2 if direction == "bidirectional" else 1, Net()
+    y = net.flat(net.cell("GRU", "x", direction=direction, clip=0.4, linear_before_reset=reset)[0], ways)
+    path = net.save(tmp_path / "m.onnx", net.head(y, ways * HIDDEN))
+    x = 2 * floats(T, B, WIDTH)
+    assert_close(network(path)(x).y, theirs(path, x=x)[0])
+
+
+def test_the_bias_of_a_coupled_forget_gate_is_not_read(tmp_path):
+    """f = 1 − i whatever the file has as its weights: onnxruntime reads them no more than we do."""
+    outputs = []
+    for scale in (1.0, 50.0):
+        net = Net()
+        w, r, b = net.weight(1, 4 * HIDDEN, WIDTH), net.weight(1, 4 * HIDDEN, HIDDEN), net.random.normal(size=(1, 8 * HIDDEN))
+        b[:, 2 * HIDDEN : 3 * HIDDEN] *= scale
+        y = net.ops("LSTM", "x", w, r, net.tensor(b.astype(np.float32)), outputs=3, hidden_size=HIDDEN, input_forget=1)[0]
+        path = net.save(tmp_path / f"{scale}.onnx", net.head(net.flat(y), HIDDEN))
+        x = floats(T, B, WIDTH)
+        outputs.append(network(path)(x).y)
+        assert_close(outputs[-1], theirs(path, x=x)[0])
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("activation", ["Tanh", "Relu"])
@@ -333,11 +390,12 @@ def test_one_step_a_call_wants_the_width_of_a_step_where_the_file_does_not_say_i
 def test_batch_before_time_in_the_operation_itself(tmp_path):
     """Layout 1, which onnxruntime's CPU does not run: against the same network with layout 0 and transpositions."""
     x = floats(B, T, WIDTH)
-    for op in ("LSTM", "GRU"):
+    for op, more in (("LSTM", {}), ("GRU", {}), ("LSTM", {"input_forget": 1, "clip": 0.6, "p": True})):
         net, same = Net(), Net()
-        y, h, *_ = net.cell(op, "x", layout=1, direction="bidirectional")
+        attributes = [{**more, "p": one.weight(2, 3 * HIDDEN)} if more else {} for one in (net, same)]
+        y, h, *_ = net.cell(op, "x", layout=1, direction="bidirectional", **attributes[0])
         path = net.save(tmp_path / f"{op}.onnx", net.op("Reshape", y, net.tensor([0, 0, 2 * HIDDEN])), h, x=["B", "T", WIDTH])
-        y, h, *_ = same.cell(op, same.op("Transpose", "x", perm=[1, 0, 2]), direction="bidirectional")
+        y, h, *_ = same.cell(op, same.op("Transpose", "x", perm=[1, 0, 2]), direction="bidirectional", **attributes[1])
         again = same.save(tmp_path / f"{op}0.onnx", same.op("Transpose", same.flat(y, 2), perm=[1, 0, 2]), h, x=["B", "T", WIDTH])
         assert_close(network(path)(x.transpose(0, 1)).y, theirs(again, x=x)[0].transpose(0, 1))
 
@@ -384,8 +442,8 @@ def test_the_output_that_the_recipe_names(tmp_path):
 @pytest.mark.parametrize(
     ("attributes", "match"),
     [
-        ({"clip": 3.0}, "clips its pre-activations at 3.0"),
-        ({"p": True}, "peepholes"),
+        ({"clip": -3.0}, "clips its pre-activations at -3.0"),
+        ({"p": True}, "peepholes of shape (1, 14)"),
         ({"activations": ["Sigmoid", "Tanh", "Relu"]}, "two activations, relu and tanh"),
         ({"activations": ["Tanh", "Tanh", "Tanh"]}, "gates with activation tanh"),
         ({"activations": ["HardSigmoid", "Tanh", "Tanh"], "activation_beta": [0.4]}, "HardSigmoid with beta 0.5"),
@@ -400,7 +458,7 @@ def test_the_output_that_the_recipe_names(tmp_path):
 def test_cells_that_are_not_ours_are_named(attributes, match, tmp_path):
     net = Net()
     if attributes.get("p"):
-        attributes = {"p": net.weight(1, 3 * HIDDEN)}
+        attributes = {"p": net.weight(1, 2 * HIDDEN)}
     y, *_ = net.cell("LSTM", "x", **attributes)
     assert match in reasons(net.save(tmp_path / "m.onnx", net.flat(y)))
 

@@ -1,6 +1,6 @@
 """Source + tensors -> (RnnSpec, canonical weights). The one place where gates are permuted.
 
-PyTorch's row blocks are i,f,g,o (LSTM) and r,z,n (GRU); the canonical order is spec.py's, with the candidate in tensors of its own.
+PyTorch's row blocks are i,f,g,o (LSTM; i,g,o where f = 1 − i) and r,z,n (GRU); the canonical order is spec.py's, with the candidate in tensors of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 CANDIDATE = "candidate"
 BLOCKS = {
     "lstm": ("i", "f", CANDIDATE, "o"),
+    "lstm_peephole": ("i", "f", CANDIDATE, "o"),
+    "lstm_coupled": ("i", CANDIDATE, "o"),
+    "lstm_coupled_peephole": ("i", CANDIDATE, "o"),
     "gru": ("r", "z", CANDIDATE),
     "gru_reset_before": ("r", "z", CANDIDATE),
 }

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rnn2bin.errors import UnsupportedError
+from rnn2bin.loaders.assemble import BLOCKS, CANDIDATE, split_direction
 from rnn2bin.loaders.graph import Direction, GraphBuilder
 from rnn2bin.loaders.onnx_proto import STANDARD, Graph, Operation
+from rnn2bin.spec import CELLS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -418,6 +420,7 @@ class _Layer:
     w: Tensor  # (D, G·H, I)
     r: Tensor  # (D, G·H, H)
     b: Tensor  # (D, 2·G·H)
+    p: Tensor | None  # (D, 3·H): peepholes of i,o,f
     lengths: Value | None
     h0: Value | None
     c0: Value | None
@@ -439,7 +442,6 @@ def _recurrent(tracer: Tracer, node: Operation, operands: list[Value | None], va
     wanted = ((len(ways), gates * hidden, w.shape[-1]), (len(ways), gates * hidden, hidden), (len(ways), 2 * gates * hidden))
     if (tuple(w.shape), tuple(r.shape), tuple(b.shape)) != wanted or set(ways) - {"forward", "reverse"} or hidden < 1:
         raise UnsupportedError(f"weights of shapes {tuple(w.shape)}, {tuple(r.shape)}, {tuple(b.shape)}; wanted {wanted} for {direction}")
-    _no_extras(node, operands)
     layer = _Layer(
         node.op,
         hidden,
@@ -448,6 +450,7 @@ def _recurrent(tracer: Tracer, node: Operation, operands: list[Value | None], va
         w,
         r,
         b,
+        _peepholes(node, operands, (len(ways), 3 * hidden)),
         _lengths(tracer, operands[4], layout, operands[0]),
         turn(operands[5]),
         turn(operands[6]),
@@ -458,14 +461,22 @@ def _recurrent(tracer: Tracer, node: Operation, operands: list[Value | None], va
     return [one for one in (y, turn(h), turn(c)) if one is not None][: max(len(node.outputs), 1)]
 
 
-def _no_extras(node: Operation, operands: Sequence[Value | None]) -> None:
-    reasons = []
-    if node.attributes.get("clip"):
-        reasons.append(f"clips its pre-activations at {node.attributes['clip']}, which no cell here does")
-    if node.op == "LSTM" and operands[7] is not None and bool(_fixed(operands, 7).any()):
-        reasons.append("peepholes (P), which no cell here has")
-    if reasons:
-        raise UnsupportedError(*reasons)
+def _peepholes(node: Operation, operands: Sequence[Value | None], wanted: tuple[int, int]) -> Tensor | None:
+    """P; None where it is not given, or nothing but zeros."""
+    if node.op != "LSTM" or operands[7] is None:
+        return None
+    p = _fixed(operands, 7)
+    if tuple(p.shape) != wanted:
+        raise UnsupportedError(f"peepholes of shape {tuple(p.shape)}; wanted {wanted}")
+    return p if bool(p.any()) else None
+
+
+def _clip(node: Operation) -> float:
+    """What pre-activations are clipped to, 0 where they are not."""
+    clip = float(node.attributes.get("clip") or 0.0)
+    if not 0 <= clip < math.inf:
+        raise UnsupportedError(f"clips its pre-activations at {clip}; wanted a positive number")
+    return clip
 
 
 def _lengths(tracer: Tracer, value: Value | None, layout: int, x: Value | None) -> Value | None:
@@ -507,10 +518,9 @@ def _gated(tracer: Tracer, node: Operation, layer: _Layer) -> tuple[Value, Value
         raise UnsupportedError(f"gates with activation {gate}{list(slope) or ''}; known: Sigmoid, and HardSigmoid with beta 0.5")
     if len(phis) > 1:
         raise UnsupportedError(f"two activations, {' and '.join(sorted(phis))}, for candidate and cell; wanted the same")
-    cell = "lstm" if lstm else "gru" if node.attributes.get("linear_before_reset") else "gru_reset_before"
-    options = {"activation": phis.pop(), "hard_sigmoid": 2 * slope[0] if gate == "hardsigmoid" else 0.0}
-    coupled = bool(node.attributes.get("input_forget"))
-    directions = [_direction(layer.op, layer.w[k], layer.r[k], layer.b[k], coupled=coupled) for k in range(len(layer.ways))]
+    cell = _lstm_kind(node, layer) if lstm else "gru" if node.attributes.get("linear_before_reset") else "gru_reset_before"
+    options = {"activation": phis.pop(), "hard_sigmoid": 2 * slope[0] if gate == "hardsigmoid" else 0.0, "clip": _clip(node)}
+    directions = [_direction(cell, layer, k) for k in range(len(layer.ways))]
     x = _backwards(tracer, layer.x, layer) if layer.ways == ("reverse",) else layer.x
     y, h, c = _walk(tracer, cell, replace(layer, x=x), directions, options, hint=node.outputs[0] or node.op)
     if layer.ways == ("reverse",):
@@ -521,21 +531,24 @@ def _gated(tracer: Tracer, node: Operation, layer: _Layer) -> tuple[Value, Value
     return tracer.one("Transpose", parted, perm=[0, 2, 1, 3]), h, c
 
 
-def _direction(op: str, w: Tensor, r: Tensor, b: Tensor, *, coupled: bool) -> Direction:
-    """ONNX's row blocks i,o,f,c and z,r,h -> PyTorch's i,f,g,o and r,z,n."""
+def _lstm_kind(node: Operation, layer: _Layer) -> str:
+    """With input_forget, f = 1 − i, whatever the file has as weights of f."""
+    return f"lstm{'_coupled' if node.attributes.get('input_forget') else ''}{'' if layer.p is None else '_peephole'}"
+
+
+def _direction(cell: str, layer: _Layer, k: int) -> Direction:
+    """ONNX's row blocks i,o,f,c and z,r,h (peepholes: i,o,f) -> PyTorch's."""
     import torch
 
-    hidden = r.shape[1]
-    if op == "GRU":
-        order = lambda t: torch.cat([t.split(hidden)[k] for k in (1, 0, 2)])
-    else:
+    theirs = ("i", "o", "f", CANDIDATE) if layer.op == "LSTM" else ("z", "r", CANDIDATE)
 
-        def order(t: Tensor) -> Tensor:
-            i, o, f, g = t.split(hidden)
-            return torch.cat([i, -i if coupled else f, g, o])  # coupled: f = 1 − σ(pre of i) = σ(−pre of i)
+    def order(t: Tensor, wanted: Sequence[str] = BLOCKS[cell]) -> Tensor:
+        blocks = dict(zip(theirs, t.split(layer.hidden), strict=False))
+        return torch.cat([blocks[name] for name in wanted])
 
-    b_ih, b_hh = b.chunk(2)
-    return Direction(order(w), order(r), order(b_ih), order(b_hh))
+    b_ih, b_hh = layer.b[k].chunk(2)
+    peephole = None if layer.p is None else order(layer.p[k], CELLS[cell].gate_names)
+    return Direction(order(layer.w[k]), order(layer.r[k]), order(b_ih), order(b_hh), peephole=peephole)
 
 
 def _backwards(tracer: Tracer, x: Value, layer: _Layer) -> Value:
@@ -552,7 +565,7 @@ def _walk(
     x, hidden = layer.x, layer.hidden
     tracer.read.append(x.deps)
     tracer.steps.append((x.data[0].shape[0], x.data[0].shape[1]))
-    starts = [_start(tracer, one) for one in (layer.h0, layer.c0 if cell == "lstm" else None)]
+    starts = [_start(tracer, one) for one in (layer.h0, layer.c0 if layer.op == "LSTM" else None)]
     lengths = layer.lengths if layer.lengths is not None and not layer.lengths.origin else None
     emittable = all(one is None or one.name is not None for one in (x, lengths, *starts))
     names: tuple[str | None, ...] = (None, None, None)
@@ -611,7 +624,6 @@ def _ran(tracer: Tracer, cell: str, layer: _Layer, directions: Sequence[Directio
 
     from rnn2bin.cells.network import Section
     from rnn2bin.gates.estimators import FLOAT
-    from rnn2bin.loaders.assemble import split_direction
     from rnn2bin.spec import LayerSpec, SectionSpec
 
     spec = LayerSpec(cell, layer.w.shape[2], layer.hidden, len(directions), **options)
@@ -619,12 +631,14 @@ def _ran(tracer: Tracer, cell: str, layer: _Layer, directions: Sequence[Directio
     weights: dict[str, Tensor] = {}
     for way, one in zip(("fwd", "bwd"), directions, strict=False):
         parts = split_direction(cell, one.weight_ih, one.weight_hh, one.bias_ih, one.bias_hh)
+        if one.peephole is not None:
+            parts["gates.peephole"] = one.peephole
         weights |= {f"layers.0.{way}.{name}": values for name, values in parts.items()}
     section.load_state_dict(weights)
     results = []
     for probe, x in enumerate(layer.x.data):
         at = lambda value, probe=probe: value.data[probe % len(value.data)]  # type: ignore[misc]
-        began = [at(one) if one is not None else x.new_zeros(1) for one in (layer.h0, layer.c0)][: 2 if cell == "lstm" else 1]
+        began = [at(one) if one is not None else x.new_zeros(1) for one in (layer.h0, layer.c0)][: 2 if layer.op == "LSTM" else 1]
         wide = [
             (s[:, :1] if s.ndim == 3 and s.shape[1] != x.shape[1] else s).expand(len(directions), x.shape[1], layer.hidden) for s in began
         ]
@@ -640,6 +654,8 @@ def _plain_rnn(tracer: Tracer, node: Operation, layer: _Layer) -> tuple[Value, V
     ((name, parameters),) = _functions(node, 1, len(layer.ways))
     if name not in ("tanh", "relu"):
         raise UnsupportedError(f"activation {name}{list(parameters) or ''} of a layer without gates; known: Tanh, Relu")
+    if _clip(node):
+        raise UnsupportedError(f"clips its pre-activations at {_clip(node)}, which a layer without gates does not here")
     if layer.h0 is not None and layer.h0.origin:
         raise UnsupportedError("a state that is carried from call to call, in a layer without gates")
     made = []
