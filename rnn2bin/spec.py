@@ -310,7 +310,7 @@ def check(spec: RnnSpec) -> None:
                 reasons.append(f"{name}.layers.{index}: {layer.directions} directions; there are {len(DIRECTIONS)}")
             if layer.cell not in CELLS:
                 reasons.append(f"{name}.layers.{index}: unknown cell {layer.cell!r}; known: {', '.join(CELLS)}")
-            elif layer.proj_clip and not layer.proj_size or layer.cell_clip and not layer.kind.has_cell:
+            elif (layer.proj_clip and not layer.proj_size) or (layer.cell_clip and not layer.kind.has_cell):
                 reasons.append(f"{name}.layers.{index}: clips a {'projection' if layer.proj_clip else 'cell'} that it does not have")
             if not all(0 <= bound < float("inf") for bound in (layer.clip, layer.cell_clip, layer.proj_clip)):
                 reasons.append(f"{name}.layers.{index}: what is clipped is clipped to a positive number, or 0 where nothing is")

@@ -128,7 +128,7 @@ def test_onnxruntime_gives_the_packed_networks_outputs(options, how, tmp_path):
     assert_close(run(tmp_path / "m.onnx", x=x, lengths=lengths)["y"], model(x, lengths=lengths)[0])
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "lstm_coupled_peephole"])
 def test_a_sequence_may_be_cut(cell, tmp_path):
     model = runtime.load(packed(student(section(cell, copies=2)), tmp_path / "out"), backend="torch")
     export(tmp_path / "out", to="onnx", out=tmp_path / "m.onnx")
@@ -174,7 +174,7 @@ def flips(model: Any, path: Path, x: torch.Tensor) -> tuple[int, int]:
     return count, total
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before", "lstm_peephole", "lstm_coupled_peephole"])
 def test_every_decision_is_the_oracles(cell, tmp_path):
     model = runtime.load(packed(student(section(cell, copies=2)), tmp_path / "out"), backend="torch")
     export(tmp_path / "out", to="onnx", out=tmp_path / "m.onnx")
@@ -257,6 +257,9 @@ def test_the_state_dict_is_read_back_as_the_same_network(tmp_path, monkeypatch):
         (section("gru_reset_before"), {}, "nn.GRU cannot"),
         (section("lstm", activation="relu"), {}, "other activations"),
         (section("gru"), {}, "learned levels z.lo"),
+        (section("lstm_peephole"), {"levels": "strict"}, "peepholes, or one decision"),
+        (section("lstm_coupled"), {"levels": "strict"}, "peepholes, or one decision"),
+        (section("lstm", cell_clip=1.0), {"levels": "strict"}, "clip nothing"),
     ],
 )
 def test_what_pytorchs_cells_cannot_hold_is_said(spec, how, match, tmp_path):

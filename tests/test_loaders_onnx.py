@@ -132,7 +132,9 @@ def test_two_layers_of_every_kind_are_onnxruntimes(op, attributes, direction, tm
     assert (len(made.spec.main.layers), layer.directions, layer.cell) == (
         2,
         ways,
-        "lstm_coupled" if "input_forget" in attributes else {"LSTM": "lstm"}.get(op) or ("gru" if attributes["linear_before_reset"] else "gru_reset_before"),
+        "lstm_coupled"
+        if "input_forget" in attributes
+        else {"LSTM": "lstm"}.get(op) or ("gru" if attributes["linear_before_reset"] else "gru_reset_before"),
     )
     assert (made.spec.main.graph is None) == (direction != "reverse")
 

@@ -359,6 +359,10 @@ def edit_config(change):
     return edit
 
 
+def first_layer(**fields):
+    return edit_config(lambda c: c["spec"]["sections"]["main"]["layers"][0].update(fields))
+
+
 def _set(header, name, **fields):
     header[name].update(fields)
     return header
@@ -384,6 +388,11 @@ BAD_FILES = {
     "missing tensor": (edit_weights(lambda h, d: joined({k.replace(ONE, "other"): v for k, v in h.items()}, d)), "weight_ih is missing"),
     "hidden size": (edit_config(lambda c: c["spec"]["sections"]["main"]["layers"][1].update(hidden_size=1 << 19)), "shape|missing|reads"),
     "zero size": (edit_config(lambda c: c["spec"]["sections"]["main"]["layers"][0].update(hidden_size=0)), "hidden_size"),
+    "unknown cell": (first_layer(cell="lstm_of_tomorrow"), "unknown cell"),
+    "peepholes missing": (first_layer(cell="lstm_peephole"), "peephole is missing"),
+    "clip below 0": (first_layer(clip=-1.0), "clip must be a number from 0"),
+    "clip no number": (first_layer(cell_clip="1"), "cell_clip must be a number"),
+    "clip too large": (first_layer(proj_clip=1e300), "proj_clip must be a number"),
     "gates": (edit_config(lambda c: c["gates"]["main.layers.0.fwd"].update(i="maybe")), "binary or soft"),
     "levels": (edit_config(lambda c: c.update(levels="loose")), "levels"),
     "widths": (edit_config(lambda c: c["spec"]["sections"]["main"]["head"][0].update(in_features=3)), "receives"),
@@ -406,6 +415,22 @@ def test_bad_files_are_named(name, tmp_path):
     assert re.search(message, library.last_error()), library.last_error()
     with pytest.raises(Rnn2binError):
         runtime.load(tmp_path, backend="native")
+
+
+@built
+@pytest.mark.parametrize("bound", [0.7, 3.0, 0.1, 1e-05, 12345.678, 0.30000001192092896, 1e-300, 2.5e20])
+def test_bounds_are_read_as_numbers_are_written(bound, tmp_path):
+    """A clip at a bound: a cell that grows to it has exactly its float32."""
+    network = network_of("lstm", head=False, clips={"cell_clip": bound})
+    with torch.no_grad():
+        for cell in network.cells().values():
+            cell.part("candidate").bias.fill_(50.0)
+            cell.part("gates").bias.fill_(50.0)
+    theirs, ours = both(network, tmp_path)
+    x = inputs_of(network, steps=1)
+    (_, state), (_, mine) = theirs(x), ours(x)
+    assert_close(mine[0][0][1], state[0][0][1])
+    assert bound > 0.6 or torch.equal(mine[0][0][1], torch.full((B, H), bound))
 
 
 @built

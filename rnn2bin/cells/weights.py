@@ -20,7 +20,6 @@ class Gate(Protocol):
     def __call__(self, pre: Tensor, *, first: int = 0) -> Tensor: ...
 
 
-
 @dataclass(frozen=True)
 class Phi:
     """A candidate's activation, and its derivative as a function of its value."""

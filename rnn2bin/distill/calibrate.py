@@ -2,7 +2,8 @@
 
 A two-level quantizer for every unit (Lloyd 1982), with the levels that a skip depends on held fixed: given the levels, the best
 threshold is their middle; given the threshold, the best level is the weighted mean of the values on its side. A value counts by the
-square of what it multiplies (the candidate for i, less the old cell where f = 1 − i; the old cell for f, φ(c) for o, h − n for z): its share of the error in the state.
+square of what it multiplies (the candidate for i, less the old cell where f = 1 − i; the old cell for f, φ(c) for o, h − n for z): its
+share of the error in the state.
 The threshold is folded into the gate's bias, so that a bit stays 1[pre > 0].
 """
 

@@ -116,7 +116,10 @@ class LstmWindow(torch.autograd.Function):
         last_h, last_c = h0, c0
         # Gates that see the cell after its update are decided behind it: all others at once, before.
         early, late = (slice(gates), None) if peep is None else (slice(gates - 1), slice(gates - 1, gates))
-        decide = lambda t, at: _sample(modes[at], pre[t][:, at], None if noise is None else noise[t][:, at])
+
+        def decide(t: int, at: slice) -> Tensor:
+            return _sample(modes[at], pre[t][:, at], None if noise is None else noise[t][:, at])
+
         for t in range(steps):
             torch.addmm(x_flat[t], last_h, recurrent, out=product.view(batch, blocks * hidden))
             _rows(gates_bias, product[:, :gates], pre[t])

@@ -420,7 +420,8 @@ class _Step(_Block):
             peephole = cell.part("gates").peephole.view(-1, layer.hidden_size)[k].repeat(layer.copies)
             one = self.op("Add", one, self.op("Mul", self.weight(f"gates.peephole.{gate}", peephole), c))
         if cell.binary[k]:
-            levels = [self.weight(f"levels.{gate}.{side}", t[k]) for side, t in zip(("hi", "lo"), reversed(cell.level_values()), strict=True)]
+            lo, hi = cell.level_values()
+            levels = [self.weight(f"levels.{gate}.{side}", t[k]) for side, t in (("hi", hi), ("lo", lo))]
             return self.op("Where", self.op("Greater", one, self.number(0)), *levels)
         one = self._clipped(one, layer.clip)
         if layer.hard_sigmoid:

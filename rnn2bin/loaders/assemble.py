@@ -1,6 +1,7 @@
 """Source + tensors -> (RnnSpec, canonical weights). The one place where gates are permuted.
 
-PyTorch's row blocks are i,f,g,o (LSTM; i,g,o where f = 1 − i) and r,z,n (GRU); the canonical order is spec.py's, with the candidate in tensors of its own.
+PyTorch's row blocks are i,f,g,o (LSTM; i,g,o where f = 1 − i) and r,z,n (GRU); the canonical order is spec.py's, with the candidate in
+tensors of its own.
 """
 
 from __future__ import annotations

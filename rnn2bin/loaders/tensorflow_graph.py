@@ -412,7 +412,7 @@ class _Importer(Values):
         h0, c0 = [*starts, "", ""][:2]
         cell = cells[0]
         directions = [one.direction for one in cells]
-        return self.builder.recurrent(cell.kind, x, directions, h0=h0, c0=c0, lengths=lengths, activation=cell.activation, hint=cell.name)
+        return self.builder.recurrent(cell.kind, x, directions, h0=h0, c0=c0, lengths=lengths, hint=cell.name, **cell.options)
 
     def settle(self, cells: Sequence[Cell], y: str, h: str, c: str) -> None:
         """Names what a layer's cells have made; the second reads backward, and the file has its output in that order."""
