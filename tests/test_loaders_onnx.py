@@ -837,6 +837,38 @@ def test_what_pytorch_exports_is_the_module(kind, exporter, tmp_path):
         assert made.spec.main.graph is None or made.spec.main.graph.steps is None
 
 
+@pytest.mark.parametrize("attributes", [{"p": True}, {"p": True, "input_forget": 1, "clip": 0.9}], ids=["peepholes", "all"])
+def test_a_file_with_peepholes_converts_through_the_command_line(attributes, tmp_path):
+    """Convert, evaluate, run on both backends, export: the file that it started from is the teacher, onnxruntime the judge."""
+    net = Net()
+    attributes = {**attributes, "p": net.weight(1, 3 * HIDDEN)}
+    path = net.save(tmp_path / "m.onnx", net.head(net.flat(net.cell("LSTM", "x", **attributes)[0]), HIDDEN))
+    x = floats(8, 12, WIDTH)
+    np.savez(tmp_path / "d.npz", inputs=x.numpy())
+    steps = ["train.steps=6", "train.batch_size=4", "train.window=6", "train.evaluate_every=3", "gates.copies=2", "report.controls=true"]
+    out, data = tmp_path / "out", str(tmp_path / "d.npz")
+    convert = ["convert", str(path), "--data", data, "--out", str(out), *(part for step in steps for part in ("--set", step))]
+    for command in (
+        convert,
+        ["eval", str(path), str(out), "--data", data],
+        ["export", str(out), "--to", "onnx", "--out", str(tmp_path / "b.onnx")],
+    ):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.output
+    import json
+
+    from rnn2bin import runtime
+
+    report = json.loads((out / "report.json").read_text())
+    gates = ["i", "o"] if "input_forget" in attributes else ["i", "f", "o"]
+    assert [one["gate"] for one in report["gates"]] == gates
+    assert report["parity"]["flips_outside"] == 0
+    assert 0 < report["density"]["weights_touched"] < 1
+    y, _ = runtime.load(out, backend="torch")(x.transpose(0, 1))
+    assert_close(runtime.load(out, backend="native")(x.transpose(0, 1))[0], y)
+    assert_close(theirs(tmp_path / "b.onnx", x=x.transpose(0, 1))[0], y)
+
+
 def test_an_exported_network_converts_through_the_command_line(tmp_path):
     torch.manual_seed(3)
     module = Convolved().eval().requires_grad_(False)

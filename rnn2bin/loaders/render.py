@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rnn2bin.loaders.assemble import BLOCKS
 from rnn2bin.spec import GraphSpec, RnnSpec
 
 MOST_ROWS = 200
@@ -19,7 +20,7 @@ def _plain(line: str) -> str:
 BY_HAND = """\
 source:
   main:
-    cell: lstm  # or gru, gru_reset_before
+    cell: lstm  # or lstm_peephole, lstm_coupled, gru, gru_reset_before …
     embedding: null  # tensor (vocabulary, width); or `one_hot: true`; neither for float inputs
     layers:
     - {weight_ih: unknown, weight_hh: unknown, bias_ih: unknown, bias_hh: unknown}
@@ -75,7 +76,7 @@ def around(graph: GraphSpec) -> list[str]:
 
 def _layer(cell: str, layer: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
     ih, hh = shapes.get(layer["weight_ih"]), shapes.get(layer["weight_hh"])
-    hidden = hh[0] // (4 if cell == "lstm" else 3) if hh else "?"
+    hidden = hh[0] // len(BLOCKS[cell]) if hh else "?"
     ways = "both directions" if layer.get("reverse") else "one direction"
     projected = f", projected to {shapes[layer['weight_hr']][0]}" if layer.get("weight_hr") in shapes else ""
     bias = "" if layer.get("bias_ih") or layer.get("bias_hh") else ", no bias"
