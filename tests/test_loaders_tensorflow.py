@@ -73,6 +73,7 @@ def test_cells_are_what_they_were(tmp_path):
 def test_what_clips_a_cell_is_carried(name, kind, cell_clip, proj_clip, tmp_path):
     (layer,) = loaders.load(case(name, tmp_path)[0]).spec.main.layers
     assert (layer.cell, layer.cell_clip, layer.proj_clip) == (kind, pytest.approx(cell_clip), pytest.approx(proj_clip))
+    assert ("cells clipped to ±" in loaders.inspect(case(name, tmp_path)[0]).render()) == bool(cell_clip)
 
 
 def test_a_clip_that_is_not_symmetric_is_refused(tmp_path):

@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,14 @@ def translator(cell: str = "gru", copies: int = 2) -> Network:
         for name in ("encoder", "decoder")
     }
     return filled(RnnSpec(sections, DecodeSpec(start=0, end=1, max_length=12)), scale=0.8)
+
+
+def mixed_translator() -> Network:
+    """An encoder of plain cells whose states start a decoder of clipped ones: they share states, not kernels."""
+    network = translator("lstm")
+    decoder = network.spec.sections["decoder"]
+    layers = tuple(replace(layer, cell_clip=0.3) for layer in decoder.layers)
+    return filled(replace(network.spec, sections={**network.spec.sections, "decoder": replace(decoder, layers=layers)}), scale=0.8)
 
 
 def packed(network: Network, folder: Path) -> Path:
@@ -218,8 +227,7 @@ def test_screening_reads_less(tmp_path):
 
 @built
 def test_encoder_and_decoder(tmp_path):
-    for cell in ("gru", "lstm", "gru_reset_before", "lstm_coupled_peephole"):
-        network = translator(cell)
+    for network in (*map(translator, ("gru", "lstm", "gru_reset_before", "lstm_coupled_peephole")), mixed_translator()):
         for compute in native_backend.COMPUTE:
             theirs, ours = both(network, tmp_path, compute=compute)
             x, lengths = inputs_of(network), torch.tensor([9, 2, 5, 1])
@@ -524,6 +532,9 @@ def exercise(tmp_path: Path, flags: list[str], *, compiler: str = "cc", make_fla
         "lstm": network_of("lstm", tokens="embedding", copies=3),
         "projection": network_of("lstm", proj=11),
         "gru": network_of("gru", hidden=130),
+        "kinds": network_of("lstm_peephole", tokens="embedding", copies=2, soft=("f",), clips=CLIPS),
+        "coupled": network_of("lstm_coupled", directions=2, proj=11),
+        "mixed": mixed_translator(),
         "both": network_of("gru_reset_before", directions=2, readout="final"),
         "words": translator(),
     }
@@ -565,7 +576,7 @@ def test_fuzzed_files_never_crash_the_reader(tmp_path):
     subprocess.run([*command, str(place / "librnn2bin.a"), "-o", str(program), "-lm"], check=True)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    for seed, network in enumerate((network_of("lstm", hidden=5, tokens="embedding"), translator())):
+    for seed, network in enumerate((network_of("lstm", hidden=5, tokens="embedding"), translator(), mixed_translator())):
         path = packed(network, tmp_path / str(seed))
         done = subprocess.run([str(program), str(path), str(scratch), "5000", str(seed)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

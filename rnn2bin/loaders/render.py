@@ -54,7 +54,9 @@ def spec_parts(spec: RnnSpec) -> list[str]:
             lines.append(f"{name}: embedding {section.embedding.num_embeddings}x{section.embedding.embedding_dim}")
         for index, layer in enumerate(section.layers):
             ways = "both directions" if layer.directions == 2 else "one direction"
-            lines.append(f"{name}: layer {index}: {layer.cell} {layer.input_size} -> {layer.hidden_size}, {ways}")
+            clips = {"pre-activations": layer.clip, "cells": layer.cell_clip, "projections": layer.proj_clip}
+            clipped = "".join(f", {what} clipped to ±{bound:g}" for what, bound in clips.items() if bound)
+            lines.append(f"{name}: layer {index}: {layer.cell} {layer.input_size} -> {layer.hidden_size}, {ways}{clipped}")
         if section.graph is None:
             lines.append(f"{name}: reads out {section.readout}")
             lines += [f"{name}: linear {one.in_features} -> {one.out_features}, then {one.activation}" for one in section.head]

@@ -16,7 +16,7 @@ typedef struct {
   cell_kind cell;
   step_kind step;
   bool has_cell, coupled, peepholes; /* of LSTMs; coupled: f = 1 - i */
-  bool wide_pre;                     /* the state keeps pre-activations of every copy */
+  bool wide_pre;                     /* states have room for pre-activations of every copy: of this layer, or the decoder's */
   float clip, cell_clip, proj_clip;  /* INFINITY: nothing is clipped */
   int input, hidden, directions, projection, copies; /* projection 0: none */
   int gates, recurrent, width;                       /* recurrent: what others read of one direction; width = copies * hidden */

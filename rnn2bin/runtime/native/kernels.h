@@ -29,7 +29,7 @@ typedef struct {
   float *h, *c;      /* the state, updated; c only of an LSTM */
   float *read;       /* (R): what others read of h, before the step and after it */
   float *products;   /* (gate_rows): written */
-  float *pre;        /* (G, width), written where a layer has `wide_pre` */
+  float *pre;        /* (G, width): written by lstm_kinds.h alone */
   screen_row screen; /* where the cell is screened */
 } step_row;
 

@@ -188,7 +188,7 @@ int r2b_get_gates(const r2b_state *state, int64_t layer, int64_t direction, floa
   const cell_state *c = &state->cells[layer][direction];
   const cell *cell = c->ran;
   if (!cell) return fail("no step has run");
-  if (cell->layer->wide_pre) return memcpy(pre, c->pre, sizeof(float) * (size_t)state->batch * (size_t)(y->gates * y->width)), 0;
+  if (cell->layer->step == STEP_LSTM_KINDS) return memcpy(pre, c->pre, sizeof(float) * (size_t)state->batch * (size_t)(y->gates * y->width)), 0;
   for (int b = 0; b < state->batch; b++)
     for (int g = 0; g < y->gates; g++)
       for (int j = 0; j < y->width; j++)
