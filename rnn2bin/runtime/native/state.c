@@ -53,7 +53,7 @@ static void carve_scratch(arena *a, scratch *to, const r2b_model *model) {
   to->candidate = carve_floats(a, hidden);
   to->recurrent = carve_floats(a, hidden);
   to->spare = carve_floats(a, longest > hidden ? longest : hidden);
-  to->open = carve(a, 2 * hidden, sizeof(int32_t));
+  to->open = carve(a, 2 * hidden / GROUP, sizeof(uint16_t));
   to->groups = carve(a, hidden, sizeof(int32_t));
   to->wanted = carve(a, (size_t)model->most_gates + SLACK, sizeof(int32_t));
   to->margin = carve_floats(a, 3 * (size_t)model->most_gates);

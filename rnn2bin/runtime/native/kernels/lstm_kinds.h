@@ -13,28 +13,28 @@ static void kinds_pre(const cell *cell, int g, const float *products, const floa
     for (int j = 0; j < hidden; j++) pre[k + j] += peephole[j] * c[k + j];
 }
 
-/* Multipliers (width) of gate `g`, and open (H): whether any copy of a unit is. */
-static void kinds_gate(const cell *cell, int g, const float *pre, float *out, int32_t *open) {
+/* Multipliers (width) of gate `g`, and open (H / GROUP): bits of the units of which any copy is. */
+static void kinds_gate(const cell *cell, int g, const float *pre, float *out, scratch *work) {
   const layer_config *layer = cell->layer;
   int hidden = layer->hidden, width = layer->width;
-  for (int j = 0; j < hidden; j++) open[j] = !cell->binary[g];
+  for (int i = 0; i < groups_in(cell); i++) {
+    unsigned bits = cell->binary[g] ? 0 : 0xffffu;
+    for (int k = 0; cell->binary[g] && k < width; k += hidden) bits |= positive(pre + k + GROUP * i, work->zeros);
+    work->open[i] = (uint16_t)(bits & real_units(hidden, i));
+  }
   if (!cell->binary[g]) {
     for (int j = 0; j < width; j++) out[j] = sigmoid_of(bounded(pre[j], layer->clip));
     return;
   }
   const float *lo = cell->lo + g * width, *hi = cell->hi + g * width;
-  for (int k = 0; k < width; k += hidden)
-    for (int j = 0; j < hidden; j++) {
-      out[k + j] = pre[k + j] > 0.0f ? hi[k + j] : lo[k + j];
-      open[j] |= pre[k + j] > 0.0f;
-    }
+  for (int j = 0; j < width; j++) out[j] = pre[j] > 0.0f ? hi[j] : lo[j];
 }
 
 /* c of what is kept and what is let in. */
 static void kinds_cell(const cell *cell, step_row *row, const float *i, const float *f, scratch *work) {
   const layer_config *layer = cell->layer;
   float *g = work->candidate, *c = row->c;
-  int count = open_groups(work->open, cell->candidate_rows, work->groups);
+  int count = open_groups(work->open, groups_in(cell), work->groups);
   product_row one = {&row->active, 0, row->active.total, row->candidate_base, g};
   candidate_product(cell, work->open, &one, work);
   for (int k = 0; k < count; k++)
@@ -46,7 +46,7 @@ static void kinds_cell(const cell *cell, step_row *row, const float *i, const fl
 /* h (H): closed output gates need no tanh. */
 static void kinds_read(const cell *cell, const float *o, const float *c, float *h, scratch *work) {
   const layer_config *layer = cell->layer;
-  int hidden = layer->hidden, count = open_groups(work->open, cell->candidate_rows, work->groups);
+  int hidden = layer->hidden, count = open_groups(work->open, groups_in(cell), work->groups);
   memset(h, 0, (size_t)hidden * sizeof *h);
   for (int g = 0; g < count; g++) {
     int first = work->groups[g] * GROUP;
@@ -62,12 +62,12 @@ static void kinds_finish(const cell *cell, step_row *row, scratch *work) {
   int width = layer->width, last = layer->gates - 1;
   float *i = work->gates, *f = i + width, *o = f + width, *c = row->c, *pre = row->pre;
   for (int g = 0; g < last; g++) kinds_pre(cell, g, row->products, c, pre + g * width);
-  if (!layer->coupled) kinds_gate(cell, 1, pre + width, f, work->open);
-  kinds_gate(cell, 0, pre, i, work->open);
+  if (!layer->coupled) kinds_gate(cell, 1, pre + width, f, work);
+  kinds_gate(cell, 0, pre, i, work);
   for (int j = 0; layer->coupled && j < width; j++) f[j] = 1.0f - i[j];
   kinds_cell(cell, row, i, f, work);
   kinds_pre(cell, last, row->products, c, pre + last * width);
-  kinds_gate(cell, last, pre + last * width, o, work->open);
+  kinds_gate(cell, last, pre + last * width, o, work);
   float *h = layer->projection ? work->recurrent : row->read;
   kinds_read(cell, o, c, h, work);
   if (!layer->projection) return;
