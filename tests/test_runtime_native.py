@@ -226,6 +226,18 @@ def test_screening_reads_less(tmp_path):
 
 
 @built
+@pytest.mark.parametrize(("cell", "screened"), [("lstm_coupled", True), ("lstm_peephole", False), ("lstm_coupled_peephole", False)])
+def test_cells_with_peepholes_are_not_screened(cell, screened, tmp_path):
+    """What a peephole adds to a pre-activation is in no bound of the screen's."""
+    if library.isa() != "avx512vnni":
+        pytest.skip("this instruction set does not screen")
+    network = network_of(cell, hidden=128)
+    handle = native_backend.Handle(both(network, tmp_path, compute="int8")[1], 1)
+    handle.run(inputs_of(network, batch=1).numpy(), None, None)
+    assert (handle.counters().rows > 0) == screened
+
+
+@built
 def test_encoder_and_decoder(tmp_path):
     for network in (*map(translator, ("gru", "lstm", "gru_reset_before", "lstm_coupled_peephole")), mixed_translator()):
         for compute in native_backend.COMPUTE:

@@ -14,7 +14,8 @@ static void gate(const cell *cell, int g, const float *products, float *out) {
   }
 }
 
-static inline int groups_in(const cell *cell) { return cell->candidate_rows / GROUP; }
+/* Not those of padded rows: reading them would go beyond the last copy of the last gate by more than there is room. */
+static inline int groups_in(const cell *cell) { return padded(cell->layer->hidden, GROUP) / GROUP; }
 
 /* The units of group `i` that there are. */
 static inline unsigned real_units(int hidden, int i) {
