@@ -59,7 +59,7 @@ def bench(path: Path, data: np.ndarray | None = None, settings: Settings = Setti
     if library.library() is None:
         raise UsageError("bench: measures the native runtime, which was not built; install a C compiler and reinstall")
     with one_core():
-        rows = [row for compute in ("fp16", "int8") for row in rows_of(path, compute, data, settings)]
+        rows = [row for compute in ("auto", "fp16", "int8") for row in rows_of(path, compute, data, settings)]
         return {"machine": machine(), "rows": rows}
 
 

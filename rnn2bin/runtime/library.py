@@ -13,7 +13,7 @@ from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint64, c_void_p
 from typing import Any
 
 ABI = 1
-COMPUTE = {"fp16": 0, "int8": 1}
+COMPUTE = {"auto": 2, "fp16": 0, "int8": 1}
 
 
 class Info(ctypes.Structure):
