@@ -65,4 +65,9 @@ const kernels *kernels_choose(void) {
 
 const char *r2b_isa(void) { return kernels_choose()->name; }
 
-uint64_t r2b_read(const void *memory, uint64_t bytes) { return kernels_choose()->read(memory, bytes / 8); }
+uint64_t r2b_read(const void *memory, uint64_t bytes, uint64_t times) {
+  const kernels *with = kernels_choose();
+  uint64_t sum = 0;
+  for (uint64_t k = 0; k < times; k++) sum += with->read(memory, bytes / 8);
+  return sum;
+}

@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define R2B_ABI 1
+#define R2B_ABI 2
 #define R2B_API __attribute__((visibility("default")))
 
 typedef struct r2b_model r2b_model;
@@ -82,8 +82,9 @@ R2B_API int r2b_set_state(r2b_state *state, int64_t layer, int64_t direction, in
 R2B_API int r2b_get_gates(const r2b_state *state, int64_t layer, int64_t direction, float *pre);
 
 R2B_API void r2b_count(const r2b_state *state, r2b_counters *counters);
-/* Reads memory as fast as this processor does: what bytes / time of a step is to be held against. Gives a sum, so that it is not left out. */
-R2B_API uint64_t r2b_read(const void *memory, uint64_t bytes);
+/* Reads memory `times` times, as fast as this processor does: what bytes / time of a step is to be held against. Gives a sum, so that it is
+ * not left out. */
+R2B_API uint64_t r2b_read(const void *memory, uint64_t bytes, uint64_t times);
 
 #ifdef __cplusplus
 }
