@@ -133,7 +133,7 @@ def _executions(name: str, inputs: Sequence[bytes], folder: Path, done: Path) ->
         os._exit(code)
 
 
-def by_coverage(name: str, *, runs: int) -> None:
+def by_coverage(name: str, *, runs: int, seed: int = 0) -> None:
     """libFuzzer through atheris, with rnn2bin instrumented. Ends the process."""
     import atheris
 
@@ -163,9 +163,9 @@ def by_coverage(name: str, *, runs: int) -> None:
     options = [
         f"-runs={runs}",
         f"-max_len={MOST_BYTES}",
-        "-seed=1",
+        f"-seed={seed + 1}",
         f"-artifact_prefix=fuzz-{name}-",
-        "-timeout=60",
+        "-timeout=600",  # of wall time: the machine may be busy
         "-verbosity=0",
         "-print_final_stats=1",
     ]
@@ -189,9 +189,9 @@ def main() -> None:
     for name in given.readers or TARGETS:
         begun, runs = time.perf_counter(), max(1, int(given.runs * TARGETS[name].share))
         if given.engine == "atheris" and not TARGETS[name].crashes and len(given.readers) == 1:
-            by_coverage(name, runs=runs)
+            by_coverage(name, runs=runs, seed=given.seed)
         elif given.engine == "atheris" and not TARGETS[name].crashes:
-            command = [sys.executable, __file__, "--engine", "atheris", "--runs", str(given.runs), name]
+            command = [sys.executable, __file__, "--engine", "atheris", "--runs", str(given.runs), "--seed", str(given.seed), name]
             with tempfile.TemporaryDirectory(dir=SHARED if SHARED.is_dir() else None) as made:
                 code = subprocess.run(command, check=False, stderr=subprocess.DEVNULL, env=os.environ | {"TMPDIR": made}).returncode
             failed = failed or code != 0

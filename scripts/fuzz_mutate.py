@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import random
@@ -12,9 +13,12 @@ from typing import Any
 MOST_BYTES = 16384  # of one input
 NUMBERS = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**40, 2**62, 2**63, 2**64 - 1]
 TOKENS = (b"-", b"9" * 20, b'"', b"[" * 30, b"[" * 3000, b"{", b"\0", b"(", b".", b"R", b"\x81", b"b")
-# What stands nowhere in an honest file. The last is deeper than Python's recursion goes.
-STRANGE: list[Any] = [None, True, False, -1, 0, 1, 3, 2**31, 2**63, 2**70, 0.5, -0.0, 1e308, float("inf"), float("nan")]
-STRANGE += ["", "x", "\0", "\ud800", "../x", "/dev/zero", "é" * 40, [], {}, [[]], [None], {"": None}, [0] * 40, functools.reduce(lambda a, _: [a], range(80), 0)]
+# What stands nowhere in an honest file, as JSON.
+STRANGE = [
+    *("null", "true", "false", "-1", "0", "1", "3", str(2**31), str(2**63), str(2**70), "0.5", "-0.0", "1e308", "Infinity", "NaN"),
+    *('""', '"x"', r'"\u0000"', r'"\ud800"', '"../x"', '"/dev/zero"', '"éééééééééééééééééééé"'),
+    *("[]", "{}", "[[]]", "[null]", '{"": null}', str([0] * 40), "[" * 80 + "]" * 80),
+]
 
 Mutation = Callable[[bytes, Sequence[bytes], random.Random], bytes]
 
@@ -59,13 +63,13 @@ def of_json(data: bytes, seeds: Sequence[bytes], dice: random.Random) -> bytes:
             case 0:
                 place[key] = json.loads(dice.choice(values))
             case 1:
-                place[key] = dice.choice(STRANGE)
+                place[key] = json.loads(dice.choice(STRANGE))
             case 2:
                 del place[key]
             case 3 if isinstance(place, list):
-                place.insert(key, place[key])
+                place.insert(key, copy.deepcopy(place[key]))
             case 3:
-                place[dice.choice(keys)] = place[key]
+                place[dice.choice(keys)] = copy.deepcopy(place[key])
             case _:
                 place[key] = _turned(place[key], dice)
         root = root or [None]
