@@ -29,7 +29,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def vocabulary(config: dict[str, Any]) -> list[str] | None:
     """What the network's tokens stand for, in order; None where that is not recorded. UnsupportedError where it is no list of words."""
     task = config.get("task") or {}
-    found = task.get("vocabulary") if isinstance(task, dict) else task
+    found = task.get("vocabulary") if isinstance(task, dict) else False
     if found is not None and not (isinstance(found, list) and all(isinstance(word, str) for word in found)):
         raise UnsupportedError(f"{CONFIG}: task.vocabulary must be a list of words")
     return found

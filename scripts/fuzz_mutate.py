@@ -1,4 +1,4 @@
-"""Mutations for scripts/fuzz.py: of bytes, of JSON and of protobuf messages. Each takes an input and the honest ones, and returns another input."""
+"""Mutations for scripts/fuzz.py: of bytes, of JSON and of protobuf messages. Each takes an input and the honest ones, and returns another."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def of_bytes(data: bytes, seeds: Sequence[bytes], dice: random.Random) -> bytes:
 
 
 def of_json(data: bytes, seeds: Sequence[bytes], dice: random.Random) -> bytes:
-    """One to three changes: a value, taken out, repeated, made strange, or exchanged for one from anywhere; a key renamed. Bytes where it is none."""
+    """One to three changes: a value taken out, repeated, made strange, or exchanged for one from anywhere; a key renamed."""
     try:
         root = [json.loads(data)]
     except (ValueError, RecursionError):
@@ -121,7 +121,7 @@ class Field:
 
 
 def of_protobuf(data: bytes, seeds: Sequence[bytes], dice: random.Random) -> bytes:
-    """One to three fields, anywhere: taken out, repeated, renumbered, another number or text, or one that stands in the same place of an honest file."""
+    """One to three fields: taken out, repeated, renumbered, of another value, or one that stands in the same place of an honest file."""
     made = message(data)
     if made is None:
         return of_bytes(data, seeds, dice)
@@ -198,7 +198,7 @@ def message(data: bytes) -> tuple[Field, ...] | None:
                 value, at = data[at : at + size], at + size
                 if at > len(data) or not number:
                     return None
-                if kind == 2 and size > 1 and not value.isascii() or kind == 2 and any(c < 32 for c in value):
+                if kind == 2 and (not value.isascii() or any(c < 32 for c in value)):
                     value = message(value) or value
             found.append(Field(number, kind, value, data[start:at]))
     except (IndexError, KeyError):

@@ -26,8 +26,9 @@ GOLDENS = Path(__file__).parent.parent / "tests" / "goldens"
 
 @dataclass(frozen=True)
 class Target:
-    """`seeds`: honest inputs. `read`: one execution, in a folder of its own kept for the whole run. `change`: mutates what bytes stand for,
-    every other time. `share`: of the executions asked for, where one is slow. `crashes`: read in forked processes, which may crash or not end."""
+    """`seeds`: honest inputs. `read`: one execution, in a folder of its own kept for the whole run. `change`: mutates what bytes stand
+    for, every other time. `share`: of the executions asked for, where one is slow. `crashes`: read in forked processes, which may crash
+    or not end."""
 
     seeds: Callable[[], list[bytes]]
     read: Callable[[bytes, Path], Any]
@@ -146,7 +147,7 @@ def packed() -> tuple[bytes, bytes]:
 def recipes() -> list[bytes]:
     from rnn2bin import recipe_yaml
 
-    short = [text for path in recipe_yaml.bundled() if len(text := path.read_bytes()) < 1000]
+    short = [text for path in recipe_yaml.bundled() if len(text := path.read_bytes()) < 800]
     return [*short, b"a: &a [*a]\nb: !!python/object:os.system {}\n"]
 
 
@@ -409,7 +410,7 @@ def reports() -> list[bytes]:
     recipe = Recipe()
     provenance = {
         "command": {"model": "m.pt", "data": ["d.npz"]},
-        **{name: "0" * 64 for name in ("model_sha256", "source_sha256", "data_sha256")},
+        **dict.fromkeys(("model_sha256", "source_sha256", "data_sha256"), "0" * 64),
         "recipe": recipe.model_dump(mode="json"),
         "machine": machine.computing(recipe.train.precision),
         "versions": machine.versions(),
@@ -425,7 +426,7 @@ def known_versions() -> dict[str, str | None]:
 
 
 def read_report(data: bytes, folder: Path) -> Any:
-    """`rnn2bin reproduce` up to where it reads the source file: there is none. Looking the packages' versions up takes longer than all else."""
+    """`rnn2bin reproduce` up to where it reads the source file: there is none. To look the packages' versions up takes longer than that."""
     from rnn2bin import machine, reproduce
     from rnn2bin.errors import UsageError
 
@@ -469,7 +470,7 @@ class CollectedError(Exception):
 
 @contextmanager
 def unsettled() -> Iterator[None]:
-    """Readers stop where the graph is collected: what comes after runs the network on random input, ten executions a second. Probes are short."""
+    """Readers stop where the graph is collected: what comes after runs the network on random input, ten times a second. Probes are short."""
     from rnn2bin.loaders import graph, onnx_file
 
     def stop(*_: Any, **__: Any) -> Any:
@@ -576,7 +577,8 @@ def onnx_files() -> list[bytes]:
         {"e": w(5, 2), "w": w(2, 6, 2), "r": w(2, 6, 2), "b": w(2, 12), "shape": [0, 0, 4], "m": w(4, 3)},
     )
     branch = [
-        helper.make_graph([node(op, ["y1"], [f"i{op}"])], op, [], [helper.make_empty_tensor_value_info(f"i{op}")]) for op in ("Tanh", "Relu")
+        helper.make_graph([node(op, ["y1"], [f"i{op}"])], op, [], [helper.make_empty_tensor_value_info(f"i{op}")])
+        for op in ("Tanh", "Relu")
     ]
     frames = model(
         [
@@ -663,7 +665,7 @@ def read_graphdef(data: bytes, folder: Path) -> Any:
 
 
 def keras_models() -> list[bytes]:
-    """What the process that reads HDF5 hands over, as JSON: texts, and arrays by shape; the config beside them, and the recipe's `source`."""
+    """What the process that reads HDF5 hands over, as JSON: texts, arrays by shape; the config beside them, and the recipe's `source`."""
     gates = {"recurrent_activation": "sigmoid", "activation": "tanh", "units": 2}
     legacy = {
         "version": "2.4.0",
@@ -726,7 +728,14 @@ def keras_models() -> list[bytes]:
                     {"class_name": "InputLayer", "config": {"batch_shape": [None, None, 2], "name": "x"}},
                     {
                         "class_name": "Conv1D",
-                        "config": {"name": "conv1d", "filters": 3, "kernel_size": [3], "strides": [1], "padding": "causal", "activation": "relu"},
+                        "config": {
+                            "name": "conv1d",
+                            "filters": 3,
+                            "kernel_size": [3],
+                            "strides": [1],
+                            "padding": "causal",
+                            "activation": "relu",
+                        },
                     },
                     {"class_name": "GRU", "config": {"name": "gru", **gates, "reset_after": True, "return_sequences": False}},
                     {"class_name": "LeakyReLU", "config": {"name": "leaky", "negative_slope": 0.1}},
@@ -896,13 +905,17 @@ TARGETS: dict[str, Target] = {
     "report": Target(reports, read_report, mutate.of_json),
     "manifest": Target(manifests, read_manifest, mutate.of_json),
     "onnx-bytes": Target(onnx_tensors, read_onnx_bytes, mutate.of_protobuf),
-    "onnx": Target(onnx_files, read_collected("m.onnx"), mutate.of_protobuf),
+    "onnx": Target(onnx_files, read_collected("m.onnx"), mutate.of_protobuf, share=0.3),
     "tensorflow-bytes": Target(tensorflow_parts, read_graphdef, mutate.of_protobuf),
-    "tensorflow": Target(lambda: tensorflow_files("block_lstm", "gru_block_cell", "language_model"), read_collected("m.pb"), mutate.of_protobuf),
+    "tensorflow": Target(
+        lambda: tensorflow_files("block_lstm", "gru_block_cell", "language_model"), read_collected("m.pb"), mutate.of_protobuf, share=0.2
+    ),
     "keras": Target(keras_models, read_keras(settled=False), mutate.of_json),
     "keras-zip": Target(keras_zips, read_keras_zip),
-    "keras-hdf5": Target(hdf5_files, read_hdf5, crashes=True),
-    "onnx-settled": Target(onnx_files, read_settled("m.onnx"), mutate.of_protobuf, share=0.005),
-    "tensorflow-settled": Target(lambda: tensorflow_files("block_lstm", "language_model"), read_settled("m.pb"), mutate.of_protobuf, share=0.005),
-    "keras-settled": Target(keras_models, read_keras(settled=True), mutate.of_json, share=0.005),
+    "keras-hdf5": Target(hdf5_files, read_hdf5, share=0.2, crashes=True),
+    "onnx-settled": Target(onnx_files, read_settled("m.onnx"), mutate.of_protobuf, share=0.002),
+    "tensorflow-settled": Target(
+        lambda: tensorflow_files("block_lstm", "language_model"), read_settled("m.pb"), mutate.of_protobuf, share=0.002
+    ),
+    "keras-settled": Target(keras_models, read_keras(settled=True), mutate.of_json, share=0.002),
 }
