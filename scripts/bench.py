@@ -37,7 +37,7 @@ def rate_for(cell: str, density: float) -> float:
 
 @torch.no_grad()
 def network_of(cell: str, hidden: int, density: float, *, layers: int = 2, tokens: bool = True, seed: int = 0) -> Network:
-    """Uniform weights; gate biases moved until each gate opens as often as `density` asks for, and spread so that units differ."""
+    """Uniform weights; each unit's gate biases moved until it opens as often as `density` asks for."""
     stack = tuple(LayerSpec(cell, hidden, hidden) for _ in range(layers))
     spec = RnnSpec({"main": SectionSpec(stack, EmbeddingSpec(VOCABULARY, hidden) if tokens else None)})
     network = Network(spec, {name: (True,) * len(y.kind.gates) for name, y in spec.cell_names()}, levels="learned")
@@ -53,12 +53,13 @@ def network_of(cell: str, hidden: int, density: float, *, layers: int = 2, token
             p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
     rate = rate_for(cell, density)
     wanted = {"i": rate, "f": 0.7, "o": rate, "r": rate, "z": 1 - rate}
-    x = torch.randint(VOCABULARY, (20, 4), generator=generator) if tokens else torch.randn(20, 4, hidden, generator=generator)
+    x = torch.randint(VOCABULARY, (40, 4), generator=generator) if tokens else torch.randn(40, 4, hidden, generator=generator)
     for _ in range(6):
         pres = network(x).pre
         for one, pre in zip(network.cells().values(), pres, strict=True):
             for k, gate in enumerate(one.layer.kind.gate_names):
-                decided = pre[8:, :, k].flatten().sort().values
+                # unit by unit: one that never opens would leave its column zero for ever
+                decided = pre[8:, :, k].flatten(0, 1).sort(0).values
                 one.part("gates").bias.view(-1, hidden)[k] -= decided[int((1 - min(wanted[gate], 0.999)) * (len(decided) - 1))]
     return network.half().float()
 

@@ -59,7 +59,7 @@ def bench(path: Path, data: np.ndarray | None = None, settings: Settings = Setti
     if library.library() is None:
         raise UsageError("bench: measures the native runtime, which was not built; install a C compiler and reinstall")
     with one_core():
-        rows = [row for compute in ("fp16", "int8") for row in rows_of(path, compute, data, settings)]
+        rows = [row for compute in ("auto", "fp16", "int8") for row in rows_of(path, compute, data, settings)]
         return {"machine": machine(), "rows": rows}
 
 
@@ -174,15 +174,12 @@ def read_bandwidth(size: int, repeats: int = 20) -> float:
     """GB/s of reading `size` bytes again and again, the best of `repeats`."""
     native, size = library.library(), max(size, 1 << 16)
     assert native is not None
-    memory = np.ones(size // 8, np.uint64)
-    native.r2b_read(memory.ctypes.data, size)
-    best = float("inf")
+    memory, times, best = np.ones(size // 8, np.uint64), max(1, (1 << 24) // size), float("inf")
     for _ in range(repeats):
         began = time.perf_counter()
-        for _ in range(max(1, (1 << 24) // size)):
-            native.r2b_read(memory.ctypes.data, size)
-        best = min(best, (time.perf_counter() - began) / max(1, (1 << 24) // size))
-    return size / best / 1e9
+        native.r2b_read(memory.ctypes.data, size, times)
+        best = min(best, time.perf_counter() - began)
+    return size * times / best / 1e9
 
 
 def machine() -> dict[str, Any]:
