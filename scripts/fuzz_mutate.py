@@ -1,4 +1,4 @@
-"""Mutations for scripts/fuzz.py: of bytes, of JSON and of protobuf messages. Each takes an input and the honest ones, and returns another."""
+"""Mutations for scripts/fuzz.py: of bytes, of JSON, of protobuf messages. Each takes an input and the honest ones, and gives another."""
 
 from __future__ import annotations
 

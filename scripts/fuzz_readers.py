@@ -470,7 +470,7 @@ class CollectedError(Exception):
 
 @contextmanager
 def unsettled() -> Iterator[None]:
-    """Readers stop where the graph is collected: what comes after runs the network on random input, ten times a second. Probes are short."""
+    """Readers stop where the graph is collected: what comes after runs the network, ten times a second. Probes are short."""
     from rnn2bin.loaders import graph, onnx_file
 
     def stop(*_: Any, **__: Any) -> Any:
