@@ -48,7 +48,7 @@ typedef struct {
 } r2b_counters;
 
 R2B_API int32_t r2b_abi(void);
-R2B_API const char *r2b_isa(void); /* the instruction set in use: RNN2BIN_ISA=scalar|avx2|avx512|neon forces a lower one */
+R2B_API const char *r2b_isa(void); /* the instruction set in use: RNN2BIN_ISA=scalar|avx2|avx512|avx512vnni|neon forces a lower one */
 R2B_API const char *r2b_last_error(void);
 
 /* NULL where the directory is not a whole packed model. */

@@ -1,5 +1,5 @@
 /* AVX-512. Eight floats at a time where the processor converts fp16 faster so (Zen 4: 39 against 28 Gweights/s from L1), sixteen where its
- * paths are that wide (R2B_SIXTEEN; Zen 5: 50 against 36). */
+ * paths are that wide (R2B_SIXTEEN; Zen 5: 50 against 34). */
 #include <immintrin.h>
 
 #if defined(R2B_SIXTEEN)
