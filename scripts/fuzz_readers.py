@@ -897,10 +897,10 @@ TARGETS: dict[str, Target] = {
     "huggingface-index": Target(indexes, read_index, mutate.of_json),
     "recipe": Target(recipes, read_recipe),
     "packed-config": Target(lambda: [packed()[0]], read_packed, mutate.of_json),
-    "packed-files": Target(lambda: [joined(*packed_text())], read_packed_files, change_packed_files),
+    "packed-files": Target(lambda: [joined(*packed_text())], read_packed_files, change_packed_files, share=0.5),
     "data": Target(data_headers, read_data, mutate.of_json),
-    "data-array": Target(data_arrays, read_data_array),
-    "data-text": Target(texts, read_text),
+    "data-array": Target(data_arrays, read_data_array, share=0.5),
+    "data-text": Target(texts, read_text, share=0.3),
     "data-vocabulary": Target(lambda: [b"a\nb\n<unk>\nd\n ", b"a\nb\nc\nd\n<unk>\n"], read_vocabulary),
     "report": Target(reports, read_report, mutate.of_json),
     "manifest": Target(manifests, read_manifest, mutate.of_json),
@@ -917,5 +917,5 @@ TARGETS: dict[str, Target] = {
     "tensorflow-settled": Target(
         lambda: tensorflow_files("block_lstm", "language_model"), read_settled("m.pb"), mutate.of_protobuf, share=0.002
     ),
-    "keras-settled": Target(keras_models, read_keras(settled=True), mutate.of_json, share=0.002),
+    "keras-settled": Target(keras_models, read_keras(settled=True), mutate.of_json, share=0.005),
 }
