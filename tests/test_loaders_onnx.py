@@ -630,6 +630,27 @@ def test_a_short_file_cannot_fill_the_memory(op, tmp_path):
     assert "exhaust the memory" in reasons(net.save(tmp_path / "m.onnx", y))
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_values_that_add_up_are_refused_and_those_let_go_are_not(kept, tmp_path):
+    """Twenty values of 16 MB in a file of a few kB: one after the other, or all wanted at the end."""
+    net = Net()
+    values = [net.op("Expand", net.tensor(np.zeros(1, np.float32)), net.tensor([2**22]))]
+    for _ in range(20):
+        values.append(net.op("Neg", values[-1]))
+    total = net.op("ReduceSum", net.op("Sum", *values) if kept else values[-1], keepdims=0)
+    y, *_ = net.cell("LSTM", net.op("Add", "x", total))
+    path = net.save(tmp_path / "m.onnx", net.flat(y))
+    assert ("exhaust the memory" in reasons(path)) if kept else network(path)
+
+
+def test_an_input_without_axes_is_refused(tmp_path):
+    net = Net()
+    y, *_ = net.cell("LSTM", net.op("Reshape", "x", net.tensor([1, 1, WIDTH])))
+    proto = net.model({"x": (TensorProto.FLOAT, [])}, y)
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    assert "no sequence to read" in reasons(tmp_path / "m.onnx")
+
+
 def test_deep_nesting_is_refused(tmp_path):
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [], [helper.make_empty_tensor_value_info("y")])
     for _ in range(30):

@@ -192,6 +192,27 @@ def test_a_graph_cut_short_is_refused(tmp_path):
         refused(saved(tmp_path, whole[: end - 1]), "not a frozen TensorFlow graph")
 
 
+def test_a_number_where_bytes_are_due_is_refused(tmp_path):
+    """Python makes as many zeros of a number; terabytes of them here."""
+    tensor = field(1, 1) + field(2, shape(1)) + field(4, 2**40)
+    for part in (
+        field(1, field(1, b"x") + field(2, 2**40)),
+        node("x", "Const", value=field(8, tensor)),
+        node("x", "Relu", s=field(2, 2**40)),
+    ):
+        refused(saved(tmp_path, part), "not a frozen TensorFlow graph.*a number where bytes are due")
+
+
+def test_nodes_that_are_not_as_tensorflow_writes_them(tmp_path):
+    gru = case("gru", tmp_path)[0].read_bytes()
+    default = node("d", "PlaceholderWithDefault")  # of nothing
+    refused(saved(tmp_path, gru, default, node("out", "Mul", "net/add", "d")), "a node is not as TensorFlow writes it")
+    product = [const("c", np.float32(2)), const("axes", np.array([0], np.int32)), node("p", "Prod", "c", "axes")]  # along no axis
+    refused(saved(tmp_path, gru, *product, node("out", "Mul", "net/add", "p")), "ReduceProd does not run|is not as TensorFlow writes it")
+    beyond = node("h", "Const", value=field(8, field(1, 4) + field(2, shape(1)) + field(7, 2**40)))
+    refused(saved(tmp_path, gru, beyond, node("out", "Mul", "net/add", "h")), "a constant of shape")
+
+
 def test_sizes_are_compared_before_anything_is_allocated(tmp_path):
     gru = case("gru", tmp_path)[0].read_bytes()
     refused(saved(tmp_path, gru, filled("bomb", 0.0, 2**20, 2**20)), "exhaust the memory", UnsafeError)

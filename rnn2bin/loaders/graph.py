@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 INLINE = 16  # numbers: constants up to here are written out exactly; larger float ones are weights
 MOST_LITERALS = 65536
+MOST_ELEMENTS = 2**24  # of a value while a file is read, and as many as the file's tensors have
 STEPS = (29, 17, 64, 128, 400)  # tried in turn: convolutions and pools need some length
 BATCH = 3
 TOLERANCE = 1e-6  # of outputs against their own scale; float64 sums in another order stay far below
@@ -193,6 +194,16 @@ def _weight(values: Tensor, hint: str) -> Tensor:
 
 def settle(section: SectionSpec, weights: dict[str, Tensor], *, layouts: Sequence[bool], steps: int | None) -> Assembly:
     """The section with everything that running it tells; as a plain chain where it is one."""
+    from rnn2bin.cells import ops
+
+    limit = ops.MOST_ELEMENTS.set(MOST_ELEMENTS + sum(values.numel() for values in weights.values()))
+    try:
+        return _first_settled(section, weights, layouts, steps)
+    finally:
+        ops.MOST_ELEMENTS.reset(limit)
+
+
+def _first_settled(section: SectionSpec, weights: dict[str, Tensor], layouts: Sequence[bool], steps: int | None) -> Assembly:
     problems: list[str] = []
     for batch_first in layouts:
         graph = section.graph

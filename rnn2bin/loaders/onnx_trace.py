@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rnn2bin.errors import UnsupportedError
 from rnn2bin.loaders.assemble import BLOCKS, CANDIDATE, split_direction
-from rnn2bin.loaders.graph import Direction, GraphBuilder
+from rnn2bin.loaders.graph import MOST_ELEMENTS, Direction, GraphBuilder
 from rnn2bin.loaders.onnx_proto import STANDARD, Graph, Operation
 from rnn2bin.spec import CELLS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_ELEMENTS = 2**26  # of a value while a file is read
+MOST_HELD = 2**27  # bytes of all values that are still to be read, and twice the file's tensors
 # What only moves numbers about: a state input stays one behind these.
 MOVES = ("Identity", "Cast", "Gather", "Slice", "Split", "Squeeze", "Unsqueeze", "Reshape", "Transpose", "Flatten")
 CASTS = {1: "float32", 10: "float32", 11: "float32", 16: "float32", 9: "bool", **dict.fromkeys((2, 3, 4, 5, 6, 7, 12, 13), "int64")}
@@ -71,13 +71,19 @@ class Tracer:
     unknown: list[str] = field(default_factory=list)  # operations that are not run
     read: list[frozenset[str]] = field(default_factory=list)  # what the layers' inputs depend on
     steps: list[tuple[int, int]] = field(default_factory=list)  # (T, B) of every layer at the first probe
+    _most: int = MOST_ELEMENTS
+    _most_held: int = MOST_HELD
+    _held: int = 0
+    _kept: int = 0  # bytes of constants that the builder has
     _emitted: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
 
     def run(self, graph: Graph, feeds: Mapping[str, Value]) -> list[Value]:
         """The graph's outputs."""
         from rnn2bin.cells import ops
 
-        limit = ops.MOST_ELEMENTS.set(MOST_ELEMENTS)
+        self._most = MOST_ELEMENTS + sum(t.numel() for t in graph.tensors.values())
+        self._most_held = MOST_HELD + 2 * sum(t.nbytes for t in graph.tensors.values())
+        limit = ops.MOST_ELEMENTS.set(self._most)
         try:
             values = self._graph(graph, ChainMap(dict(feeds)))
             return [self._find(values, name) for name in graph.outputs]
@@ -87,13 +93,22 @@ class Tracer:
     def _graph(self, graph: Graph, values: ChainMap[str, Value]) -> MutableMapping[str, Value]:
         inside = values.new_child({name: Value((tensor,), label=name) for name, tensor in graph.tensors.items()})
         made: set[str] = set(inside.maps[0]) | {one.name for one in graph.inputs}
-        for node in graph.nodes:
+        ends = _ends(graph)
+        begun = self._held
+        for at, node in enumerate(graph.nodes):
             twice = [name for name in node.outputs if name in made]
             if twice:
                 raise UnsupportedError(f"{node.op} makes {twice[0]!r}, which is there already; the file is damaged")
             made |= {name for name in node.outputs if name}
             operands = [self._find(inside, name) if name else None for name in node.inputs]
-            inside |= zip(node.outputs, self._node(node, operands, inside, graph.opset), strict=False)
+            found = dict(zip(node.outputs, self._node(node, operands, inside, graph.opset), strict=False))
+            self._held += sum(map(_bytes, found.values()))
+            inside |= found
+            for name in ends.get(at, ()):
+                self._held -= _bytes(inside.maps[0].pop(name, None))
+            if self._held + self._kept > self._most_held:
+                raise UnsupportedError(f"makes more than {self._most_held} bytes from a short input; refused, it would exhaust the memory")
+        self._held = begun
         return inside
 
     def _find(self, values: Mapping[str, Value], name: str) -> Value:
@@ -142,8 +157,8 @@ class Tracer:
         for probe in range(1 if constant else self.probes(operands)):
             made = OPS[op]([None if one is None else one.data[probe % len(one.data)] for one in operands], attributes)
             ran.append(made if isinstance(made, tuple) else (made,))
-        if any(t.numel() > MOST_ELEMENTS for made in ran for t in made):
-            raise UnsupportedError(f"makes more than {MOST_ELEMENTS} numbers from a short input; refused, it would exhaust the memory")
+        if any(t.numel() > self._most for made in ran for t in made):
+            raise UnsupportedError(f"makes more than {self._most} numbers from a short input; refused, it would exhaust the memory")
         results = list(zip(*ran, strict=True))[: max(count, 1)]
         if constant:
             return [Value(data) for data in results]
@@ -183,6 +198,7 @@ class Tracer:
             return value.name
         tensor = value.data[0]
         if id(tensor) not in self._emitted:
+            self._kept += 2 * tensor.nbytes
             self._emitted[id(tensor)] = (tensor, self.builder.constant(tensor, value.label or "constant"))
         return self._emitted[id(tensor)][1]
 
@@ -424,6 +440,31 @@ class _Layer:
     lengths: Value | None
     h0: Value | None
     c0: Value | None
+
+
+def _bytes(value: Value | None) -> int:
+    return sum(t.nbytes for t in value.data) if value is not None else 0
+
+
+def _ends(graph: Graph) -> dict[int, list[str]]:
+    """The values that nobody reads behind a node, by the node's place: kept until the end, they would add up."""
+    last: dict[str, int] = {}
+    for at, node in enumerate(graph.nodes):
+        last |= dict.fromkeys((*node.outputs, *_reads(node)), at)
+    ends: dict[int, list[str]] = {}
+    for name in last.keys() - {*graph.outputs, *graph.tensors}:
+        ends.setdefault(last[name], []).append(name)
+    return ends
+
+
+def _reads(node: Operation) -> Iterator[str]:
+    """What a node reads, its branches too."""
+    yield from node.inputs
+    for branch in node.attributes.values():
+        if isinstance(branch, Graph):
+            yield from branch.outputs
+            for inner in branch.nodes:
+                yield from _reads(inner)
 
 
 @special("LSTM", "GRU", "RNN")

@@ -44,11 +44,15 @@ def read(path: Path, source: Source) -> Assembly:
 
     `source.ignore` may name outputs that do not count.
     """
+    from rnn2bin.cells.ops import MISFITS
+
     nodes = graphdef.read(path)
     try:
         return _Importer(nodes, source.ignore).network()
     except RecursionError:
         raise UnsupportedError("the graph is too deep to be followed") from None
+    except (*MISFITS, AttributeError) as error:  # inputs and attributes are taken as there
+        raise UnsupportedError(f"a node is not as TensorFlow writes it ({type(error).__name__}: {error}); freeze the graph again") from None
 
 
 class _Importer(Values):

@@ -124,7 +124,7 @@ static int find_weights(loader *l, const layer_config *y, const char *prefix, so
 static int load_vectors(loader *l, cell *c, const char *prefix) {
   const layer_config *y = c->layer;
   size_t hidden = (size_t)y->hidden, wide = (size_t)y->gates * (size_t)y->width, room = (size_t)c->candidate_rows;
-  c->gate_bias = floats(l, find(l, (int64_t)wide, 0, "%s.gates.bias", prefix), wide, wide);
+  c->gate_bias = floats(l, find(l, (int64_t)wide, 0, "%s.gates.bias", prefix), wide, wide + room); /* the last unit's group is read whole */
   c->bias = floats(l, find(l, y->hidden, 0, "%s.candidate.bias", prefix), hidden, room);
   if (!c->gate_bias || !c->bias) return -1;
   if (y->peepholes && !(c->peephole = floats(l, find(l, y->gates * y->hidden, 0, "%s.gates.peephole", prefix), y->gates * hidden, y->gates * hidden)))
