@@ -68,7 +68,7 @@ def assemble(source: Source, tensors: Mapping[str, torch.Tensor]) -> tuple[RnnSp
 
 def build(source: Source, tensors: Mapping[str, torch.Tensor]) -> Assembly:
     """Like `assemble`, but the reasons are returned instead of raised."""
-    work = _Work(tensors)
+    work = Work(tensors)
     named = {"main": source.main, "encoder": source.encoder, "decoder": source.decoder}
     sections = {name: work.section(name, section) for name, section in named.items() if section is not None}
     decode = DecodeSpec(source.decode.start, source.decode.end, source.decode.max_length) if source.decode else None
@@ -132,7 +132,7 @@ def split_direction(cell: str, ih: torch.Tensor, hh: torch.Tensor, b_ih: torch.T
     return {**found, "candidate.bias": candidate_ih + candidate_hh}
 
 
-class _Work:
+class Work:
     """Takes tensors by name, collecting reasons instead of stopping at the first."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
