@@ -92,7 +92,7 @@ def source_yaml(draft: Mapping[str, Any] | None, reasons: Sequence[str], ignore:
     data = {"source": {**draft, **({"ignore": list(ignore)} if ignore else {})}}
     body = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, allow_unicode=True, width=1000)
     notes = "# where it applies, add to a section: `readout: last` (or final, mean, max); `one_hot: true` for tokens without a table\n"
-    notes = "" if "keras" in draft else notes
+    notes = notes if {"main", "encoder"} & draft.keys() and not draft.get("main", {}).get("graph") else ""
     return comments + notes + str(body)
 
 
