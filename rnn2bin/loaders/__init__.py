@@ -15,7 +15,7 @@ from rnn2bin import spec as spec_module
 from rnn2bin.errors import ResourceError, UnsupportedError, UsageError
 from rnn2bin.files import READ_NOW, fingerprint, regular_file
 from rnn2bin.loaders import graph_source, huggingface, keras_file, npz, onnx_file, pytorch, recognise, safetensors_file, tensorflow_graph
-from rnn2bin.loaders.assemble import Assembly, build, leftovers
+from rnn2bin.loaders.assemble import Assembly, build, leftovers, unused
 from rnn2bin.loaders.render import parts, source_yaml, spec_parts, text
 from rnn2bin.recipe import Source
 from rnn2bin.spec import RnnSpec
@@ -105,6 +105,7 @@ class _Resolved:
     reasons: list[str]
     readout_stated: bool
     ignore: Sequence[str] = ()
+    unused: Sequence[str] = ()
 
 
 def load(path: str | Path, *, source: Source | None = None) -> Loaded:
@@ -147,7 +148,7 @@ def inspect(path: str | Path, *, source: Source | None = None) -> Inspection:
         format=name,
         tensors=[(key, shapes[key], str(tensor.dtype).removeprefix("torch.")) for key, tensor in tensors.items()],
         recognised=None if resolved.reasons else resolved.assembly.spec,
-        source="" if name in GRAPH_READERS and not resolved.draft else source_yaml(resolved.draft, resolved.reasons, ignored),
+        source="" if name in GRAPH_READERS and not resolved.draft else source_yaml(resolved.draft, resolved.reasons, ignored, resolved.unused),
         reasons=resolved.reasons,
         readout_stated=resolved.readout_stated,
         parts=[*resolved.assembly.notes, *(spec_parts(spec) if spec else [])] if graph else parts(resolved.draft, shapes),
@@ -217,7 +218,8 @@ def _resolve(tensors: dict[str, torch.Tensor], source: Source | None) -> _Resolv
     else:
         built = build(complete, wanted)
     reasons = list(dict.fromkeys([*proposal.reasons, *built.reasons]))
-    return _Resolved(tensors, built, proposal.draft, reasons, source.readout is not None, proposal.ignore)
+    left = unused(wanted, proposal.uses(), proposal.ignore) if proposal.draft else []
+    return _Resolved(tensors, built, proposal.draft, reasons, source.readout is not None, proposal.ignore, left)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -83,13 +83,17 @@ def build(source: Source, tensors: Mapping[str, torch.Tensor]) -> Assembly:
 
 def leftovers(tensors: Mapping[str, torch.Tensor], used: Iterable[str], ignore: Sequence[str]) -> list[str]:
     """One reason for every tensor that is neither used nor listed in `ignore` (names or glob patterns)."""
-    used = set(used)
-    left = [name for name in tensors if name not in used and not any(name == p or fnmatchcase(name, p) for p in ignore)]
     return [
-        f"{name} {tuple(tensors[name].shape)}: {_guess(name)}no part of a network that rnn2bin runs; where the network "
-        f'gives the same outputs without it, list it in the recipe\'s `source: {{ignore: ["{name}"]}}`'
-        for name in left
+        f"{name} {tuple(tensors[name].shape)}: {_guess(name)}no part of what was recognised; where the network gives the same outputs "
+        f'without it, list it in the recipe\'s `source: {{ignore: ["{name}"]}}`, else say what it does in a `graph` (docs/graphs.md)'
+        for name in unused(tensors, used, ignore)
     ]
+
+
+def unused(names: Iterable[str], used: Iterable[str], ignore: Sequence[str]) -> list[str]:
+    """The tensors that are neither used nor listed in `ignore` (names or glob patterns)."""
+    used = set(used)
+    return [name for name in names if name not in used and not any(name == p or fnmatchcase(name, p) for p in ignore)]
 
 
 def _guess(name: str) -> str:

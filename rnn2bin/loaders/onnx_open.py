@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rnn2bin.loaders.onnx_proto import Graph, Operation
-from rnn2bin.loaders.onnx_trace import Tracer, Value
+from rnn2bin.loaders.onnx_trace import MOVES, Tracer, Value
 
 WIDEST = 4096  # of the widths tried
 GROWTH = 1.25  # from one width tried to the next
@@ -81,7 +81,7 @@ def compared(graph: Graph, name: str) -> list[int]:
     same, found = {name}, []
     constants = {key: tensor for key, tensor in graph.tensors.items() if tensor.numel() == 1}
     for node in graph.nodes:
-        if node.op in ("Cast", "Identity", "Squeeze", "Reshape") and node.inputs[:1] and node.inputs[0] in same:
+        if node.op in MOVES and node.inputs[:1] and node.inputs[0] in same:
             same |= set(node.outputs)
         if node.op == "Constant" and (value := _scalar(node)) is not None:
             constants[node.outputs[0]] = value
