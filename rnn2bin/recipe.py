@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from rnn2bin.spec import CELLS, Activation, Readout
@@ -101,6 +110,13 @@ GraphOp = Literal[
 # fmt: on
 
 
+def _attribute(value: Any) -> Any:
+    one_kind = isinstance(value, list) and (all(type(n) is int for n in value) or all(type(n) in (int, float) for n in value))
+    if not one_kind and not isinstance(value, bool | int | float | str):
+        raise ValueError("must be a number, a text, true, false, or a list of numbers")
+    return value
+
+
 class NodeSource(Closed):
     """One operation around the layers, under ONNX's name and with its meaning (opset 17); and two that ONNX lacks: `Recurrent` runs layers
     of the section on x (B,T,·) -> y (B,T,D·R), last h (D,B,R), an LSTM's last c (D,B,H); `Linear` is x Wᵀ + b for W (out, in).
@@ -112,7 +128,7 @@ class NodeSource(Closed):
     op: GraphOp
     inputs: list[str] = Field(default_factory=list, description='values and tensors, "" for one left out')
     outputs: list[str] = Field(min_length=1, description="names for what it gives; the last node's first output goes on to the head")
-    attributes: dict[str, bool | int | float | str | list[int] | list[float]] = Field(
+    attributes: dict[str, Annotated[Any, AfterValidator(_attribute)]] = Field(
         default_factory=dict, description="the operation's own; of Recurrent: `layers`, which of the section's it runs, all if not given"
     )
 
@@ -127,9 +143,10 @@ class SectionSource(Closed):
         "all", description="what the head reads: all steps, the last step, the final states of both directions, the mean or max over time"
     )
     graph: list[NodeSource] | None = Field(
-        None, min_length=1, description="what stands around and between the layers, in order, where they are no plain chain; takes no readout"
+        None,
+        min_length=1,
+        description="what stands around and between the layers, in order, where they are no plain chain; takes no readout",
     )
-
 
     @model_validator(mode="after")
     def _graph_reads_out(self) -> SectionSource:
@@ -222,6 +239,12 @@ class Source(Closed):
     input_shape: list[Count] | None = Field(
         None, description="graph files that leave it open, and `graph` sections of floats: sizes of one step of the input"
     )
+
+    @property
+    def given(self) -> set[str]:
+        """The knobs that say something: those of a resolved recipe stand all in it, most with their defaults."""
+        defaults = Source()
+        return {name for name in type(self).model_fields if getattr(self, name) != getattr(defaults, name)}
 
     @property
     def has_graph(self) -> bool:

