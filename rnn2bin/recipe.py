@@ -325,6 +325,9 @@ class Gates(Closed):
         return _check_gates(((("soft", index), gate) for index, gate in given), lambda: handler(data))
 
 
+DENSITY_TOLERANCE = 0.01  # a checkpoint at most this much above the wanted density may be chosen
+
+
 class Budget(Closed):
     """The density dial: the share of weights a step may read, or wanted open rates gate by gate (z: the share of updated units)."""
 
@@ -382,6 +385,11 @@ class Train(Closed):
 
 class Report(Closed):
     max_drop: NotNegative | None = Field(None, description="largest relative loss of the metric; more is exit code 5")
+    max_density: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="largest share of the layers' weights read at a step, counted as `budget.density`, which it sets; more is exit code 5. "
+        "With `max_drop`: the fastest network that keeps both is searched for",
+    )
     controls: bool = Field(True, description="also measure threshold-only, sharpened sigmoid and random gates")
     float_same_compute: bool = Field(False, description="also fine-tune the float network with the same data and steps (doubles the time)")
 
@@ -408,6 +416,21 @@ class Recipe(Closed):
     @property
     def max_steps(self) -> int:
         return self.train.max_steps or int(1.25 * self.train.steps)
+
+    @property
+    def searched(self) -> bool:
+        """Whether a conversion looks for the fastest network that keeps both limits."""
+        return self.report.max_drop is not None and self.report.max_density is not None
+
+    def settled(self) -> Self:
+        """With the budget that `report.max_density` asks for: lower by what a checkpoint may exceed it. A lower one stays."""
+        limit, given = self.report.max_density, self.budget.density
+        if limit is None:
+            return self
+        density = max(limit - DENSITY_TOLERANCE, limit / 2)
+        if given is not None and given <= density:
+            return self
+        return self.model_copy(update={"budget": self.budget.model_copy(update={"density": density})})
 
 
 def parse(data: Any) -> Recipe:

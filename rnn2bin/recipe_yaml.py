@@ -499,6 +499,32 @@ def read(path_or_name: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
     return _resolve_recipe(_text(path), name, overrides)
 
 
+def resolve(
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] = (),
+    *,
+    seed: int | None = None,
+    max_drop: float | None = None,
+    max_density: float | None = None,
+) -> Recipe:
+    """The recipe of a command: a file, a bundled name or a Recipe, with its overrides, then what has an option of its own."""
+    named = {"seed": seed, "report.max_drop": max_drop, "report.max_density": max_density}
+    extra = [*overrides, *(f"{name}={value}" for name, value in named.items() if value is not None)]
+    return override(recipe, extra).settled() if isinstance(recipe, Recipe) else read(recipe, overrides=extra)
+
+
+def plain(path: str | Path) -> dict[str, Any]:
+    """A YAML file that is a map, as plain data, read as strictly as a recipe; RecipeError with every reason."""
+    composer = _Composer(_text(Path(path)), lambda line, column: Place(f"{path}:{line + 1}:{column + 1}", (0, line, column)))
+    root, problems = composer.root, composer.problems
+    if not problems and (root is None or not isinstance(root.value, dict)):
+        problems = [Problem(Place(f"{path}:1:1", (0, 0, 0)), (), "must be a map of keys to values")]
+    if problems or root is None:
+        raise RecipeError(*dict.fromkeys(map(str, problems)))
+    found: dict[str, Any] = root.plain()
+    return found
+
+
 def validate_text(text: str, *, name: str) -> Recipe:
     """The recipe in `text`; `name` stands for the file in the reasons. Raises RecipeError with every reason found."""
     return _resolve_recipe(text, name, ())
@@ -516,7 +542,7 @@ def _resolve_recipe(text: str, name: str, overrides: Sequence[str]) -> Recipe:
     if problems or recipe is None:
         ordered = sorted(problems, key=lambda problem: problem.place.order)
         raise RecipeError(*dict.fromkeys(map(str, ordered)))
-    return recipe
+    return recipe.settled()
 
 
 def _root(composer: _Composer, start: Place) -> tuple[Node, bool]:
