@@ -25,6 +25,7 @@ from rnn2bin.recipe import Recipe
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20  # an honest recipe nests 6 deep; more is an attack on the stack
 MAX_NODES = 10_000
+MOST_OPTIONS = 20  # of a knob, listed where one of them was wanted; of more the nearest is named
 
 KnobPath = tuple[str | int, ...]  # keys and list indices from the recipe's root to a value
 
@@ -448,8 +449,11 @@ def _message(error: ErrorDetails, path: KnobPath, node: Node) -> str:
         field = _field(path)
         return "missing" + (f" ({field.description})" if field and field.description else "") + ": it has no default"
     if kind == "literal_error":
-        options = re.findall(r"'([^']*)'|(\d+)", context["expected"])
-        return f"must be one of {', '.join(a or b for a, b in options)}; given {_given(node)}"
+        options = [a or b for a, b in re.findall(r"'([^']*)'|(\d+)", context["expected"])]
+        close = difflib.get_close_matches(_given(node)[:100], options, n=1) if len(options) > MOST_OPTIONS else []
+        if close:
+            return f"{_given(node)} is unknown here; did you mean {close[0]}?"
+        return f"must be one of {', '.join(options)}; given {_given(node)}"
     if kind == "string_type":
         quotes = "" if node.children is not None or not node.given else f'; put quotes around it: "{_show(node.given)}"'
         return f"must be text; given {_given(node)}{quotes}"
