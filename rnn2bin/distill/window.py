@@ -322,16 +322,26 @@ class Rows(torch.autograd.Function):
         return (one_hot @ grad.to(kind)).to(grad.dtype), None, None
 
 
-def input_product(x: Tensor | Lookup, weight: Tensor, bias: Tensor, precision: str) -> Tensor:
+def input_product(x: Tensor | Lookup, weight: Tensor, bias: Tensor | None, precision: str) -> Tensor:
     """x (T,B,I) · weightᵀ + bias -> (T,B,M). For tokens of a small vocabulary the product is made once for each token, not
-    for each step."""
-    if isinstance(x, Lookup) and x.size <= x.index.numel():
-        table = bias + weight.t() if x.table is None else torch.addmm(bias, x.table, weight.t())
-        return Rows.apply(table, x.index.flatten(), precision).view(*x.index.shape, -1)
-    rows = x.rows(weight.dtype) if isinstance(x, Lookup) else x
-    flat = rows.flatten(0, 1)
-    product = native.LowProduct.apply(flat, weight, bias) if precision == "bfloat16" else torch.addmm(bias, flat, weight.t())
+    for each step. No bias: it belongs to the native kernels, and so does the product."""
+    tokens = x if isinstance(x, Lookup) and x.size <= x.index.numel() else None
+    rows = tokens.table if tokens else x.rows(weight.dtype) if isinstance(x, Lookup) else x
+    if rows is None:
+        product = weight.t() if bias is None else bias + weight.t()
+    elif bias is None:
+        product = native.Product.apply(rows.flatten(0, -2), weight, precision)
+    else:
+        product = torch.addmm(bias, rows.flatten(0, -2), weight.t())
+    if tokens:
+        return Rows.apply(product, tokens.index.flatten(), precision).view(*tokens.index.shape, -1)
     return product.view(*rows.shape[:2], -1)
+
+
+def _noise(mode: Discretize, like: Tensor, *shape: int) -> Tensor:
+    """What the native kernels would draw, where they are there; noise (T,B,G,n·H)."""
+    fast = like.device.type == "cpu" and like.dtype == torch.float32 and native.library() is not None
+    return native.Noise.of(mode).fill(*shape) if fast else logistic_noise(shape, mode, like)
 
 
 def run_cell(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize, *, precision: str = "float32") -> Trace:
@@ -343,19 +353,21 @@ def run_cell(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize,
     modes, (lo, hi) = cell.modes(mode), cell.level_values()
     gates, hidden, width = len(kind.gates), cell.layer.hidden_size, cell.layer.width
     weight_ih = torch.cat([w.gates_ih, w.candidate_ih])
-    bias = torch.cat([w.candidate_bias.new_zeros(gates * hidden), w.candidate_bias])  # the gates' belong to the copies
     gates_bias = w.gates_bias.view(gates, width)
     fast = native.takes(cell, weight_ih, modes)
     precision = precision if fast and native.has_bfloat16() else "float32"
-    x_pre = input_product(x, weight_ih, bias, precision).unflatten(2, (gates + 1, hidden))
-    noise = logistic_noise((*x_pre.shape[:2], gates, width), mode, x_pre) if mode.draws and any(cell.binary) else None
+    noisy = mode.draws and any(cell.binary)
     weight_hh, phi = torch.cat([w.gates_hh, w.candidate_hh]), cell.layer.activation
     if fast:
         c0 = state[1] if kind.name == "lstm" else None
-        h, c, products = native.NativeWindow.apply(
-            x_pre, weight_hh, gates_bias, w.candidate_bias_hh, state[0], c0, lo, hi, noise, kind.name, modes, precision
-        )
+        noise = native.Noise.of(mode) if noisy else None
+        biases, states = (gates_bias, w.candidate_bias, w.candidate_bias_hh), (state[0], c0)
+        x_pre = input_product(x, weight_ih, None, precision).unflatten(2, (gates + 1, hidden))
+        h, c, products = native.NativeWindow.apply(x_pre, weight_hh, *biases, *states, lo, hi, noise, kind.name, modes, precision)
         return Trace((h,) if c0 is None else (h, c), products, gates_bias)
+    bias = torch.cat([w.candidate_bias.new_zeros(gates * hidden), w.candidate_bias])  # the gates' belong to the copies
+    x_pre = input_product(x, weight_ih, bias, precision).unflatten(2, (gates + 1, hidden))
+    noise = _noise(mode, x_pre, *x_pre.shape[:2], gates, width) if noisy else None
     match kind.name:
         case "lstm":
             h, c, pre = LstmWindow.apply(x_pre, weight_hh, gates_bias, w.projection, state[0], state[1], lo, hi, noise, modes, phi)
