@@ -29,11 +29,12 @@ typedef float vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 #define HAS_BF16 0
 #endif
 
-static inline uint16_t to_bf16(float x) {
+static inline uint32_t bf16_bits(float x) {
   union { float f; uint32_t u; } v = {x};
-  if (x != x) return 0x7fc0;
-  return (uint16_t)((v.u + 0x7fffu + ((v.u >> 16) & 1u)) >> 16);
+  uint32_t rounded = (v.u + 0x7fffu + ((v.u >> 16) & 1u)) >> 16;
+  return x == x ? rounded : 0x7fc0u;
 }
+static inline uint16_t to_bf16(float x) { return (uint16_t)bf16_bits(x); }
 
 /* e^x by 2^k * 2^f with a polynomial of degree 6 on |f| <= 1/2. Relative error 1e-7 for |x| < 1 and 4e-6 at the ends, where x * log2(e) is
  * rounded; sigmoid and tanh from it are within 2e-7. NaN stays NaN. */
@@ -76,7 +77,7 @@ static inline __attribute__((always_inline)) void strip_bf16(const float *source
   for (size_t kk = 0; kk + 1 < k; kk += 2, to += wide)
     for (size_t j = 0; j < used; j++) {
       const float *from = source + kk * step_k + j * step_n;
-      to[j] = (uint32_t)to_bf16(from[0]) | (uint32_t)to_bf16(from[step_k]) << 16;
+      to[j] = bf16_bits(from[0]) | bf16_bits(from[step_k]) << 16;
     }
   for (size_t j = 0; k % 2 && j < used; j++) to[j] = to_bf16(source[(k - 1) * step_k + j * step_n]);
 }
@@ -206,12 +207,55 @@ static void step_product(const void *a, size_t lda, const void *packed, size_t d
 /* Rows of a step's operand stand this far apart: not a power of two, whose lines would share one set of the cache. */
 static inline size_t apart(size_t depth) { return up(depth, 32) + 32; }
 
-enum { ROWS_A_TURN = 8 * MR, COLUMNS_A_TURN = 8 * NR };
+enum { ROWS_A_TURN = 8 * MR, COLUMNS_A_TURN = 8 * NR, AHEAD = 16 };
+
+typedef float strip_floats __attribute__((vector_size(MR * 4), aligned(4), may_alias));
+typedef uint32_t strip_bits __attribute__((vector_size(MR * 4), aligned(4), may_alias));
+
+/* `bf16_bits` of MR numbers; written out, since the compiler takes a loop so short apart. */
+static inline strip_bits strip_bf16_bits(const float *source) {
+  strip_floats x = *(const strip_floats *)source;
+  strip_bits u = (strip_bits)x, number = (strip_bits)(x == x), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return (rounded & number) | (0x7fc0u & ~number);
+}
+
+/* The rows of one turn, MR to a strip, from a matrix that stands on its side: along its lines, since its columns would fight for one set of the
+ * cache. */
+static void turn_rows(const float *source, size_t step_k, size_t k, int precision, void *to) {
+  static const float nothing[ROWS_A_TURN];
+  size_t even = up(k, 2);
+  for (size_t kk = 0; kk < even; kk += 2, source += 2 * step_k) {
+    const float *next = kk + 1 < k ? source + step_k : nothing, *soon = kk + AHEAD < k ? source + AHEAD * step_k : source;
+    for (size_t r = 0; r < ROWS_A_TURN; r += MR) {
+      __builtin_prefetch(soon + r); /* lines a page apart: nothing else would fetch them */
+      __builtin_prefetch(soon + (kk + AHEAD + 1 < k ? step_k : 0) + r);
+      if (precision == R2B_BFLOAT16) {
+        *(strip_bits *)((uint32_t *)to + (r * even + kk * MR) / 2) = strip_bf16_bits(source + r) | strip_bf16_bits(next + r) << 16;
+      } else {
+        memcpy((float *)to + r * even + kk * MR, source + r, MR * 4);
+        memcpy((float *)to + r * even + (kk + 1) * MR, next + r, MR * 4);
+      }
+    }
+  }
+}
+
+/* One row of an operand from float32, zeros up to the depth. */
+static inline void operand(const float *restrict source, void *restrict to, int n, size_t depth, int precision) {
+  if (precision == R2B_BFLOAT16) {
+    uint16_t *row = to;
+    for (int j = 0; j < n; j++) row[j] = to_bf16(source[j]);
+    for (size_t j = (size_t)n; j < depth; j++) row[j] = 0;
+  } else {
+    memcpy(to, source, (size_t)n * 4);
+    memset((float *)to + n, 0, (depth - (size_t)n) * 4);
+  }
+}
 
 /* Rows first … first + count of a product of whole matrices: blocks of k so that a panel stays in the first cache, its turn's panels in the second. */
 int NAME(product)(const r2b_product *p, int first, int count) {
   size_t size = p->precision == R2B_BFLOAT16 ? 2 : 4, deep = p->precision == R2B_BFLOAT16 ? 384 : 192, M = (size_t)count, N = (size_t)p->n, K = (size_t)p->k;
-  char *left = malloc(ROWS_A_TURN * deep * size), *right = malloc(COLUMNS_A_TURN * deep * size);
+  size_t lying = p->a_k == 1 && p->a_row != 1, lda = apart(deep); /* rows of a that lie in memory as they are read need not be turned */
+  char *left = calloc(ROWS_A_TURN * lda, size), *right = malloc(COLUMNS_A_TURN * deep * size);
   if (!left || !right) {
     free(left), free(right);
     return -1;
@@ -225,17 +269,25 @@ int NAME(product)(const r2b_product *p, int first, int count) {
       NAME(pack)(p->b + k * p->b_k + n * p->b_n, p->b_k, p->b_n, (int)depth, (int)columns, p->precision, right);
       for (size_t m = 0; m < M; m += ROWS_A_TURN) {
         size_t rows = M - m < ROWS_A_TURN ? M - m : ROWS_A_TURN;
-        for (size_t r = 0; r < rows; r += MR)
-          strip(a + (m + r) * p->a_row + k * p->a_k, p->a_k, p->a_row, depth, rows - r < MR ? rows - r : MR, MR, p->precision, left + r * even * size);
+        const float *source = a + m * p->a_row + k * p->a_k;
+        int whole = p->a_row == 1 && rows == ROWS_A_TURN;
+        if (whole) turn_rows(source, p->a_k, depth, p->precision, left);
+        for (size_t r = 0; !whole && r < rows; r += lying ? 1 : MR) {
+          if (lying)
+            operand(source + r * p->a_row, left + r * lda * size, (int)depth, even, p->precision);
+          else
+            strip(source + r * p->a_row, p->a_k, p->a_row, depth, rows - r < MR ? rows - r : MR, MR, p->precision, left + r * even * size);
+        }
         for (size_t j = 0; j < columns; j += NR)
           for (size_t r = 0; r < rows; r += MR) {
             float *to = out + (m + r) * p->out_row + n + j;
             size_t wide = columns - j < NR ? columns - j : NR, high = rows - r < MR ? rows - r : MR;
+            const char *rows_of_a = left + r * (lying ? lda : even) * size;
             if (high == MR && wide % VL == 0) {
-              block(left + r * even * size, 0, 1, right + j * even * size, even, (int)wide, to, p->out_row, p->precision, add);
+              block(rows_of_a, lda, !lying, right + j * even * size, even, (int)wide, to, p->out_row, p->precision, add);
               continue;
             }
-            block(left + r * even * size, 0, 1, right + j * even * size, even, (int)wide, tile, NR, p->precision, 0);
+            block(rows_of_a, lda, !lying, right + j * even * size, even, (int)wide, tile, NR, p->precision, 0);
             for (size_t y = 0; y < high; y++)
               for (size_t x = 0; x < wide; x++) to[y * p->out_row + x] = (add ? to[y * p->out_row + x] : 0.0f) + tile[y * NR + x];
           }
@@ -245,14 +297,13 @@ int NAME(product)(const r2b_product *p, int first, int count) {
   return 0;
 }
 
-/* log(u / (1 - u)): the quotient's exponent, and of its mantissa m the series of 2 artanh((m - 1) / (m + 1)), m within sqrt(2) of 1; error 1e-7. */
+/* log(u / (1 - u)): from the exponents, and from the mantissas m and n as the series of 2 artanh((m - n) / (m + n)), at most 1/3; error 2e-7. */
 static inline float logit_(float u) {
-  union { float f; uint32_t u; } q = {u / (1.0f - u)};
-  uint32_t e = q.u - 0x3f3504f3u; /* counted from sqrt(1/2) */
-  float exponent = (float)((int32_t)e >> 23);
-  q.u = (e & 0x7fffffu) + 0x3f3504f3u;
-  float y = (q.f - 1.0f) / (q.f + 1.0f), z = y * y;
-  float p = 2.0f / 9.0f;
+  union { float f; uint32_t u; } m = {u}, n = {1.0f - u};
+  float exponent = (float)((int32_t)(m.u >> 23) - (int32_t)(n.u >> 23));
+  m.u = (m.u & 0x7fffffu) | 0x3f800000u, n.u = (n.u & 0x7fffffu) | 0x3f800000u;
+  float y = (m.f - n.f) / (m.f + n.f), z = y * y, p = 2.0f / 11.0f;
+  p = p * z + 2.0f / 9.0f;
   p = p * z + 2.0f / 7.0f;
   p = p * z + 2.0f / 5.0f;
   p = p * z + 2.0f / 3.0f;
@@ -352,18 +403,6 @@ static inline __attribute__((always_inline)) void gate(const r2b_window *w, int 
   else
     GATE(1, R2B_BY_IDENTITY, 0);
 #undef GATE
-}
-
-/* One row of an operand from float32, zeros up to the depth. */
-static inline void operand(const float *restrict source, void *restrict to, int n, size_t depth, int precision) {
-  if (precision == R2B_BFLOAT16) {
-    uint16_t *row = to;
-    for (int j = 0; j < n; j++) row[j] = to_bf16(source[j]);
-    for (size_t j = (size_t)n; j < depth; j++) row[j] = 0;
-  } else {
-    memcpy(to, source, (size_t)n * 4);
-    memset((float *)to + n, 0, (depth - (size_t)n) * 4);
-  }
 }
 
 static inline void add(const float *restrict x, const float *restrict product, float *restrict sum, int n) {
