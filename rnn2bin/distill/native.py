@@ -161,6 +161,18 @@ def multiply(a: Tensor, b: Tensor, precision: str, *, out: Tensor | None = None)
     return out
 
 
+def add_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    """Σ of the rows (N,M) float32 that share an index (N,) int64 below `size` -> (size,M)."""
+    if rows.dtype != torch.float32 or index.dtype != torch.int64 or index.shape != rows.shape[:1]:
+        raise ValueError(f"no rows to add: {tuple(rows.shape)} {rows.dtype} at {tuple(index.shape)} {index.dtype}")
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
+        raise ValueError(f"an index is not within the table of {size} rows")
+    rows, index, table = rows.contiguous(), index.contiguous(), rows.new_zeros(size, rows.shape[1])
+    addresses = (ctypes.c_void_p(t.data_ptr()) for t in (rows, index, table))
+    _call(_kernels().r2b_add_rows, *addresses, *(ctypes.c_int32(n) for n in (*rows.shape, torch.get_num_threads())))
+    return table
+
+
 def _window(
     kind: str, precision: str, modes: tuple[Discretize, ...], noise: Noise | None, x_pre: Tensor, tensors: dict[str, Tensor | None]
 ) -> _Window:
@@ -285,7 +297,9 @@ class NativeWindow(torch.autograd.Function):
         _call(_kernels().r2b_backward, ctypes.byref(_window(ctx.kind, ctx.precision, ctx.modes, ctx.noise, grad_x, t)))
         recurrent = grad_x.flatten(2)
         parts = [recurrent] if t["grad_inner"] is None else [recurrent[:, :, :-hidden], t["grad_inner"]]
-        d_weight = torch.cat([_weight_grad(part, h0, saved.get("h_before", h), ctx.precision, shifted="h_before" not in saved) for part in parts])
+        d_weight = torch.cat(
+            [_weight_grad(part, h0, saved.get("h_before", h), ctx.precision, shifted="h_before" not in saved) for part in parts]
+        )
         states = (t["grad_h0"], t["grad_c0"])
         return grad_x, d_weight, t["grad_gates_bias"], t["grad_bias"], t["grad_bias_hh"], *states, t["grad_lo"], t["grad_hi"], *(None,) * 4
 

@@ -302,24 +302,29 @@ def _gru_level_grads(ctx: Any, lo_at: int, bits: Tensor, d_r: Tensor, d_z: Tenso
 
 
 class Rows(torch.autograd.Function):
-    """table (V,M), index (N,) -> table[index] (N,M). The gradient is one product with one-hot rows: for the small tables this is used
-    with, several times faster than adding row by row."""
+    """table (V,M), index (N,) -> table[index] (N,M). torch adds up the gradient's rows slowly: the native kernels do it instead, or, for
+    small tables, one product with one-hot rows."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, index: Tensor, precision: str) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(index)
-        ctx.size, ctx.precision = table.shape[0], precision
+        ctx.size = table.shape[0]
         return table.index_select(0, index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (index,) = ctx.saved_tensors
+        if _is_native(grad):
+            return native.add_rows(grad, index.long(), ctx.size), None
         if ctx.size > ONE_HOT_LIMIT:
-            return grad.new_zeros(ctx.size, grad.shape[1]).index_add_(0, index, grad), None, None
-        kind = torch.bfloat16 if ctx.precision == "bfloat16" else grad.dtype
-        one_hot = torch.zeros(ctx.size, len(index), dtype=kind, device=grad.device).scatter_(0, index[None], 1)
-        return (one_hot @ grad.to(kind)).to(grad.dtype), None, None
+            return grad.new_zeros(ctx.size, grad.shape[1]).index_add_(0, index, grad), None
+        one_hot = torch.zeros(ctx.size, len(index), dtype=grad.dtype, device=grad.device).scatter_(0, index[None].long(), 1)
+        return one_hot @ grad, None
+
+
+def _is_native(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and native.library() is not None
 
 
 def input_product(x: Tensor | Lookup, weight: Tensor, bias: Tensor | None, precision: str) -> Tensor:
@@ -334,14 +339,13 @@ def input_product(x: Tensor | Lookup, weight: Tensor, bias: Tensor | None, preci
     else:
         product = torch.addmm(bias, rows.flatten(0, -2), weight.t())
     if tokens:
-        return Rows.apply(product, tokens.index.flatten(), precision).view(*tokens.index.shape, -1)
+        return Rows.apply(product, tokens.index.flatten()).view(*tokens.index.shape, -1)
     return product.view(*rows.shape[:2], -1)
 
 
 def _noise(mode: Discretize, like: Tensor, *shape: int) -> Tensor:
     """What the native kernels would draw, where they are there; noise (T,B,G,n·H)."""
-    fast = like.device.type == "cpu" and like.dtype == torch.float32 and native.library() is not None
-    return native.Noise.of(mode).fill(*shape) if fast else logistic_noise(shape, mode, like)
+    return native.Noise.of(mode).fill(*shape) if _is_native(like) else logistic_noise(shape, mode, like)
 
 
 def run_cell(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize, *, precision: str = "float32") -> Trace:

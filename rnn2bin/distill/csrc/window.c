@@ -52,11 +52,13 @@ typedef struct {
   const r2b_window *window;
   const void *packed;
   const r2b_product *product;
-  float *sums;  /* of a backward pass */
+  const float *x; /* rows to add, and to where */
+  const int64_t *index;
+  float *sums;  /* of a backward pass, or the table that rows are added to */
   float *noise; /* and how it is drawn */
   uint64_t seed;
   float share;
-  int gates, width, first, count, failed;
+  int rows, gates, width, first, count, failed;
 } job;
 
 static void *run_forward(void *given) {
@@ -168,6 +170,26 @@ int r2b_multiply(const r2b_product *p) {
   job jobs[MOST_THREADS];
   for (int k = 0; k < n; k++) jobs[k] = (job){.kernels = kernels, .product = p, .first = first[k], .count = count[k]};
   return run_all(run_product, jobs, n);
+}
+
+/* Each thread has its own columns, so every sum has one order. */
+static void *run_rows(void *given) {
+  job *j = given;
+  size_t width = (size_t)j->width;
+  for (size_t n = 0; n < (size_t)j->rows; n++) {
+    const float *restrict from = j->x + n * width + j->first;
+    float *restrict to = j->sums + (size_t)j->index[n] * width + j->first;
+    for (int k = 0; k < j->count; k++) to[k] += from[k];
+  }
+  return NULL;
+}
+
+int r2b_add_rows(const float *rows, const int64_t *index, float *table, int32_t count, int32_t width, int32_t threads) {
+  int at[MOST_THREADS], wide[MOST_THREADS], n = shares(width, threads, 64, at, wide);
+  job jobs[MOST_THREADS];
+  for (int k = 0; k < n; k++)
+    jobs[k] = (job){.x = rows, .index = index, .sums = table, .rows = count, .width = width, .first = at[k], .count = wide[k]};
+  return run_all(run_rows, jobs, n);
 }
 
 int r2b_noise(uint64_t seed, float share, float *noise, int32_t rows, int32_t gates, int32_t width, int32_t threads) {

@@ -68,6 +68,8 @@ R2B_API int r2b_backward(const r2b_window *window);
 R2B_API int r2b_multiply(const r2b_product *product);
 /* noise (rows, gates, width): what a window of so many steps and rows draws under this seed. */
 R2B_API int r2b_noise(uint64_t seed, float share, float *noise, int32_t rows, int32_t gates, int32_t width, int32_t threads);
+/* table (any, width): row index[n] += rows (count, width)[n]; every index is within the table. */
+R2B_API int r2b_add_rows(const float *rows, const int64_t *index, float *table, int32_t count, int32_t width, int32_t threads);
 /* Whether this processor multiplies bfloat16 natively, and the name of the instruction set in use. */
 R2B_API int r2b_has_bfloat16(void);
 R2B_API const char *r2b_isa(void);
