@@ -4,8 +4,8 @@
     python scripts/bench_training.py --quick
     python scripts/bench_training.py --threads 2 --cores 0 1
 
-Protocol: rnn2bin/bench. One iteration is forward, a loss on h, backward, and the gradients of input and weights. On a machine that runs other
-jobs `--clock cpu` counts the processor's time (one thread only).
+Protocol: rnn2bin/bench. One iteration is forward, a loss on h, backward, and the gradients of input and weights.
+On a machine that runs other jobs `--clock cpu` counts the processor's time (one thread only).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -59,9 +60,8 @@ def gated(
     one = Cell(layer, (True,) * len(layer.kind.gates), levels="learned")
     with torch.no_grad():
         for name, p in one.named_parameters():
-            p.uniform_(0.0, 0.2) if name.endswith("lo") else p.uniform_(0.8, 1.0) if name.endswith("hi") else p.uniform_(
-                -(hidden**-0.5), hidden**-0.5
-            )
+            low, high = (0.0, 0.2) if name.endswith("lo") else (0.8, 1.0) if name.endswith("hi") else (-(hidden**-0.5), hidden**-0.5)
+            p.uniform_(low, high)
     state = zero_state(layer, x.shape[1], x)
 
     def iteration() -> int:
@@ -113,20 +113,14 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
                 torch.manual_seed(options.seed)
                 every = contenders(cell, hidden, batch, options)
                 times = bench.interleaved(every, settings, clock=clock)
+                new = []
                 for name, mine in times.items():
                     against = {rival: bench.against(mine, times[rival], options.seed) for rival in (FUSED, LOW) if rival in times}
-                    median = against[name]["us_per_step"] if name in against else float(sorted(mine)[len(mine) // 2])
-                    found.append(
-                        {
-                            **{"cell": cell, "hidden_size": hidden, "batch": batch, "steps": options.steps, "contender": name},
-                            **{"us_per_token": median, "us_per_token_min": float(mine.min()), "against": against},
-                            "peak_bytes_per_token": memory(every[name]),
-                        }
-                    )
-                print(
-                    render([row for row in found if (row["cell"], row["hidden_size"], row["batch"]) == (cell, hidden, batch)]),
-                    file=sys.stderr,
-                )
+                    shape = {"cell": cell, "hidden_size": hidden, "batch": batch, "steps": options.steps, "contender": name}
+                    spent = {"us_per_token": float(np.median(mine)), "us_per_token_min": float(mine.min()), "against": against}
+                    new.append({**shape, **spent, "peak_bytes_per_token": memory(every[name])})
+                print(render(new), file=sys.stderr)
+                found += new
     return found
 
 
