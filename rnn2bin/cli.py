@@ -207,8 +207,7 @@ def bench(out: Path, data: Path | None, against: str, json_out: bool) -> None:
     if unknown := [name for name in names if name not in rivals.NAMES]:
         raise click.UsageError(f"--against: unknown {', '.join(unknown)}; choose of {', '.join(rivals.NAMES)}")
     config = packed.read_config(out)
-    vocabulary = (config.get("task") or {}).get("vocabulary")
-    inputs = benchmark.inputs_from(data, from_dict(config["spec"]), vocabulary) if data else None
+    inputs = benchmark.inputs_from(data, from_dict(config.get("spec") or {}), packed.vocabulary(config)) if data else None
     found = benchmark.bench(out, inputs, benchmark.Settings(against=names))
     as_json(found) if json_out else click.echo(benchmark.render(found))
 

@@ -240,7 +240,7 @@ def check_part(part: Part, spec: RnnSpec, *, where: str) -> None:
 def _text_parts(paths: dict[str, Path], data: recipes.Data, spec: RnnSpec, known: Sequence[str] | None) -> Parts:
     if spec.entry.embedding is None or spec.decode:
         raise DataError("data: text needs a network with token input (one section with an embedding or one-hot tokens)")
-    texts = {name: _read_text(path) for name, path in paths.items()}
+    texts = {name: read_text(path) for name, path in paths.items()}
     if known:
         encode, vocabulary = lambda text: encode_text(text, known), tuple(known)
     else:
@@ -264,7 +264,8 @@ def rows_of(tokens: Tensor, rows: int = TEXT_ROWS) -> Part:
     return Part(tokens[: len(tokens) // rows * rows].view(rows, -1), stream=True)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """DataError where it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -277,7 +278,7 @@ def _vocabulary(texts: dict[str, str], data: recipes.Data, size: int):
         path = Path(data.vocabulary)
         if not path.is_file():
             raise DataError(f"{path}: no such vocabulary file; data.vocabulary names a file with one token a line")
-        words = tuple(_read_text(path).splitlines())
+        words = tuple(read_text(path).splitlines())
         if len(words) != size:
             raise DataError(f"{data.vocabulary}: {len(words)} tokens, but the network knows {size}")
         return _by_table(words, data.tokens == "words"), words

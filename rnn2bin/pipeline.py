@@ -24,6 +24,7 @@ from rnn2bin.evaluation import html
 from rnn2bin.gates.estimators import FLOAT
 from rnn2bin.measure import Candidate
 from rnn2bin.packed import read_config
+from rnn2bin.packed import vocabulary as vocabulary_of
 from rnn2bin.recipe import Recipe
 from rnn2bin.spec import RnnSpec
 
@@ -206,7 +207,7 @@ def _stamp(work: Path) -> str | None:
         key = json.loads((work / STAMP).read_text())["key"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{STAMP} is damaged"
     return str(key)
 
@@ -279,7 +280,7 @@ def finished(out: Path, *, recipe: Recipe, force: bool, **digests: str) -> Repor
         report: Report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         if any(report["provenance"][name] != value for name, value in wanted.items()):
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     work = work_folder(out)
     if force and _stamp(work) is not None:
@@ -445,14 +446,14 @@ def refuse_over_budget(report: Report, recipe: Recipe) -> None:
 
 def _evaluation_job(source: str | Path, recipe: Recipe, given: Any, config: dict[str, Any], *, readout: str) -> Job:
     """The conversion's own data are split as they were then; any other file is all test."""
-    vocabulary = config["task"]["vocabulary"]
+    vocabulary = vocabulary_of(config)
     one = data.one_file(given)
     if one is None:
         return prepare(source, recipe, given, readout=readout, vocabulary=vocabulary)
     if str(given if isinstance(given, str | Path) else given[0]) == str(one):
         try:
             job = prepare(source, recipe, one, readout=readout, vocabulary=vocabulary)
-            if data.digest(job.parts) == config["provenance"]["data_sha256"]:
+            if data.digest(job.parts) == (config.get("provenance") or {}).get("data_sha256"):
                 return job
         except DataError:
             pass  # too few to split; what else is wrong is said below

@@ -74,18 +74,19 @@ class LinearSource(Closed):
 
 
 class LayerSource(Closed):
-    """One direction of one recurrent layer, PyTorch's gate order: LSTM i,f,g,o; GRU r,z,n."""
+    """One direction of one recurrent layer, PyTorch's gate order: LSTM i,f,g,o, or i,g,o where f = 1 − i; GRU r,z,n."""
 
     weight_ih: str
     weight_hh: str
     bias_ih: str | None = None
     bias_hh: str | None = None
     weight_hr: str | None = Field(None, description="the LSTM's projection")
+    peephole: list[str] | None = Field(None, description="the LSTM's peepholes: one tensor (hidden,) for each gate, i, f, o or i, o")
     reverse: LayerSource | None = Field(None, description="the backward direction's tensors")
 
 
 class SectionSource(Closed):
-    cell: Literal["lstm", "gru", "gru_reset_before"]
+    cell: Literal["lstm", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole", "gru", "gru_reset_before"]
     layers: list[LayerSource] = Field(min_length=1)
     embedding: str | None = Field(None, description="tensor of shape (vocabulary, width)")
     one_hot: bool = Field(False, description="inputs are tokens, fed as one-hot vectors")

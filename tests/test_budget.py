@@ -29,7 +29,7 @@ def prepared_of(network, part):
 
 
 @pytest.mark.parametrize("copies", [1, 3])
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "lstm_coupled_peephole"])
 def test_the_density_trained_is_the_density_reported(cell, copies):
     teacher = teacher_of(cell)
     network = student.student(teacher, recipe_of(gates={"copies": copies}).gates)
@@ -43,7 +43,7 @@ def test_the_density_trained_is_the_density_reported(cell, copies):
         assert float(budget.density(network, prepared, out, learn=learn).detach()) == pytest.approx(wanted, rel=1e-12)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "lstm_coupled_peephole"])
 def test_the_density_has_a_gradient_in_every_cell(cell):
     teacher = teacher_of(cell)
     network = student.student(teacher, recipe_of(gates={"copies": 2}).gates)

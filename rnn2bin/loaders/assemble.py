@@ -1,6 +1,7 @@
 """Source + tensors -> (RnnSpec, canonical weights). The one place where gates are permuted.
 
-PyTorch's row blocks are i,f,g,o (LSTM) and r,z,n (GRU); the canonical order is spec.py's, with the candidate in tensors of its own.
+PyTorch's row blocks are i,f,g,o (LSTM; i,g,o where f = 1 − i) and r,z,n (GRU); the canonical order is spec.py's, with the candidate in
+tensors of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 CANDIDATE = "candidate"
 BLOCKS = {
     "lstm": ("i", "f", CANDIDATE, "o"),
+    "lstm_peephole": ("i", "f", CANDIDATE, "o"),
+    "lstm_coupled": ("i", CANDIDATE, "o"),
+    "lstm_coupled_peephole": ("i", CANDIDATE, "o"),
     "gru": ("r", "z", CANDIDATE),
     "gru_reset_before": ("r", "z", CANDIDATE),
 }
@@ -229,7 +233,7 @@ class _Work:
     def direction(self, prefix: str, cell: str, source: LayerSource) -> LayerSpec | None:
         """weight_ih (G*H, I), weight_hh (G*H, R), biases (G*H,), weight_hr (R, H); G counts the candidate block too."""
         blocks = len(BLOCKS[cell])
-        if source.weight_hr and cell != "lstm":
+        if source.weight_hr and not CELLS[cell].has_cell:
             self.reasons.append(f"{source.weight_hr}: only an LSTM has a projection")
         projection = self.take(source.weight_hr, "the projection", (None, None)) if source.weight_hr else None
         size = self.tensors[source.weight_hh].shape if source.weight_hh in self.tensors else ()
@@ -242,6 +246,7 @@ class _Work:
         if projection is not None and hidden is not None and projection.shape[1] != hidden:
             self.reasons.append(f"{source.weight_hr}: shape {tuple(projection.shape)}, but (any, {hidden}) is wanted for the projection")
             return None
+        peephole = self.peephole(cell, source, hidden)
         incomplete = (source.weight_hr and projection is None) or any(bias is None for bias in biases.values())
         if hh is None or ih is None or hidden is None or incomplete:
             return None
@@ -250,7 +255,22 @@ class _Work:
         self.permute(prefix, cell, ih, hh, zeros if b_ih is None else b_ih, zeros if b_hh is None else b_hh)
         if projection is not None:
             self.keep(f"{prefix}.projection.weight", projection)
+        if peephole is not None:
+            self.keep(f"{prefix}.gates.peephole", peephole)
         return LayerSpec(cell, ih.shape[1], hidden, 1, projection.shape[0] if projection is not None else 0)
+
+    def peephole(self, cell: str, source: LayerSource, hidden: int | None) -> torch.Tensor | None:
+        """(G·H,), in the canonical order of gates."""
+        import torch
+
+        kind, names = CELLS[cell], source.peephole or []
+        if len(names) != len(kind.gates) * kind.peepholes:
+            wanted = f"a tensor for each of {', '.join(kind.gate_names)}" if kind.peepholes else "none"
+            self.reasons.append(f"{source.weight_hh}: {len(names)} peepholes given; {cell} has {wanted}")
+            return None
+        found = [self.take(name, f"the peephole of {gate}", (hidden,)) for name, gate in zip(names, kind.gate_names, strict=False)]
+        whole = [one for one in found if one is not None]
+        return torch.cat(whole) if whole else None
 
     def permute(self, prefix: str, cell: str, ih: torch.Tensor, hh: torch.Tensor, b_ih: torch.Tensor, b_hh: torch.Tensor) -> None:
         for name, values in split_direction(cell, ih, hh, b_ih, b_hh).items():

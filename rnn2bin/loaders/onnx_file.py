@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from rnn2bin.errors import UnsupportedError, UsageError
 from rnn2bin.loaders.assemble import Assembly
-from rnn2bin.loaders.graph import SINGLE, GraphBuilder, close
+from rnn2bin.loaders.graph import MOST_ELEMENTS, SINGLE, GraphBuilder, close
 from rnn2bin.loaders.onnx_proto import Graph, Input, read_graph
-from rnn2bin.loaders.onnx_trace import MOST_ELEMENTS, Tracer, Value
+from rnn2bin.loaders.onnx_trace import Tracer, Value
 from rnn2bin.recipe import Source
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _read(graph: Graph, source: Source) -> Assembly:
     if source.output is not None and source.output not in graph.outputs:
         raise UnsupportedError(f"source: no output {source.output!r}; outputs: {', '.join(graph.outputs)}")
     open_inputs = [one for one in graph.inputs if one.name not in source.inputs]
-    mains = [one for one in open_inputs if len(one.dims) > 1 or len(open_inputs) == 1]
+    mains = [one for one in open_inputs if len(one.dims) > 1 or (one.dims and len(open_inputs) == 1)]
     if not mains:
         raise UnsupportedError("no input of two or more axes: no sequence to read")
     problems: list[str] = []

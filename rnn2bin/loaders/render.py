@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rnn2bin.loaders.assemble import BLOCKS
 from rnn2bin.spec import GraphSpec, RnnSpec
 
 MOST_ROWS = 200
@@ -19,7 +20,7 @@ def _plain(line: str) -> str:
 BY_HAND = """\
 source:
   main:
-    cell: lstm  # or gru, gru_reset_before
+    cell: lstm  # or lstm_peephole, lstm_coupled, gru, gru_reset_before …
     embedding: null  # tensor (vocabulary, width); or `one_hot: true`; neither for float inputs
     layers:
     - {weight_ih: unknown, weight_hh: unknown, bias_ih: unknown, bias_hh: unknown}
@@ -53,7 +54,9 @@ def spec_parts(spec: RnnSpec) -> list[str]:
             lines.append(f"{name}: embedding {section.embedding.num_embeddings}x{section.embedding.embedding_dim}")
         for index, layer in enumerate(section.layers):
             ways = "both directions" if layer.directions == 2 else "one direction"
-            lines.append(f"{name}: layer {index}: {layer.cell} {layer.input_size} -> {layer.hidden_size}, {ways}")
+            clips = {"pre-activations": layer.clip, "cells": layer.cell_clip, "projections": layer.proj_clip}
+            clipped = "".join(f", {what} clipped to ±{bound:g}" for what, bound in clips.items() if bound)
+            lines.append(f"{name}: layer {index}: {layer.cell} {layer.input_size} -> {layer.hidden_size}, {ways}{clipped}")
         if section.graph is None:
             lines.append(f"{name}: reads out {section.readout}")
             lines += [f"{name}: linear {one.in_features} -> {one.out_features}, then {one.activation}" for one in section.head]
@@ -75,7 +78,7 @@ def around(graph: GraphSpec) -> list[str]:
 
 def _layer(cell: str, layer: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
     ih, hh = shapes.get(layer["weight_ih"]), shapes.get(layer["weight_hh"])
-    hidden = hh[0] // (4 if cell == "lstm" else 3) if hh else "?"
+    hidden = hh[0] // len(BLOCKS[cell]) if hh else "?"
     ways = "both directions" if layer.get("reverse") else "one direction"
     projected = f", projected to {shapes[layer['weight_hr']][0]}" if layer.get("weight_hr") in shapes else ""
     bias = "" if layer.get("bias_ih") or layer.get("bias_hh") else ", no bias"

@@ -49,8 +49,8 @@ static void list_inputs(r2b_state *s, const call *c, int index, const float *bel
 }
 
 /* Gate rows are all wanted at every step: the inputs' share of a chunk's steps is one product, which reads each weight once. Candidate rows
- * wait for their gates; a screened GRU keeps its sums over all columns. */
-static bool in_advance(const call *c, const cell *cell) { return cell->inputs && c->count > 1 && !cell->screen.keeps; }
+ * wait for their gates; screening reads half as much at a step. */
+static bool in_advance(const call *c, const cell *cell) { return cell->inputs && c->count > 1 && !cell->screen.planes; }
 
 static void make_in_advance(r2b_state *s, const call *c, const cell *cell) {
   int rows = 0;
@@ -81,6 +81,7 @@ static int fill_rows(r2b_state *s, const call *c, int index, int direction, int 
         .c = state->c + (size_t)b * (size_t)state->c_size,
         .read = state->read + (size_t)b * (size_t)state->read_size,
         .products = state->products + (size_t)b * (size_t)state->product_size,
+        .pre = state->pre ? state->pre + (size_t)b * (size_t)(cell->layer->gates * cell->layer->width) : NULL,
         .screen = s->screen,
     };
     if (cell->screen.keeps) {
@@ -115,7 +116,7 @@ static void run_layer(r2b_state *s, const call *c, int index, const float *below
     if (in_advance(c, cell)) make_in_advance(s, c, cell);
     for (int t = 0; t < c->count; t++) {
       int rows = fill_rows(s, c, index, d, t, out);
-      s->model->kernels->step[y->cell](cell, s->rows, s->product_rows, rows, &s->work);
+      s->model->kernels->step[y->step](cell, s->rows, s->product_rows, rows, &s->work);
       for (int k = 0; k < rows; k++) memcpy(s->outs[k], s->rows[k].read, sizeof(float) * (size_t)y->recurrent);
     }
   }
