@@ -410,7 +410,8 @@ def input_product(x: Tensor | Lookup, weight: Tensor, bias: Tensor | None, preci
         product = torch.addmm(bias, rows.flatten(0, -2), weight.t())
     if tokens:
         return Rows.apply(product, tokens.index.flatten()).view(*tokens.index.shape, -1)
-    return product.view(*rows.shape[:2], -1)
+    steps, batch = x.index.shape if isinstance(x, Lookup) else x.shape[:2]
+    return product.view(steps, batch, -1)
 
 
 def _noise(mode: Discretize, like: Tensor, *shape: int) -> Tensor:
@@ -434,10 +435,10 @@ def run_cell(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize,
     weight_hh, phi, clip = torch.cat([w.gates_hh, w.candidate_hh]), cell.layer.activation, cell.layer.clip
     if fast:
         c0 = state[1] if kind.has_cell else None
-        noise = native.Noise.of(mode) if noisy else None
+        drawn = native.Noise.of(mode) if noisy else None
         biases, states = (gates_bias, w.candidate_bias, w.candidate_bias_hh), (state[0], c0)
         x_pre = input_product(x, weight_ih, None, precision).unflatten(2, (gates + 1, hidden))
-        h, c, products = native.NativeWindow.apply(x_pre, weight_hh, *biases, *states, lo, hi, noise, kind.name, modes, precision)
+        h, c, products = native.NativeWindow.apply(x_pre, weight_hh, *biases, *states, lo, hi, drawn, kind.name, modes, precision)
         return Trace((h,) if c0 is None else (h, c), products, gates_bias)
     bias = torch.cat([w.candidate_bias.new_zeros(gates * hidden), w.candidate_bias])  # the gates' belong to the copies
     x_pre = input_product(x, weight_ih, bias, precision).unflatten(2, (gates + 1, hidden))
