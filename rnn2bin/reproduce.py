@@ -98,10 +98,12 @@ def read(report: Path) -> dict[str, Any]:
 
 
 def quiet_recipe(recorded: dict[str, Any]) -> Recipe:
-    """The recorded recipe without what is only reported: that does not change the weights."""
+    """The recorded recipe without what is only reported: that does not change the weights. Two limits do: they were searched by."""
     try:
-        return Recipe.model_validate({**recorded["recipe"], "report": {"controls": False}})
-    except (TypeError, ValueError) as error:
+        limits = {name: recorded["recipe"]["report"].get(name) for name in ("max_drop", "max_density")}
+        kept = limits if None not in limits.values() else {}
+        return Recipe.model_validate({**recorded["recipe"], "report": {"controls": False, **kept}})
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UsageError(f"the report's recipe is not one of this version ({str(error).splitlines()[0]})") from None
 
 

@@ -18,6 +18,7 @@ from rnn2bin import loaders
 from rnn2bin.cells.network import teacher_network
 from rnn2bin.cli import main
 from rnn2bin.errors import Rnn2binError, UnsafeError, UnsupportedError, UsageError
+from rnn2bin.loaders.onnx_open import Widths, widths
 from rnn2bin.recipe import Source
 
 onnx = pytest.importorskip("onnx")
@@ -389,6 +390,50 @@ def test_one_step_a_call_wants_the_width_of_a_step_where_the_file_does_not_say_i
     assert_close(network(path, input_shape=[8])(x).y, torch.stack(wanted))
 
 
+def test_the_width_of_a_step_that_the_layers_alone_fit_is_found(tmp_path):
+    """Every axis is open, and the file holds no size but those of its tensors."""
+    net = Net()
+    path = net.save(tmp_path / "m.onnx", net.head(net.flat(net.cell("GRU", "x", linear_before_reset=1)[0]), HIDDEN), x=["T", "B", "W"])
+    x = floats(T, B, WIDTH)
+    assert_close(network(path)(x).y, theirs(path, x=x)[0])
+    assert f"file: one step of x is {WIDTH} wide, the only width that fits" in loaders.inspect(path).parts
+
+
+def test_widths_that_fit_are_told_with_the_one_that_convolutions_read_whole(tmp_path):
+    """Windows of 6 every 3 along a step, then two layers that want exactly 3 of them: 12 to 14 run, 12 is read to its end."""
+    net = Net()
+    parts = [net.op("Gather", "state", net.tensor(np.array([k])), axis=0) for k in (0, 1)]
+    rows = net.op("Conv", net.op("Unsqueeze", "x", net.tensor(np.array([1]))), net.weight(2, 1, 6), strides=[3])
+    flat = net.op("Reshape", rows, net.tensor(np.array([0, -1])))
+    y, h, c = net.cell("LSTM", net.op("Unsqueeze", flat, net.tensor(np.array([0]))), 6, h0=parts[0], c0=parts[1])
+    out = net.head(net.op("Squeeze", y, net.tensor(np.array([0, 1]))), HIDDEN)
+    path = net.save(tmp_path / "m.onnx", out, net.op("Concat", h, c, axis=0), x=["N", "W"], state=(1, [2, "N", HIDDEN]))
+    assert "12 to 14 run, and 12 is the least that its convolutions read as often as the most" in reasons(path)
+    assert "--set source.input_shape=[12]" in reasons(path)
+    shown = loaders.inspect(path)
+    assert shown.recognised is None
+    assert shown.source.endswith("source:\n  input_shape: [12]\n")
+    assert network(path, input_shape=[12]).spec.main.input_shape == (12,)
+
+
+@pytest.mark.parametrize(
+    ("fits", "found"),
+    [
+        (lambda n: n == 37, Widths(37, 37, 37)),
+        (lambda n: 192 <= n <= 703, Widths(192, 703, 576)),
+        (lambda n: n >= 5, None),  # nothing ends it
+        (lambda n: n % 3 == 0, None),  # no neighbours
+        (lambda n: False, None),
+    ],
+)
+def test_widths(fits, found):
+    assert widths(lambda n: ((1, (n - 192) // 128),) if fits(n) else None, [37, 9999, 0]) == found
+
+
+def test_widths_between_which_no_window_decides():
+    assert widths(lambda n: () if 3 <= n <= 9 else None, []) is None
+
+
 def test_batch_before_time_in_the_operation_itself(tmp_path):
     """Layout 1, which onnxruntime's CPU does not run: against the same network with layout 0 and transpositions."""
     x = floats(B, T, WIDTH)
@@ -421,7 +466,8 @@ def test_a_branch_by_an_input_that_the_recipe_fixes(tmp_path):
     x = floats(T, B, WIDTH)
     for rate in (16000, 8000):
         assert_close(network(path, inputs={"sr": rate})(x).y, theirs(path, x=x, sr=np.array(rate))[0])
-    assert "source: {inputs: {sr: NUMBER}}" in reasons(path)
+    assert "the file compares with 16000; where that is its value, give --set source.inputs.sr=16000" in reasons(path)
+    assert "source:\n  inputs: {sr: 16000}\n" in loaders.inspect(path).source
     assert "no input 'rate'" in reasons(path, inputs={"rate": 1})
 
 

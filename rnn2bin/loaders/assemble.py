@@ -72,7 +72,7 @@ def assemble(source: Source, tensors: Mapping[str, torch.Tensor]) -> tuple[RnnSp
 
 def build(source: Source, tensors: Mapping[str, torch.Tensor]) -> Assembly:
     """Like `assemble`, but the reasons are returned instead of raised."""
-    work = _Work(tensors)
+    work = Work(tensors)
     named = {"main": source.main, "encoder": source.encoder, "decoder": source.decoder}
     sections = {name: work.section(name, section) for name, section in named.items() if section is not None}
     decode = DecodeSpec(source.decode.start, source.decode.end, source.decode.max_length) if source.decode else None
@@ -87,13 +87,17 @@ def build(source: Source, tensors: Mapping[str, torch.Tensor]) -> Assembly:
 
 def leftovers(tensors: Mapping[str, torch.Tensor], used: Iterable[str], ignore: Sequence[str]) -> list[str]:
     """One reason for every tensor that is neither used nor listed in `ignore` (names or glob patterns)."""
-    used = set(used)
-    left = [name for name in tensors if name not in used and not any(name == p or fnmatchcase(name, p) for p in ignore)]
     return [
-        f"{name} {tuple(tensors[name].shape)}: {_guess(name)}no part of a network that rnn2bin runs; where the network "
-        f'gives the same outputs without it, list it in the recipe\'s `source: {{ignore: ["{name}"]}}`'
-        for name in left
+        f"{name} {tuple(tensors[name].shape)}: {_guess(name)}no part of what was recognised; where the network gives the same outputs "
+        f'without it, list it in the recipe\'s `source: {{ignore: ["{name}"]}}`, else say what it does in a `graph` (docs/graphs.md)'
+        for name in unused(tensors, used, ignore)
     ]
+
+
+def unused(names: Iterable[str], used: Iterable[str], ignore: Sequence[str]) -> list[str]:
+    """The tensors that are neither used nor listed in `ignore` (names or glob patterns)."""
+    used = set(used)
+    return [name for name in names if name not in used and not any(name == p or fnmatchcase(name, p) for p in ignore)]
 
 
 def _guess(name: str) -> str:
@@ -136,7 +140,7 @@ def split_direction(cell: str, ih: torch.Tensor, hh: torch.Tensor, b_ih: torch.T
     return {**found, "candidate.bias": candidate_ih + candidate_hh}
 
 
-class _Work:
+class Work:
     """Takes tensors by name, collecting reasons instead of stopping at the first."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:

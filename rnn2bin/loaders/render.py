@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -85,8 +86,9 @@ def _layer(cell: str, layer: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     return f"{cell} {ih[1] if ih and len(ih) == 2 else '?'} -> {hidden}, {ways}{projected}{bias} ({layer['weight_ih']})"
 
 
-def source_yaml(draft: Mapping[str, Any] | None, reasons: Sequence[str], ignore: Sequence[str]) -> str:
-    """The `source:` section to paste into a recipe; `unknown` stands where the file does not say, and no recipe accepts it."""
+def source_yaml(draft: Mapping[str, Any] | None, reasons: Sequence[str], ignore: Sequence[str], unused: Sequence[str] = ()) -> str:
+    """The `source:` section to paste into a recipe; `unknown` stands where the file does not say, and no recipe accepts it. `unused`:
+    tensors that the draft leaves over, which the file alone does not place."""
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
     comments = "".join(f"# open: {_plain(line)}\n" for line in reasons)
@@ -95,8 +97,23 @@ def source_yaml(draft: Mapping[str, Any] | None, reasons: Sequence[str], ignore:
     data = {"source": {**draft, **({"ignore": list(ignore)} if ignore else {})}}
     body = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, allow_unicode=True, width=1000)
     notes = "# where it applies, add to a section: `readout: last` (or final, mean, max); `one_hot: true` for tokens without a table\n"
-    notes = "" if "keras" in draft else notes
-    return comments + notes + str(body)
+    notes = notes if {"main", "encoder"} & draft.keys() and not draft.get("main", {}).get("graph") else ""
+    return comments + notes + str(body) + _left(unused, ignore)
+
+
+def _left(unused: Sequence[str], ignore: Sequence[str]) -> str:
+    """Both ways to settle tensors that are left over, to be uncommented."""
+    if not unused:
+        return ""
+    listed = json.dumps([*ignore, *unused])  # on one line, whatever the names hold
+    operations = "".join(f"#    - {{op: unknown, inputs: [y, {json.dumps(name)}], outputs: [unknown]}}\n" for name in unused)
+    return (
+        "# what is left over, where the outputs are the same without it:\n"
+        f"#  ignore: {listed}\n"
+        "# where it takes part (docs/graphs.md), in `main`:\n"
+        "#    graph:\n"
+        "#    - {op: Recurrent, inputs: [input], outputs: [y]}\n" + operations
+    )
 
 
 def text(
