@@ -30,7 +30,7 @@ def test_rows_have_what_the_contract_says(tmp_path):
 
 
 def test_ratios_are_paired():
-    found = bench._against(np.array([1.0, 10.0, 100.0]), np.array([2.0, 20.0, 200.0]), 0)
+    found = bench.against(np.array([1.0, 10.0, 100.0]), np.array([2.0, 20.0, 200.0]), 0)
     assert found["ratio"] == 2.0
     assert found["ci95"] == [2.0, 2.0]
 

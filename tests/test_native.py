@@ -108,6 +108,67 @@ def test_bfloat16_is_float32_but_for_the_rounding_of_operands(kind):
     assert any(not torch.equal(low[name], exact[name]) for name in exact)
 
 
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_soft_gates_beside_noisy_ones_get_no_noise(kind, monkeypatch):
+    cell = cell_of(kind, 9, copies=2)
+    cell.binary = (False, *cell.binary[1:])
+    x = torch.randn(5, 3, 6)
+    for name in ("gumbel", "gumbel-hard"):
+        assert_same(everything(cell, x, MODES[name]), in_torch(monkeypatch, cell, x, MODES[name]), tolerance=2e-5)
+
+
+def test_noise_is_logistic_on_its_share_and_hangs_on_seed_and_place_alone():
+    noise = native.Noise(5, 1.0).fill(20, 10, 3, 1001)
+    assert torch.equal(noise, native.Noise(5, 1.0).fill(20, 10, 3, 1001))
+    assert torch.equal(noise[:7], native.Noise(5, 1.0).fill(7, 10, 3, 1001))
+    assert not torch.equal(noise, native.Noise(5 + 2**32, 1.0).fill(20, 10, 3, 1001))
+    uniform = torch.sigmoid(noise.double()).flatten()
+    found = torch.histc(uniform, 50, 0, 1) / uniform.numel()  # 600,600 draws: a standard error of 0.00018 a bin
+    assert float((found - 0.02).abs().max()) < 0.001
+    pairs = noise.flatten(0, 2)
+    correlation = torch.corrcoef(torch.stack([pairs[:-1].flatten(), pairs[1:].flatten(), pairs.roll(1, 1)[:-1].flatten()]))
+    assert float((correlation - torch.eye(3)).abs().max()) < 0.01
+    shared = native.Noise(5, 0.2).fill(20, 10, 3, 1001)
+    assert float((shared != 0).float().mean()) == pytest.approx(0.2, abs=0.003)
+    drawn = shared[shared != 0].double()
+    assert float(drawn.square().mean()) == pytest.approx(torch.pi**2 / 3, rel=0.03)
+
+
+def test_noise_follows_torchs_generator():
+    """So a run that is resumed with torch's random state draws what it would have drawn."""
+    mode = MODES["gumbel"]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first = native.Noise.of(mode)
+    assert native.Noise.of(mode) != first
+    torch.set_rng_state(state)
+    assert native.Noise.of(mode) == first
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (70, 50, 401), (9, 49, 193), (64, 400, 33), (129, 7, 3)])
+def test_products_of_any_strides(sizes, precision):
+    if precision == "bfloat16" and not native.has_bfloat16():
+        pytest.skip("this processor multiplies no bfloat16")
+    (m, n, k), generator = sizes, torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=generator).bfloat16().float()  # what both precisions hold
+    for a in (random(m, k), random(k, m).t(), random(m, k + 3)[:, 3:]):
+        for b in (random(k, n), random(n, k).t()):
+            exact = a.double() @ b.double()
+            torch.testing.assert_close(native.multiply(a, b, precision).double(), exact, rtol=1e-4, atol=1e-4)
+            more = native.multiply(a, b, precision, out=torch.ones(m, n))
+            torch.testing.assert_close(more.double(), exact + 1, rtol=1e-4, atol=1e-4)
+
+
+def test_products_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="no product"):
+        native.multiply(torch.zeros(2, 3), torch.zeros(4, 2), "float32")
+    with pytest.raises(ValueError, match="no product"):
+        native.multiply(torch.zeros(2, 3), torch.zeros(3, 2), "float32", out=torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="no product"):
+        native.multiply(torch.zeros(2, 3).double(), torch.zeros(3, 2).double(), "float32")
+
+
 @pytest.mark.parametrize("one_hot", [False, True])
 @pytest.mark.parametrize("vocabulary", [3, 100])
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
@@ -134,16 +195,20 @@ def test_tokens_equal_their_rows(kind, vocabulary, one_hot):
 
 
 def test_a_large_vocabulary_adds_row_by_row(monkeypatch):
-    """Both ways of the table's gradient agree."""
+    """All ways of the table's gradient agree."""
     grads = []
-    for limit in (512, 1):
+    for limit, in_c in ((512, True), (512, False), (1, False)):
         monkeypatch.setattr(window, "ONE_HOT_LIMIT", limit)
+        monkeypatch.setattr(window, "_is_native", lambda _, in_c=in_c: in_c)
         table = torch.randn(4, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
         index = torch.tensor([0, 3, 3, 1, 0, 0])
-        rows = window.Rows.apply(table, index, "float32")
+        rows = window.Rows.apply(table, index)
         (rows * torch.arange(42.0).view(6, 7)).sum().backward()
         grads.append(table.grad)
-    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(grads[0], grads[1])
+    torch.testing.assert_close(grads[0], grads[2])
+    with pytest.raises(ValueError, match="not within"):
+        native.add_rows(torch.zeros(2, 3), torch.tensor([0, 4]), 4)
 
 
 def test_what_the_kernels_do_not_take():

@@ -190,6 +190,7 @@ def test_a_stream_is_read_in_order():
 @pytest.mark.parametrize("case", [TEXT, PADDED], ids=["lstm-text", "gru-accumulated"])
 def test_resumed_equals_uninterrupted_bit_for_bit(case, stop_at, tmp_path):
     whole, wanted = run(case, tmp_path / "whole")
+    assert wanted.steps > stop_at
 
     def stop(now: dict[str, Any]) -> None:
         if now["step"] == stop_at:
@@ -202,7 +203,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(case, stop_at, tmp_path):
     steps: list[int] = []
     torch.manual_seed(999)  # another process
     resumed, found = run(case, tmp_path / "cut", resume=True, report=lambda now: steps.append(now["step"]))
-    assert steps == list(range(stop_at + 1, 11))
+    assert steps == list(range(stop_at + 1, wanted.steps + 1))  # all of them, or until the gates were binary
     assert found == wanted
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
 

@@ -102,7 +102,7 @@ def _row(model: Model, compute: str, call: str, steps: int, batch: int, data: np
         "bytes_touched_per_step": bytes_read,
         "read_gb_per_s": bandwidth,
         "bandwidth_share": batch * bytes_read / float(np.median(mine)) / 1e3 / bandwidth,
-        "rivals": {name: _against(mine, theirs, settings.seed) for name, theirs in times.items() if name != "native"},
+        "rivals": {name: against(mine, theirs, settings.seed) for name, theirs in times.items() if name != "native"},
     }
 
 
@@ -134,7 +134,9 @@ class Ours:
         return self.handle.counters().to_dict()
 
 
-def interleaved(contenders: dict[str, Steps], settings: Settings) -> dict[str, np.ndarray]:
+def interleaved(
+    contenders: dict[str, Steps], settings: Settings, *, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, np.ndarray]:
     """Name -> µs a step in each block. Every block runs every contender once, in an order of its own, after a warm-up."""
     order, found = list(contenders), {name: np.empty(settings.blocks) for name in contenders}
     shuffle = random.Random(settings.seed).shuffle
@@ -144,14 +146,14 @@ def interleaved(contenders: dict[str, Steps], settings: Settings) -> dict[str, n
         shuffle(order)
         for name in order:
             run, done = contenders[name], 0
-            began = time.perf_counter()
+            began = clock()
             while done < settings.steps:
                 done += run()
-            found[name][block] = (time.perf_counter() - began) / done * 1e6
+            found[name][block] = (clock() - began) / done * 1e6
     return found
 
 
-def _against(ours: np.ndarray, theirs: np.ndarray, seed: int) -> dict[str, Any]:
+def against(ours: np.ndarray, theirs: np.ndarray, seed: int) -> dict[str, Any]:
     """Rival time / ours: median of the blocks' ratios, with a bootstrap interval."""
     ratios = theirs / ours
     picks = np.random.default_rng(seed).integers(0, len(ratios), (2000, len(ratios)))

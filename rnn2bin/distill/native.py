@@ -11,13 +11,14 @@ import ctypes
 import functools
 import importlib.util
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rnn2bin.cells.weights import Cell, fold
+from rnn2bin.cells.weights import Cell
 from rnn2bin.gates.estimators import Discretize
 
 PRECISIONS = {"float32": 0, "bfloat16": 1}
@@ -25,8 +26,9 @@ _CELLS = {"lstm": 0, "gru": 1}
 _SOFT, _BIT = 0, 1
 _BY = {"sigmoid": 0, "hard-sigmoid": 1, "identity": 2}
 _POINTERS = (
-    *("weight", "gates_bias", "bias", "lo", "hi", "x_pre", "noise", "h0", "c0", "h", "c", "products", "candidate", "inner", "h_before"),
-    *("grad_h", "grad_c", "grad_gates", "grad_x", "grad_product", "grad_h0", "grad_c0", "grad_bias", "grad_lo", "grad_hi"),
+    *("weight", "gates_bias", "bias", "bias_hh", "lo", "hi", "x_pre", "h0", "c0", "h", "c", "products", "candidate", "inner", "h_before"),
+    *("grad_h", "grad_c", "grad_gates", "grad_x", "grad_inner", "grad_h0", "grad_c0", "grad_gates_bias", "grad_bias", "grad_bias_hh"),
+    *("grad_lo", "grad_hi"),
 )
 
 
@@ -41,8 +43,19 @@ class _Mode(ctypes.Structure):
     )
 
 
+class _Product(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "b", "out")),
+        *((name, ctypes.c_size_t) for name in ("a_row", "a_k", "b_k", "b_n", "out_row")),
+        *((name, ctypes.c_int32) for name in ("m", "n", "k", "precision", "add", "threads")),
+    )
+
+
 class _Window(ctypes.Structure):
     _fields_ = (
+        ("seed", ctypes.c_uint64),
+        ("share", ctypes.c_float),
+        ("noisy", ctypes.c_int32),
         *((name, ctypes.c_int32) for name in ("cell", "precision", "threads", "steps", "batch", "hidden", "copies")),
         ("modes", _Mode * 3),
         *((name, ctypes.c_void_p) for name in _POINTERS),
@@ -92,7 +105,7 @@ def _mode(m: Discretize) -> _Mode:
         case "float":
             return _Mode(_SOFT, 0, 1.0, 1.0, 1.0, 0)
         case "sigmoid" | "gumbel":
-            return _Mode(_SOFT, 0, m.slope, 1 / m.temperature, m.slope, 0)
+            return _Mode(_SOFT, 0, m.slope, 1 / m.temperature, m.slope, m.estimator == "gumbel")
         case "gumbel-hard":
             # Without noise the surrogate is σ(s·pre/τ) too.
             return _Mode(_BIT, 0, m.slope, 1 / m.temperature, m.slope / m.temperature, 1)
@@ -105,45 +118,114 @@ def _address(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def _window(kind: str, precision: str, modes: tuple[Discretize, ...], x_pre: Tensor, tensors: dict[str, Tensor | None]) -> _Window:
+@dataclass(frozen=True)
+class Noise:
+    """Logistic noise by its seed: what is drawn depends on the seed and the place in the window, so nothing need be kept for the backward
+    pass. `share` of the entries get noise, the others none."""
+
+    seed: int
+    share: float
+
+    @classmethod
+    def of(cls, mode: Discretize) -> Noise:
+        """Under a seed from the mode's generator, or torch's: what makes a run's randomness resume makes this resume."""
+        return cls(int(torch.randint(2**63 - 1, (), generator=mode.generator)), mode.noise)
+
+    def fill(self, *shape: int) -> Tensor:
+        """The noise (T,B,G,W) of a window."""
+        steps, rows, gates, width = shape
+        noise = torch.empty(shape)
+        sizes = (ctypes.c_int32(n) for n in (steps * rows, gates, width, torch.get_num_threads()))
+        _call(_kernels().r2b_noise, ctypes.c_uint64(self.seed), ctypes.c_float(self.share), ctypes.c_void_p(noise.data_ptr()), *sizes)
+        return noise
+
+
+def _kernels() -> ctypes.CDLL:
+    kernels = library()
+    assert kernels is not None
+    return kernels
+
+
+def multiply(a: Tensor, b: Tensor, precision: str, *, out: Tensor | None = None) -> Tensor:
+    """a (M,K) · b (K,N), float32 and of any strides -> (M,N); added to `out` where that is given. torch's own product in float32 runs at
+    half this speed on processors its library was not tuned for."""
+    (m, k), (inner, n) = a.shape, b.shape
+    if inner != k or {a.dtype, b.dtype} != {torch.float32} or (out is not None and (out.shape != (m, n) or not out.is_contiguous())):
+        raise ValueError(f"no product of {tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}")
+    add = out is not None
+    if out is None:
+        out = a.new_empty(m, n) if k else a.new_zeros(m, n)
+    addresses, strides = (a.data_ptr(), b.data_ptr(), out.data_ptr()), (*a.stride(), *b.stride(), n)
+    product = _Product(*addresses, *strides, m, n, k, PRECISIONS[precision], add, torch.get_num_threads())
+    _call(_kernels().r2b_multiply, ctypes.byref(product))
+    return out
+
+
+def add_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    """Σ of the rows (N,M) float32 that share an index (N,) int64 below `size` -> (size,M)."""
+    if rows.dtype != torch.float32 or index.dtype != torch.int64 or index.shape != rows.shape[:1]:
+        raise ValueError(f"no rows to add: {tuple(rows.shape)} {rows.dtype} at {tuple(index.shape)} {index.dtype}")
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
+        raise ValueError(f"an index is not within the table of {size} rows")
+    rows, index, table = rows.contiguous(), index.contiguous(), rows.new_zeros(size, rows.shape[1])
+    addresses = (ctypes.c_void_p(t.data_ptr()) for t in (rows, index, table))
+    _call(_kernels().r2b_add_rows, *addresses, *(ctypes.c_int32(n) for n in (*rows.shape, torch.get_num_threads())))
+    return table
+
+
+def _window(
+    kind: str, precision: str, modes: tuple[Discretize, ...], noise: Noise | None, x_pre: Tensor, tensors: dict[str, Tensor | None]
+) -> _Window:
     steps, batch, _, hidden = x_pre.shape
     lo = tensors["lo"]
     assert lo is not None
+    draw = (noise.seed, noise.share, 1) if noise else (0, 1.0, 0)
     head = (_CELLS[kind], PRECISIONS[precision], torch.get_num_threads(), steps, batch, hidden, lo.shape[1] // hidden)
-    return _Window(*head, (_Mode * 3)(*map(_mode, modes)), *(_address(tensors.get(name)) for name in _POINTERS))
+    return _Window(*draw, *head, (_Mode * 3)(*map(_mode, modes)), *(_address(tensors.get(name)) for name in _POINTERS))
 
 
-def _call(function: Any, window: _Window) -> None:
-    if function(ctypes.byref(window)):
+def _call(function: Any, *arguments: Any) -> None:
+    if function(*arguments):
         raise MemoryError("the training kernels ran out of memory; lower train.batch_size or train.window")
 
 
-def _check_shapes(x_pre: Tensor, weight: Tensor, gates_bias: Tensor, bias: Tensor | None, *states: Tensor | None, kind: str) -> None:
+def _check_shapes(kind: str, x_pre: Tensor, gates_bias: Tensor, tensors: dict[str, Tensor | None]) -> None:
     """C trusts what it is told: every size and dtype is checked here. Raises ValueError."""
     (steps, batch, blocks, hidden), (gates, width) = x_pre.shape, gates_bias.shape
-    h0, c0, lo, hi, noise = states
-    wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
-        ("weight", weight, (blocks * hidden, hidden)),
-        ("bias", bias, (hidden,)),
-        ("h0", h0, (batch, hidden if kind == "lstm" else width)),
-        ("c0", c0, (batch, width)),
-        ("lo", lo, (gates, width)),
-        ("hi", hi, (gates, width)),
-        ("noise", noise, (steps, batch, gates, width)),
-    ]
-    if blocks != gates + 1 or width % hidden or (kind == "lstm") != (c0 is not None) or (kind == "gru") != (bias is not None):
+    wanted: dict[str, tuple[int, ...]] = {
+        "x_pre": (steps, batch, blocks, hidden),
+        "weight": (blocks * hidden, hidden),
+        "gates_bias": (gates, width),
+        "bias": (hidden,),
+        "bias_hh": (hidden,),
+        "h0": (batch, hidden if kind == "lstm" else width),
+        "c0": (batch, width),
+        "lo": (gates, width),
+        "hi": (gates, width),
+    }
+    lstm = kind == "lstm"
+    if blocks != gates + 1 or width % hidden or lstm != (tensors["c0"] is not None) or lstm == (tensors["bias_hh"] is not None):
         raise ValueError(f"{kind}: x_pre {tuple(x_pre.shape)} and gates_bias {tuple(gates_bias.shape)} do not belong together")
-    for name, tensor, shape in wanted:
+    for name, shape in wanted.items():
+        tensor = tensors[name]
         if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != torch.float32):
             raise ValueError(f"{kind}: {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; wanted {shape}, float32")
 
 
+def _weight_grad(grad: Tensor, h0: Tensor, h: Tensor, precision: str, *, shifted: bool) -> Tensor:
+    """Gradient (M,H) of recurrent weights from that of their products (T,B,M). `h` (T,B,H) is what each step read, or, `shifted`, left."""
+    if not shifted:
+        return multiply(grad.flatten(0, 1).t(), h.flatten(0, 1), precision)
+    first = multiply(grad[0].t(), h0, precision)
+    return multiply(grad[1:].flatten(0, 1).t(), h[:-1].flatten(0, 1), precision, out=first)
+
+
 class NativeWindow(torch.autograd.Function):
-    """x_pre (T,B,G+1,H), the gates' without their bias -> h (LSTM: (T,B,H), GRU: (T,B,n·H)), c (T,B,n·H) of the LSTM (the GRU: nothing),
+    """x_pre (T,B,G+1,H), products without a bias -> h (LSTM: (T,B,H), GRU: (T,B,n·H)), c (T,B,n·H) of the LSTM (the GRU: nothing),
     the gates' products (T,B,G,H): pre-activations but for `gates_bias`, input included.
 
-    `weight` ((G+1)·H,H); `gates_bias`, levels (G,n·H); `bias` (H) of the GRU's recurrent candidate; states as wide as their traces;
-    logistic noise (T,B,G,n·H) or None.
+    `weight` ((G+1)·H,H); `gates_bias`, levels (G,n·H); `bias` (H) of the candidate, `bias_hh` (H) of the GRU's recurrent candidate; states
+    as wide as their traces.
     """
 
     @staticmethod
@@ -152,45 +234,37 @@ class NativeWindow(torch.autograd.Function):
         x_pre: Tensor,
         weight: Tensor,
         gates_bias: Tensor,
-        bias: Tensor | None,
+        bias: Tensor,
+        bias_hh: Tensor | None,
         h0: Tensor,
         c0: Tensor | None,
         lo: Tensor,
         hi: Tensor,
-        noise: Tensor | None,
+        noise: Noise | None,
         kind: str,
         modes: tuple[Discretize, ...],
         precision: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         steps, batch, blocks, hidden = x_pre.shape
         width = gates_bias.shape[1]
-        _check_shapes(x_pre, weight, gates_bias, bias, h0, c0, lo, hi, noise, kind=kind)
-        learning = any(ctx.needs_input_grad)
-        new = lambda *shape, like=x_pre: like.new_empty(*shape)
-        t: dict[str, Tensor | None] = {
-            "weight": weight.contiguous(),
-            "gates_bias": gates_bias.contiguous(),
-            "bias": bias,
-            "lo": lo.contiguous(),
-            "hi": hi.contiguous(),
-            "x_pre": x_pre.contiguous(),
-            "noise": noise,
-            "h0": h0.contiguous(),
-            "c0": None if c0 is None else c0.contiguous(),
+        given = {"x_pre": x_pre, "weight": weight, "gates_bias": gates_bias, "bias": bias, "bias_hh": bias_hh}
+        given |= {"h0": h0, "c0": c0, "lo": lo, "hi": hi}
+        _check_shapes(kind, x_pre, gates_bias, given)
+        lstm, learning = kind == "lstm", any(ctx.needs_input_grad)
+        new = lambda *shape: x_pre.new_empty(*shape)
+        t: dict[str, Tensor | None] = {name: None if tensor is None else tensor.contiguous() for name, tensor in given.items()} | {
             "h": new(steps, batch, h0.shape[1]),
-            "c": new(steps, batch, width) if kind == "lstm" else None,
+            "c": new(steps, batch, width) if lstm else None,
             "products": new(steps, batch, blocks - 1, hidden),
-            "candidate": new(steps, batch, hidden if kind == "lstm" else width) if learning else None,
-            "inner": new(steps, batch, hidden) if learning and kind == "gru" else None,
-            "h_before": torch.empty(steps, batch, hidden, dtype=torch.bfloat16) if learning and precision == "bfloat16" else None,
+            "candidate": new(steps, batch, hidden if lstm else width) if learning else None,
+            "inner": new(steps, batch, hidden) if learning and not lstm else None,
+            "h_before": new(steps, batch, hidden) if learning and not lstm and width > hidden else None,
         }
-        kernels = library()
-        assert kernels is not None
-        _call(kernels.r2b_forward, _window(kind, precision, modes, x_pre, t))
+        _call(_kernels().r2b_forward, ctypes.byref(_window(kind, precision, modes, noise, x_pre, t)))
         if learning:
             names = [name for name, tensor in t.items() if tensor is not None and name != "x_pre"]
             ctx.save_for_backward(*(t[name] for name in names))
-            ctx.names, ctx.kind, ctx.modes, ctx.precision = names, kind, modes, precision
+            ctx.names, ctx.kind, ctx.modes, ctx.noise, ctx.precision = names, kind, modes, noise, precision
             ctx.set_materialize_grads(False)
         h, c, products = t["h"], t["c"], t["products"]
         assert h is not None
@@ -201,61 +275,47 @@ class NativeWindow(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_gates: Tensor | None) -> tuple[Tensor | None, ...]:
         t: dict[str, Tensor | None] = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        h, h0, c0, lo, weight = (t.get(name) for name in ("h", "h0", "c0", "lo", "weight"))
-        assert h is not None
-        assert h0 is not None
-        assert lo is not None
-        assert weight is not None
+        saved = {name: tensor for name, tensor in t.items() if tensor is not None}
+        h, h0, lo, weight, lstm = saved["h"], saved["h0"], saved["lo"], saved["weight"], ctx.kind == "lstm"
         steps, batch, hidden = *h.shape[:2], weight.shape[1]
-        blocks = lo.shape[0] + 1
-        low = ctx.precision == "bfloat16"
-        learns_levels = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
-        grad_x = h.new_empty(steps, batch, blocks, hidden)
-        # The LSTM's recurrent product has the gradient of x_pre.
-        grad_product = torch.empty_like(grad_x, dtype=torch.bfloat16) if low else torch.empty_like(grad_x) if ctx.kind == "gru" else grad_x
+        learns_levels = ctx.needs_input_grad[7] or ctx.needs_input_grad[8]
+        zeros = lambda name: torch.zeros_like(saved[name]) if name in saved else None
         t |= {
             "grad_h": None if grad_h is None else grad_h.contiguous(),
-            "grad_c": None if grad_c is None or ctx.kind == "gru" else grad_c.contiguous(),
+            "grad_c": None if grad_c is None or not lstm else grad_c.contiguous(),
             "grad_gates": None if grad_gates is None else grad_gates.contiguous(),
-            "grad_x": grad_x,
-            "grad_product": None if grad_product is grad_x else grad_product,
+            "grad_x": (grad_x := h.new_empty(steps, batch, lo.shape[0] + 1, hidden)),
+            "grad_inner": None if lstm else h.new_empty(steps, batch, hidden),
             "grad_h0": torch.empty_like(h0),
-            "grad_c0": None if c0 is None else torch.empty_like(c0),
-            "grad_bias": torch.zeros_like(lo),
+            "grad_c0": torch.empty_like(saved["c0"]) if lstm else None,
+            "grad_gates_bias": torch.zeros_like(lo),
+            "grad_bias": zeros("bias"),
+            "grad_bias_hh": zeros("bias_hh"),
             "grad_lo": torch.zeros_like(lo) if learns_levels else None,
             "grad_hi": torch.zeros_like(lo) if learns_levels else None,
         }
-        kernels = library()
-        assert kernels is not None
-        _call(kernels.r2b_backward, _window(ctx.kind, ctx.precision, ctx.modes, grad_x, t))
-        before = t["h_before"] if low else fold(torch.cat([h0[None], h[:-1]]), h.shape[2] // hidden)
-        assert before is not None
-        d_weight = (grad_product.flatten(2).flatten(0, 1).t() @ before.flatten(0, 1)).to(weight.dtype)
-        d_bias = None
-        if t.get("bias") is not None:
-            d_bias = grad_product[:, :, 2].sum((0, 1), dtype=torch.float32)
-        return grad_x, d_weight, t["grad_bias"], d_bias, t["grad_h0"], t["grad_c0"], t["grad_lo"], t["grad_hi"], None, None, None, None
+        _call(_kernels().r2b_backward, ctypes.byref(_window(ctx.kind, ctx.precision, ctx.modes, ctx.noise, grad_x, t)))
+        recurrent = grad_x.flatten(2)
+        parts = [recurrent] if t["grad_inner"] is None else [recurrent[:, :, :-hidden], t["grad_inner"]]
+        d_weight = torch.cat(
+            [_weight_grad(part, h0, saved.get("h_before", h), ctx.precision, shifted="h_before" not in saved) for part in parts]
+        )
+        states = (t["grad_h0"], t["grad_c0"])
+        return grad_x, d_weight, t["grad_gates_bias"], t["grad_bias"], t["grad_bias_hh"], *states, t["grad_lo"], t["grad_hi"], *(None,) * 4
 
 
-class LowProduct(torch.autograd.Function):
-    """x (N,K) · weight (M,K)ᵀ + bias (M) -> (N,M) float32, operands rounded to bfloat16, forward and backward."""
+class Product(torch.autograd.Function):
+    """x (N,K) · weight (M,K)ᵀ -> (N,M), forward and backward in the precision."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
-        kernels = library()
-        assert kernels is not None
-        x, weight = x.contiguous(), weight.contiguous()
-        y = x.new_empty(x.shape[0], weight.shape[0])
-        sizes = (ctypes.c_int32(n) for n in (x.shape[0], x.shape[1], weight.shape[0], torch.get_num_threads()))
-        if kernels.r2b_linear(*(ctypes.c_void_p(a.data_ptr()) for a in (x, weight, bias.contiguous(), y)), *sizes):
-            raise MemoryError("the training kernels ran out of memory; lower train.batch_size or train.window")
+    def forward(ctx: Any, x: Tensor, weight: Tensor, precision: str) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, weight)
-        return y
+        ctx.precision = precision
+        return multiply(x, weight.t(), precision)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        low = grad.to(torch.bfloat16)
-        d_x = (low @ weight.to(torch.bfloat16)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return d_x, (low.t() @ x.to(torch.bfloat16)).to(x.dtype), grad.sum(0)
+        d_x = multiply(grad, weight, ctx.precision) if ctx.needs_input_grad[0] else None
+        return d_x, multiply(grad.t(), x, ctx.precision), None

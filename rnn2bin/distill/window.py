@@ -372,36 +372,51 @@ def _gru_level_grads(ctx: Any, lo_at: int, bits: Tensor, d_r: Tensor, d_z: Tenso
 
 
 class Rows(torch.autograd.Function):
-    """table (V,M), index (N,) -> table[index] (N,M). The gradient is one product with one-hot rows: for the small tables this is used
-    with, several times faster than adding row by row."""
+    """table (V,M), index (N,) -> table[index] (N,M). torch adds up the gradient's rows slowly: the native kernels do it instead, or, for
+    small tables, one product with one-hot rows."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, index: Tensor, precision: str) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(index)
-        ctx.size, ctx.precision = table.shape[0], precision
+        ctx.size = table.shape[0]
         return table.index_select(0, index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (index,) = ctx.saved_tensors
+        if _is_native(grad):
+            return native.add_rows(grad, index.long(), ctx.size), None
         if ctx.size > ONE_HOT_LIMIT:
-            return grad.new_zeros(ctx.size, grad.shape[1]).index_add_(0, index, grad), None, None
-        kind = torch.bfloat16 if ctx.precision == "bfloat16" else grad.dtype
-        one_hot = torch.zeros(ctx.size, len(index), dtype=kind, device=grad.device).scatter_(0, index[None], 1)
-        return (one_hot @ grad.to(kind)).to(grad.dtype), None, None
+            return grad.new_zeros(ctx.size, grad.shape[1]).index_add_(0, index, grad), None
+        one_hot = torch.zeros(ctx.size, len(index), dtype=grad.dtype, device=grad.device).scatter_(0, index[None].long(), 1)
+        return one_hot @ grad, None
 
 
-def input_product(x: Tensor | Lookup, weight: Tensor, bias: Tensor, precision: str) -> Tensor:
+def _is_native(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and native.library() is not None
+
+
+def input_product(x: Tensor | Lookup, weight: Tensor, bias: Tensor | None, precision: str) -> Tensor:
     """x (T,B,I) · weightᵀ + bias -> (T,B,M). For tokens of a small vocabulary the product is made once for each token, not
-    for each step."""
-    if isinstance(x, Lookup) and x.size <= x.index.numel():
-        table = bias + weight.t() if x.table is None else torch.addmm(bias, x.table, weight.t())
-        return Rows.apply(table, x.index.flatten(), precision).view(*x.index.shape, -1)
-    rows = x.rows(weight.dtype) if isinstance(x, Lookup) else x
-    flat = rows.flatten(0, 1)
-    product = native.LowProduct.apply(flat, weight, bias) if precision == "bfloat16" else torch.addmm(bias, flat, weight.t())
-    return product.view(*rows.shape[:2], -1)
+    for each step. No bias: it belongs to the native kernels, and so does the product."""
+    tokens = x if isinstance(x, Lookup) and x.size <= x.index.numel() else None
+    rows = tokens.table if tokens else x.rows(weight.dtype) if isinstance(x, Lookup) else x
+    if rows is None:
+        product = weight.t() if bias is None else bias + weight.t()
+    elif bias is None:
+        product = native.Product.apply(rows.flatten(0, -2), weight, precision)
+    else:
+        product = torch.addmm(bias, rows.flatten(0, -2), weight.t())
+    if tokens:
+        return Rows.apply(product, tokens.index.flatten()).view(*tokens.index.shape, -1)
+    steps, batch = x.index.shape if isinstance(x, Lookup) else x.shape[:2]
+    return product.view(steps, batch, -1)
+
+
+def _noise(mode: Discretize, like: Tensor, *shape: int) -> Tensor:
+    """What the native kernels would draw, where they are there; noise (T,B,G,n·H)."""
+    return native.Noise.of(mode).fill(*shape) if _is_native(like) else logistic_noise(shape, mode, like)
 
 
 def run_cell(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize, *, precision: str = "float32") -> Trace:
@@ -413,19 +428,21 @@ def run_cell(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize,
     modes, (lo, hi) = cell.modes(mode), cell.level_values()
     gates, hidden, width = len(kind.gates), cell.layer.hidden_size, cell.layer.width
     weight_ih = torch.cat([w.gates_ih, w.candidate_ih])
-    bias = torch.cat([w.candidate_bias.new_zeros(gates * hidden), w.candidate_bias])  # the gates' belong to the copies
     gates_bias = w.gates_bias.view(gates, width)
     fast = native.takes(cell, weight_ih, modes)
     precision = precision if fast and native.has_bfloat16() else "float32"
-    x_pre = input_product(x, weight_ih, bias, precision).unflatten(2, (gates + 1, hidden))
-    noise = logistic_noise((*x_pre.shape[:2], gates, width), mode, x_pre) if mode.draws and any(cell.binary) else None
+    noisy = mode.draws and any(cell.binary)
     weight_hh, phi, clip = torch.cat([w.gates_hh, w.candidate_hh]), cell.layer.activation, cell.layer.clip
     if fast:
         c0 = state[1] if kind.has_cell else None
-        h, c, products = native.NativeWindow.apply(
-            x_pre, weight_hh, gates_bias, w.candidate_bias_hh, state[0], c0, lo, hi, noise, kind.name, modes, precision
-        )
+        drawn = native.Noise.of(mode) if noisy else None
+        biases, states = (gates_bias, w.candidate_bias, w.candidate_bias_hh), (state[0], c0)
+        x_pre = input_product(x, weight_ih, None, precision).unflatten(2, (gates + 1, hidden))
+        h, c, products = native.NativeWindow.apply(x_pre, weight_hh, *biases, *states, lo, hi, drawn, kind.name, modes, precision)
         return Trace((h,) if c0 is None else (h, c), products, gates_bias)
+    bias = torch.cat([w.candidate_bias.new_zeros(gates * hidden), w.candidate_bias])  # the gates' belong to the copies
+    x_pre = input_product(x, weight_ih, bias, precision).unflatten(2, (gates + 1, hidden))
+    noise = _noise(mode, x_pre, *x_pre.shape[:2], gates, width) if noisy else None
     if kind.has_cell:
         peephole = None if w.peephole is None else w.peephole.view(gates, hidden)
         clips = Clips(clip, w.cell_clip, w.proj_clip)

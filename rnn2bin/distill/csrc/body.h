@@ -18,6 +18,7 @@
 #endif
 #define NV 3
 #define NR (NV * VL)
+#define DRAWN 64 /* places whose noise is drawn together */
 
 typedef float vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
@@ -28,11 +29,12 @@ typedef float vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 #define HAS_BF16 0
 #endif
 
-static inline uint16_t to_bf16(float x) {
+static inline uint32_t bf16_bits(float x) {
   union { float f; uint32_t u; } v = {x};
-  if (x != x) return 0x7fc0;
-  return (uint16_t)((v.u + 0x7fffu + ((v.u >> 16) & 1u)) >> 16);
+  uint32_t rounded = (v.u + 0x7fffu + ((v.u >> 16) & 1u)) >> 16;
+  return x == x ? rounded : 0x7fc0u;
 }
+static inline uint16_t to_bf16(float x) { return (uint16_t)bf16_bits(x); }
 
 /* e^x by 2^k * 2^f with a polynomial of degree 6 on |f| <= 1/2. Relative error 1e-7 for |x| < 1 and 4e-6 at the ends, where x * log2(e) is
  * rounded; sigmoid and tanh from it are within 2e-7. NaN stays NaN. */
@@ -57,126 +59,183 @@ static inline float tanh_(float x) { return 2.0f / (1.0f + exp_(-2.0f * x)) - 1.
 
 static inline size_t up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-/* Operands of the product, packed: panels of NR columns; in bfloat16 two steps of k stand side by side. */
+/* Operands of a product, packed: panels of NR columns; in bfloat16 two steps of k stand side by side. */
 size_t NAME(packed_bytes)(int k, int n, int precision) {
   size_t columns = up((size_t)n, NR), depth = up((size_t)k, 2);
   return columns * depth * (precision == R2B_BFLOAT16 ? 2 : 4);
 }
 
-/* Element (k, n) of the operand is source[k * step_k + n * step_n]. */
-void NAME(pack)(const float *source, size_t step_k, size_t step_n, int k, int n, int precision, void *packed) {
-  size_t depth = up((size_t)k, 2);
-  memset(packed, 0, NAME(packed_bytes)(k, n, precision));
-  for (size_t start = 0; start < (size_t)n; start += NR) {
-    size_t columns = (size_t)n - start < NR ? (size_t)n - start : NR;
-    for (size_t kk = 0; kk < (size_t)k; kk++) {
-      const float *from = source + kk * step_k + start * step_n;
-      if (precision == R2B_BFLOAT16) {
-        uint16_t *to = (uint16_t *)packed + start * depth + (kk / 2) * NR * 2 + kk % 2;
-        for (size_t j = 0; j < columns; j++) to[2 * j] = to_bf16(from[j * step_n]);
-      } else {
-        float *to = (float *)packed + start * depth + kk * NR;
-        for (size_t j = 0; j < columns; j++) to[j] = from[j * step_n];
-      }
+/* One strip of `wide` lanes, of which `used` are there, for k steps; lanes step_n apart, k step_k apart. */
+static inline __attribute__((always_inline)) void strip_f32(const float *source, size_t step_k, size_t step_n, size_t k, size_t used, size_t wide,
+                                                            float *to) {
+  for (size_t kk = 0; kk < k; kk++, to += wide)
+    for (size_t j = 0; j < used; j++) to[j] = source[kk * step_k + j * step_n];
+}
+
+static inline __attribute__((always_inline)) void strip_bf16(const float *source, size_t step_k, size_t step_n, size_t k, size_t used, size_t wide,
+                                                             uint32_t *to) {
+  for (size_t kk = 0; kk + 1 < k; kk += 2, to += wide)
+    for (size_t j = 0; j < used; j++) {
+      const float *from = source + kk * step_k + j * step_n;
+      to[j] = bf16_bits(from[0]) | bf16_bits(from[step_k]) << 16;
     }
+  for (size_t j = 0; k % 2 && j < used; j++) to[j] = to_bf16(source[(k - 1) * step_k + j * step_n]);
+}
+
+/* As above; whole strips whose lanes lie side by side are the case that counts, and the compiler sees it. */
+static inline __attribute__((always_inline)) void strip(const float *source, size_t step_k, size_t step_n, size_t k, size_t used, size_t wide,
+                                                        int precision, void *to) {
+  if (used < wide) memset(to, 0, up(k, 2) * wide * (precision == R2B_BFLOAT16 ? 2 : 4));
+  if (precision == R2B_BFLOAT16) {
+    if (used == wide && step_n == 1)
+      strip_bf16(source, step_k, 1, k, wide, wide, to);
+    else
+      strip_bf16(source, step_k, step_n, k, used, wide, to);
+  } else {
+    if (used == wide && step_n == 1)
+      strip_f32(source, step_k, 1, k, wide, wide, to);
+    else
+      strip_f32(source, step_k, step_n, k, used, wide, to);
+    if (k % 2) memset((float *)to + k * wide, 0, wide * 4);
   }
 }
 
-static inline void block_f32(const float *a, size_t lda, const float *b, size_t depth, float *out, size_t ldo) {
+/* Element (k, n) of the operand is source[k * step_k + n * step_n]. */
+void NAME(pack)(const float *source, size_t step_k, size_t step_n, int k, int n, int precision, void *packed) {
+  size_t depth = up((size_t)k, 2), size = precision == R2B_BFLOAT16 ? 2 : 4;
+  for (size_t start = 0; start < (size_t)n; start += NR) {
+    size_t columns = (size_t)n - start < NR ? (size_t)n - start : NR;
+    strip(source + start * step_n, step_k, step_n, (size_t)k, columns, NR, precision, (char *)packed + start * depth * size);
+  }
+}
+
+/* MR rows of `a` (r apart by step_r, k by step_k) times a panel of which nv vectors are wanted. */
+static inline __attribute__((always_inline)) void block_f32(const float *a, size_t step_r, size_t step_k, const float *b, size_t depth, int nv,
+                                                            float *out, size_t ldo, int add) {
   vec acc[MR][NV];
+#pragma GCC unroll 8
   for (int r = 0; r < MR; r++)
-    for (int v = 0; v < NV; v++) acc[r][v] = (vec){0};
+#pragma GCC unroll 3
+    for (int v = 0; v < nv; v++) acc[r][v] = (vec){0};
   for (size_t k = 0; k < depth; k++, b += NR) {
-    vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VL), b2 = *(const vec *)(b + 2 * VL);
+    vec right[NV];
+#pragma GCC unroll 3
+    for (int v = 0; v < nv; v++) right[v] = *(const vec *)(b + v * VL);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; r++) {
-      float x = a[(size_t)r * lda + k];
-      acc[r][0] += b0 * x;
-      acc[r][1] += b1 * x;
-      acc[r][2] += b2 * x;
+      float x = a[(size_t)r * step_r + k * step_k];
+#pragma GCC unroll 3
+      for (int v = 0; v < nv; v++) acc[r][v] += right[v] * x;
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < MR; r++)
-    for (int v = 0; v < NV; v++) *(vec *)(out + (size_t)r * ldo + v * VL) = acc[r][v];
+#pragma GCC unroll 3
+    for (int v = 0; v < nv; v++) {
+      vec *to = (vec *)(out + (size_t)r * ldo + v * VL);
+      if (add) acc[r][v] += *to;
+      *to = acc[r][v];
+    }
 }
 
 #if HAS_BF16
-static inline void block_bf16(const uint16_t *a, size_t lda, const uint16_t *b, size_t depth, float *out, size_t ldo) {
+/* As above; step_k between pairs. */
+static inline __attribute__((always_inline)) void block_bf16(const uint16_t *a, size_t step_r, size_t step_k, const uint16_t *b, size_t depth, int nv,
+                                                             float *out, size_t ldo, int add) {
   __m512 acc[MR][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < MR; r++)
-    for (int v = 0; v < NV; v++) acc[r][v] = _mm512_setzero_ps();
-  for (size_t k = 0; k < depth; k += 2, b += NR * 2) {
-    __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + 2 * VL),
-             b2 = (__m512bh)_mm512_loadu_si512(b + 4 * VL);
+#pragma GCC unroll 3
+    for (int v = 0; v < nv; v++) acc[r][v] = _mm512_setzero_ps();
+  for (size_t k = 0; k < depth / 2; k++, b += NR * 2) {
+    __m512bh right[NV];
+#pragma GCC unroll 3
+    for (int v = 0; v < nv; v++) right[v] = (__m512bh)_mm512_loadu_si512(b + v * 2 * VL);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; r++) {
       int32_t pair;
-      memcpy(&pair, a + (size_t)r * lda + k, 4);
+      memcpy(&pair, a + (size_t)r * step_r + k * step_k, 4);
       __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-      acc[r][0] = _mm512_dpbf16_ps(acc[r][0], x, b0);
-      acc[r][1] = _mm512_dpbf16_ps(acc[r][1], x, b1);
-      acc[r][2] = _mm512_dpbf16_ps(acc[r][2], x, b2);
+#pragma GCC unroll 3
+      for (int v = 0; v < nv; v++) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], x, right[v]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < MR; r++)
-    for (int v = 0; v < NV; v++) _mm512_storeu_ps(out + (size_t)r * ldo + v * VL, acc[r][v]);
+#pragma GCC unroll 3
+    for (int v = 0; v < nv; v++) {
+      float *to = out + (size_t)r * ldo + v * VL;
+      _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), acc[r][v]) : acc[r][v]);
+    }
 }
 #endif
+
+/* A panel's last vectors are not computed where nobody wants them: `columns` up to NR. `packed_rows`: a is packed as panels of MR rows. */
+static inline __attribute__((always_inline)) void block(const void *a, size_t lda, int packed_rows, const void *panel, size_t depth, int columns,
+                                                        float *out, size_t ldo, int precision, int add) {
+  int nv = (columns + VL - 1) / VL;
+#if HAS_BF16
+  if (precision == R2B_BFLOAT16) {
+    size_t step_r = packed_rows ? 2 : lda, step_k = packed_rows ? 2 * MR : 2;
+    if (nv >= 3)
+      block_bf16(a, step_r, step_k, panel, depth, 3, out, ldo, add);
+    else if (nv == 2)
+      block_bf16(a, step_r, step_k, panel, depth, 2, out, ldo, add);
+    else
+      block_bf16(a, step_r, step_k, panel, depth, 1, out, ldo, add);
+    return;
+  }
+#endif
+  (void)precision;
+  size_t step_r = packed_rows ? 1 : lda, step_k = packed_rows ? MR : 1;
+  if (nv >= 3)
+    block_f32(a, step_r, step_k, panel, depth, 3, out, ldo, add);
+  else if (nv == 2)
+    block_f32(a, step_r, step_k, panel, depth, 2, out, ldo, add);
+  else
+    block_f32(a, step_r, step_k, panel, depth, 1, out, ldo, add);
+}
 
 /* out (rows, n) = a (rows, depth) * packed; rows a multiple of MR, out's rows ldo apart with room for whole panels. */
-static void product(const void *a, size_t lda, const void *packed, size_t depth, int n, size_t rows, float *out, size_t ldo, int precision) {
-  for (size_t panel = 0; panel * NR < (size_t)n; panel++)
-    for (size_t r = 0; r < rows; r += MR) {
-#if HAS_BF16
+static void step_product(const void *a, size_t lda, const void *packed, size_t depth, int n, size_t rows, float *out, size_t ldo, int precision) {
+  size_t size = precision == R2B_BFLOAT16 ? 2 : 4;
+  for (size_t at = 0; at < (size_t)n; at += NR)
+    for (size_t r = 0; r < rows; r += MR)
+      block((const char *)a + r * lda * size, lda, 0, (const char *)packed + at * depth * size, depth, n - (int)at, out + r * ldo + at, ldo, precision, 0);
+}
+
+/* Rows of a step's operand stand this far apart: not a power of two, whose lines would share one set of the cache. */
+static inline size_t apart(size_t depth) { return up(depth, 32) + 32; }
+
+enum { ROWS_A_TURN = 8 * MR, COLUMNS_A_TURN = 8 * NR, AHEAD = 16 };
+
+typedef float strip_floats __attribute__((vector_size(MR * 4), aligned(4), may_alias));
+typedef uint32_t strip_bits __attribute__((vector_size(MR * 4), aligned(4), may_alias));
+
+/* `bf16_bits` of MR numbers; written out, since the compiler takes a loop so short apart. */
+static inline strip_bits strip_bf16_bits(const float *source) {
+  strip_floats x = *(const strip_floats *)source;
+  strip_bits u = (strip_bits)x, number = (strip_bits)(x == x), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return (rounded & number) | (0x7fc0u & ~number);
+}
+
+/* The rows of one turn, MR to a strip, from a matrix that stands on its side: along its lines, since its columns would fight for one set of the
+ * cache. */
+static void turn_rows(const float *source, size_t step_k, size_t k, int precision, void *to) {
+  static const float nothing[ROWS_A_TURN];
+  size_t even = up(k, 2);
+  for (size_t kk = 0; kk < even; kk += 2, source += 2 * step_k) {
+    const float *next = kk + 1 < k ? source + step_k : nothing, *soon = kk + AHEAD < k ? source + AHEAD * step_k : source;
+    for (size_t r = 0; r < ROWS_A_TURN; r += MR) {
+      __builtin_prefetch(soon + r); /* lines a page apart: nothing else would fetch them */
+      __builtin_prefetch(soon + (kk + AHEAD + 1 < k ? step_k : 0) + r);
       if (precision == R2B_BFLOAT16) {
-        block_bf16((const uint16_t *)a + r * lda, lda, (const uint16_t *)packed + panel * NR * depth, depth, out + r * ldo + panel * NR, ldo);
-        continue;
+        *(strip_bits *)((uint32_t *)to + (r * even + kk * MR) / 2) = strip_bf16_bits(source + r) | strip_bf16_bits(next + r) << 16;
+      } else {
+        memcpy((float *)to + r * even + kk * MR, source + r, MR * 4);
+        memcpy((float *)to + r * even + (kk + 1) * MR, next + r, MR * 4);
       }
-#endif
-      (void)precision;
-      block_f32((const float *)a + r * lda, lda, (const float *)packed + panel * NR * depth, depth, out + r * ldo + panel * NR, ldo);
     }
-}
-
-static inline float sample_(r2b_mode m, float pre, float noise) {
-  float a = m.scale * pre + noise;
-  return m.sample == R2B_BIT ? (a > 0.0f ? 1.0f : 0.0f) : sigmoid_(a * m.sharpness);
-}
-
-/* A gate of one row: samples (H) from pre and noise (or null). */
-static inline void samples(r2b_mode m, const float *restrict pre, const float *restrict noise, float *restrict value, int hidden) {
-  if (m.sample == R2B_BIT && !noise) {
-    for (int j = 0; j < hidden; j++) value[j] = m.scale * pre[j] > 0.0f ? 1.0f : 0.0f;
-  } else if (noise) {
-    for (int j = 0; j < hidden; j++) value[j] = sample_(m, pre[j], noise[j]);
-  } else {
-    for (int j = 0; j < hidden; j++) value[j] = sample_(m, pre[j], 0.0f);
-  }
-}
-
-/* Derivatives of the samples, by the mode. */
-static inline void derivatives(r2b_mode m, const float *restrict pre, const float *restrict noise, const float *restrict value, float *restrict d,
-                               int hidden) {
-  if (m.sample == R2B_SOFT) {
-    float k = m.scale * m.sharpness;
-    for (int j = 0; j < hidden; j++) d[j] = value[j] * (1.0f - value[j]) * k;
-  } else if (m.noisy && noise) {
-    float k = m.scale * m.sharpness;
-    for (int j = 0; j < hidden; j++) {
-      float y = sigmoid_((m.scale * pre[j] + noise[j]) * m.sharpness);
-      d[j] = y * (1.0f - y) * k;
-    }
-  } else if (m.by == R2B_BY_SIGMOID) {
-    for (int j = 0; j < hidden; j++) {
-      float y = sigmoid_(m.slope * pre[j]);
-      d[j] = y * (1.0f - y) * m.slope;
-    }
-  } else if (m.by == R2B_BY_WINDOW) {
-    for (int j = 0; j < hidden; j++) d[j] = fabsf(pre[j]) * m.slope < 1.0f ? m.slope * 0.5f : 0.0f;
-  } else {
-    for (int j = 0; j < hidden; j++) d[j] = 1.0f;
   }
 }
 
@@ -192,10 +251,158 @@ static inline void operand(const float *restrict source, void *restrict to, int 
   }
 }
 
-/* pre (W) of one gate: a product a unit, a bias a copy. */
-static inline void thresholds(const float *restrict product, const float *restrict bias, float *restrict pre, int hidden, int copies) {
-  for (int k = 0; k < copies; k++)
-    for (int j = 0; j < hidden; j++) pre[k * hidden + j] = product[j] + bias[k * hidden + j];
+/* Rows first … first + count of a product of whole matrices: blocks of k so that a panel stays in the first cache, its turn's panels in the second. */
+int NAME(product)(const r2b_product *p, int first, int count) {
+  size_t size = p->precision == R2B_BFLOAT16 ? 2 : 4, deep = p->precision == R2B_BFLOAT16 ? 384 : 192, M = (size_t)count, N = (size_t)p->n, K = (size_t)p->k;
+  size_t lying = p->a_k == 1 && p->a_row != 1, lda = apart(deep); /* rows of a that lie in memory as they are read need not be turned */
+  char *left = calloc(ROWS_A_TURN * lda, size), *right = malloc(COLUMNS_A_TURN * deep * size);
+  if (!left || !right) {
+    free(left), free(right);
+    return -1;
+  }
+  const float *a = p->a + (size_t)first * p->a_row;
+  float *out = p->out + (size_t)first * p->out_row, tile[MR * NR];
+  for (size_t k = 0; k < K; k += deep)
+    for (size_t n = 0; n < N; n += COLUMNS_A_TURN) {
+      size_t depth = K - k < deep ? K - k : deep, even = up(depth, 2), columns = N - n < COLUMNS_A_TURN ? N - n : COLUMNS_A_TURN;
+      int add = p->add || k;
+      NAME(pack)(p->b + k * p->b_k + n * p->b_n, p->b_k, p->b_n, (int)depth, (int)columns, p->precision, right);
+      for (size_t m = 0; m < M; m += ROWS_A_TURN) {
+        size_t rows = M - m < ROWS_A_TURN ? M - m : ROWS_A_TURN;
+        const float *source = a + m * p->a_row + k * p->a_k;
+        int whole = p->a_row == 1 && rows == ROWS_A_TURN;
+        if (whole) turn_rows(source, p->a_k, depth, p->precision, left);
+        for (size_t r = 0; !whole && r < rows; r += lying ? 1 : MR) {
+          if (lying)
+            operand(source + r * p->a_row, left + r * lda * size, (int)depth, even, p->precision);
+          else
+            strip(source + r * p->a_row, p->a_k, p->a_row, depth, rows - r < MR ? rows - r : MR, MR, p->precision, left + r * even * size);
+        }
+        for (size_t j = 0; j < columns; j += NR)
+          for (size_t r = 0; r < rows; r += MR) {
+            float *to = out + (m + r) * p->out_row + n + j;
+            size_t wide = columns - j < NR ? columns - j : NR, high = rows - r < MR ? rows - r : MR;
+            const char *rows_of_a = left + r * (lying ? lda : even) * size;
+            if (high == MR && wide % VL == 0) {
+              block(rows_of_a, lda, !lying, right + j * even * size, even, (int)wide, to, p->out_row, p->precision, add);
+              continue;
+            }
+            block(rows_of_a, lda, !lying, right + j * even * size, even, (int)wide, tile, NR, p->precision, 0);
+            for (size_t y = 0; y < high; y++)
+              for (size_t x = 0; x < wide; x++) to[y * p->out_row + x] = (add ? to[y * p->out_row + x] : 0.0f) + tile[y * NR + x];
+          }
+      }
+    }
+  free(left), free(right);
+  return 0;
+}
+
+/* log(u / (1 - u)): from the exponents, and from the mantissas m and n as the series of 2 artanh((m - n) / (m + n)), at most 1/3; error 2e-7. */
+static inline float logit_(float u) {
+  union { float f; uint32_t u; } m = {u}, n = {1.0f - u};
+  float exponent = (float)((int32_t)(m.u >> 23) - (int32_t)(n.u >> 23));
+  m.u = (m.u & 0x7fffffu) | 0x3f800000u, n.u = (n.u & 0x7fffffu) | 0x3f800000u;
+  float y = (m.f - n.f) / (m.f + n.f), z = y * y, p = 2.0f / 11.0f;
+  p = p * z + 2.0f / 9.0f;
+  p = p * z + 2.0f / 7.0f;
+  p = p * z + 2.0f / 5.0f;
+  p = p * z + 2.0f / 3.0f;
+  p = p * z + 2.0f;
+  return exponent * 0.69314718f + y * p;
+}
+
+/* Logistic noise (W) of one row and gate: Philox 4x32-7 (Salmon et al. 2011) under the window's seed, counted by place, so that the backward
+ * pass draws what the forward pass drew. A uniform number below the share is uniform again once divided by it; elsewhere there is no noise. */
+static void noise_row(uint64_t seed, float share, size_t at, uint32_t gate, float *restrict noise, size_t width) {
+  uint32_t low = (uint32_t)at, high = (uint32_t)((uint64_t)at >> 32);
+  uint32_t bits[4][DRAWN];
+  size_t quarter = (width + 3) / 4;
+  float scale = 1.0f / share;
+  for (size_t start = 0; start < quarter; start += DRAWN) {
+    for (uint32_t j = 0; j < DRAWN; j++) {
+      uint32_t c0 = (uint32_t)start + j, c1 = gate, c2 = low, c3 = high, k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+#pragma GCC unroll 7
+      for (int round = 0; round < 7; round++) {
+        uint64_t x = (uint64_t)c0 * 0xd2511f53u, y = (uint64_t)c2 * 0xcd9e8d57u;
+        c0 = (uint32_t)(y >> 32) ^ c1 ^ k0, c1 = (uint32_t)y, c2 = (uint32_t)(x >> 32) ^ c3 ^ k1, c3 = (uint32_t)x;
+        k0 += 0x9e3779b9u, k1 += 0xbb67ae85u;
+      }
+      bits[0][j] = c0, bits[1][j] = c1, bits[2][j] = c2, bits[3][j] = c3;
+    }
+    for (size_t part = 0; part < 4; part++) {
+      size_t first = part * quarter + start, end = part * quarter + (quarter < start + DRAWN ? quarter : start + DRAWN);
+      const uint32_t *drawn = bits[part];
+      if (end > width) end = width;
+      for (size_t j = first; j < end; j++) {
+        float u = ((float)(int32_t)(drawn[j - first] >> 8) + 0.5f) * 0x1p-24f;
+        u = u < share ? u * scale : 0.5f;
+        u = u < 1e-6f ? 1e-6f : u;
+        noise[j] = logit_(u > 1.0f - 1e-6f ? 1.0f - 1e-6f : u);
+      }
+    }
+  }
+}
+
+/* The noise a window draws under this seed: rows first … first + count of noise (rows, gates, width). */
+int NAME(noise)(uint64_t seed, float share, float *noise, int gates, int width, int first, int count) {
+  for (size_t at = (size_t)first; at < (size_t)first + (size_t)count; at++)
+    for (size_t g = 0; g < (size_t)gates; g++)
+      noise_row(seed, share, at, (uint32_t)g, noise + (at * (size_t)gates + g) * (size_t)width, (size_t)width);
+  return 0;
+}
+
+enum { BY_SAMPLE = 3 }; /* a soft sample's derivative follows from its value */
+
+/* One gate of one row, all copies: its level, and where `through` is wanted the sample and what a level's gradient is multiplied by on its way to
+ * pre. The flags are constants where this is called, so that each loop is free of branches. */
+static inline __attribute__((always_inline)) void gate_of(int bit, int by, int noisy, int back, r2b_mode m, int H, int copies, const float *product,
+                                                          const float *bias, const float *noise, const float *lo, const float *hi, float *value,
+                                                          float *sample, float *through) {
+  float slope = m.slope, scale = m.scale, sharpness = m.sharpness, steep = scale * sharpness;
+  for (int k = 0; k < copies * H; k += H) {
+    const float *restrict p = product, *restrict b = bias + k, *restrict e = noise + k, *restrict l = lo + k, *restrict h = hi + k;
+    float *restrict v = value + k, *restrict s = sample + k, *restrict d = through + k;
+    for (int j = 0; j < H; j++) {
+      float pre = p[j] + b[j], a = scale * pre + (noisy ? e[j] : 0.0f);
+      float one = bit ? (a > 0.0f ? 1.0f : 0.0f) : sigmoid_(a * sharpness);
+      v[j] = h[j] * one + l[j] * (1.0f - one); /* exactly lo at 0 and hi at 1 */
+      if (!back) continue;
+      float slant = 1.0f;
+      if (by == BY_SAMPLE) {
+        slant = one * (1.0f - one) * steep;
+      } else if (by == R2B_BY_SIGMOID) {
+        float y = noisy ? sigmoid_(a * sharpness) : sigmoid_(slope * pre);
+        slant = y * (1.0f - y) * (noisy ? steep : slope);
+      } else if (by == R2B_BY_WINDOW) {
+        slant = fabsf(pre) * slope < 1.0f ? slope * 0.5f : 0.0f;
+      }
+      s[j] = one;
+      d[j] = slant * (h[j] - l[j]);
+    }
+  }
+}
+
+/* `noise` has room for the gate's noise, W. */
+static inline __attribute__((always_inline)) void gate(const r2b_window *w, int back, int g, size_t at, const float *product, float *noise, float *value,
+                                                       float *sample, float *through) {
+  r2b_mode m = w->modes[g];
+  int H = w->hidden, copies = w->copies, W = H * copies, bit = m.sample == R2B_BIT, noisy = w->noisy && m.noisy;
+  const float *bias = w->gates_bias + g * W, *lo = w->lo + g * W, *hi = w->hi + g * W;
+  if (noisy) noise_row(w->seed, w->share, at, (uint32_t)g, noise, (size_t)W);
+#define GATE(bit, by, noisy) gate_of(bit, by, noisy, back, m, H, copies, product, bias, noise, lo, hi, value, sample, through)
+  if (!bit && noisy)
+    GATE(0, BY_SAMPLE, 1);
+  else if (!bit)
+    GATE(0, BY_SAMPLE, 0);
+  else if (noisy)
+    GATE(1, R2B_BY_SIGMOID, 1);
+  else if (m.by == R2B_BY_SIGMOID)
+    GATE(1, R2B_BY_SIGMOID, 0);
+  else if (m.by == R2B_BY_WINDOW)
+    GATE(1, R2B_BY_WINDOW, 0);
+  else
+    GATE(1, R2B_BY_IDENTITY, 0);
+#undef GATE
 }
 
 static inline void add(const float *restrict x, const float *restrict product, float *restrict sum, int n) {
@@ -210,11 +417,6 @@ static inline void fold(const float *restrict h, float *restrict mean, int hidde
     for (int j = 0; j < hidden; j++) mean[j] += h[k * hidden + j] * share;
 }
 
-/* levels (W) of a gate from its samples: exactly lo at 0 and hi at 1. */
-static inline void levels(const float *restrict lo, const float *restrict hi, const float *restrict sample, float *restrict value, int width) {
-  for (int j = 0; j < width; j++) value[j] = hi[j] * sample[j] + lo[j] * (1.0f - sample[j]);
-}
-
 static inline void gru_copy(int H, const float *restrict x, const float *restrict u, const float *restrict r, const float *restrict z,
                             const float *restrict before, float *restrict n, float *restrict h) {
   for (int j = 0; j < H; j++) {
@@ -224,24 +426,21 @@ static inline void gru_copy(int H, const float *restrict x, const float *restric
   }
 }
 
-/* values (5 W): a level for each gate, then room for a gate's pre-activations and samples. */
-static void gate_values(const r2b_window *w, int gates, const float *products, const float *noise, float *values) {
+/* values (G + 1, W): a level for each gate, then room for a gate's noise. */
+static void gate_values(const r2b_window *w, int gates, size_t at, const float *products, float *values) {
   int H = w->hidden, W = H * w->copies;
-  float *pre = values + gates * W, *sample = values + (gates + 1) * W;
-  for (int g = 0; g < gates; g++) {
-    thresholds(products + g * H, w->gates_bias + g * W, pre, H, w->copies);
-    samples(w->modes[g], pre, noise ? noise + g * W : NULL, sample, W);
-    levels(w->lo + g * W, w->hi + g * W, sample, values + g * W, W);
-  }
+  for (int g = 0; g < gates; g++) gate(w, 0, g, at, products + g * H, values + gates * W, values + g * W, values, values);
 }
 
-static void gru_row(const r2b_window *w, const float *x, const float *product, const float *noise, const float *before, float *products,
-                    float *candidate, float *inner, float *h, float *values) {
+static void gru_row(const r2b_window *w, size_t at, const float *x, const float *product, const float *before, float *products, float *candidate,
+                    float *inner, float *h, float *values) {
   int H = w->hidden, W = H * w->copies;
+  float *asked = values + 3 * W; /* W_n x + b */
   add(x, product, products, 2 * H);
-  gate_values(w, 2, products, noise, values);
-  for (int j = 0; j < H; j++) inner[j] = product[2 * H + j] + w->bias[j];
-  for (int k = 0; k < w->copies; k++) gru_copy(H, x + 2 * H, inner, values + k * H, values + W + k * H, before + k * H, candidate + k * H, h + k * H);
+  gate_values(w, 2, at, products, values);
+  add(w->bias_hh, product + 2 * H, inner, H);
+  add(w->bias, x + 2 * H, asked, H);
+  for (int k = 0; k < w->copies; k++) gru_copy(H, asked, inner, values + k * H, values + W + k * H, before + k * H, candidate + k * H, h + k * H);
 }
 
 static inline void lstm_copy(int H, const float *restrict g, const float *restrict i, const float *restrict f, const float *restrict o, float share,
@@ -253,12 +452,16 @@ static inline void lstm_copy(int H, const float *restrict g, const float *restri
   }
 }
 
-static void lstm_row(const r2b_window *w, const float *x, const float *product, const float *noise, const float *before, float *products,
-                     float *candidate, float *c, float *h, float *values) {
+static inline void lstm_candidate(int H, const float *restrict x, const float *restrict product, const float *restrict bias, float *restrict g) {
+  for (int j = 0; j < H; j++) g[j] = tanh_(x[j] + product[j] + bias[j]);
+}
+
+static void lstm_row(const r2b_window *w, size_t at, const float *x, const float *product, const float *before, float *products, float *candidate,
+                     float *c, float *h, float *values) {
   int H = w->hidden, W = H * w->copies;
   add(x, product, products, 3 * H);
-  gate_values(w, 3, products, noise, values);
-  for (int j = 0; j < H; j++) candidate[j] = tanh_(x[3 * H + j] + product[3 * H + j]);
+  gate_values(w, 3, at, products, values);
+  lstm_candidate(H, x + 3 * H, product + 3 * H, w->bias, candidate);
   memset(h, 0, (size_t)H * 4);
   for (int k = 0; k < w->copies; k++)
     lstm_copy(H, candidate, values + k * H, values + W + k * H, values + 2 * W + k * H, 1.0f / (float)w->copies, before + k * H, c + k * H, h);
@@ -268,38 +471,36 @@ static void lstm_row(const r2b_window *w, const float *x, const float *product, 
 int NAME(forward)(const r2b_window *w, const void *packed, int first, int count) {
   size_t H = (size_t)w->hidden, W = H * (size_t)w->copies, lstm = w->cell == R2B_LSTM, gates = lstm ? 3 : 2, blocks = gates + 1;
   size_t B = (size_t)w->batch, state = lstm ? H : W, candidates = lstm ? H : W; /* widths of h and of the candidate */
-  size_t depth = up(H, 2), rows = up((size_t)count, MR), width = up(blocks * H, NR), size = w->precision == R2B_BFLOAT16 ? 2 : 4;
-  void *a = calloc(rows * depth, size);
-  float *out = malloc(rows * width * 4), *spare = malloc((6 * W + 2 * H) * 4);
+  size_t depth = up(H, 2), lda = apart(depth), rows = up((size_t)count, MR), width = up(blocks * H, NR), size = w->precision == R2B_BFLOAT16 ? 2 : 4;
+  void *a = calloc(rows * lda, size);
+  float *out = malloc(rows * width * 4), *spare = malloc((6 * W + 4 * H) * 4);
   if (!a || !out || !spare) {
     free(a), free(out), free(spare);
     return -1;
   }
-  float *values = spare, *n_spare = spare + 5 * W, *u_spare = spare + 6 * W, *mean = spare + 6 * W + H;
+  float *values = spare, *n_spare = spare + 4 * W + H, *u_spare = n_spare + W, *mean = u_spare + H;
   for (int t = 0; t < w->steps; t++) {
     for (size_t r = 0; r < (size_t)count; r++) {
       size_t b = (size_t)first + r;
       const float *before = t ? w->h + ((size_t)(t - 1) * B + b) * state : w->h0 + b * state;
-      void *row = (char *)a + r * depth * size;
       if (state > H) {
-        fold(before, mean, (int)H, w->copies);
-        before = mean;
+        float *folded = w->h_before ? w->h_before + ((size_t)t * B + b) * H : mean;
+        fold(before, folded, (int)H, w->copies);
+        before = folded;
       }
-      operand(before, row, (int)H, depth, w->precision);
-      if (w->h_before) memcpy(w->h_before + ((size_t)t * B + b) * H, row, H * 2);
+      operand(before, (char *)a + r * lda * size, (int)H, depth, w->precision);
     }
-    product(a, depth, packed, depth, (int)(blocks * H), rows, out, width, w->precision);
+    step_product(a, lda, packed, depth, (int)(blocks * H), rows, out, width, w->precision);
     for (size_t r = 0; r < (size_t)count; r++) {
       size_t b = (size_t)first + r, at = (size_t)t * B + b;
-      const float *x = w->x_pre + at * blocks * H, *noise = w->noise ? w->noise + at * gates * W : NULL;
+      const float *x = w->x_pre + at * blocks * H;
       float *candidate = w->candidate ? w->candidate + at * candidates : n_spare;
       if (lstm) {
         const float *c_before = t ? w->c + (at - B) * W : w->c0 + b * W;
-        lstm_row(w, x, out + r * width, noise, c_before, w->products + at * gates * H, candidate, w->c + at * W, w->h + at * H, values);
+        lstm_row(w, at, x, out + r * width, c_before, w->products + at * gates * H, candidate, w->c + at * W, w->h + at * H, values);
       } else {
         const float *before = t ? w->h + (at - B) * W : w->h0 + b * W;
-        gru_row(w, x, out + r * width, noise, before, w->products + at * gates * H, candidate, w->inner ? w->inner + at * H : u_spare, w->h + at * W,
-                values);
+        gru_row(w, at, x, out + r * width, before, w->products + at * gates * H, candidate, w->inner ? w->inner + at * H : u_spare, w->h + at * W, values);
       }
     }
   }
@@ -307,24 +508,25 @@ int NAME(forward)(const r2b_window *w, const void *packed, int first, int count)
   return 0;
 }
 
-/* One gate's share of the backward pass: what its value received (received, W) -> the gradient of pre (W), and the sums for levels and bias. */
-static inline void gate_back(const float *restrict received, const float *restrict sample, const float *restrict through, const float *restrict lo,
-                             const float *restrict hi, float *restrict d_pre, float *restrict d_bias, float *restrict d_lo, float *restrict d_hi,
-                             int width) {
-  for (int j = 0; j < width; j++) {
-    float d = received[j] * through[j] * (hi[j] - lo[j]);
-    d_hi[j] += received[j] * sample[j];
-    d_lo[j] += received[j] * (1.0f - sample[j]);
-    d_pre[j] = d;
-    d_bias[j] += d;
+/* One gate's share of the backward pass: what its value received (W) -> the gradient of its product (H), and the sums for bias and levels (W). */
+static inline void gate_back(const float *received, const float *sample, const float *through, float *restrict grad, float *d_bias, float *d_lo,
+                             float *d_hi, int H, int copies) {
+  memset(grad, 0, (size_t)H * 4);
+  for (int k = 0; k < copies * H; k += H) {
+    const float *restrict from = received + k, *restrict s = sample + k, *restrict slant = through + k;
+    float *restrict bias = d_bias + k, *restrict lo = d_lo + k, *restrict hi = d_hi + k;
+    for (int j = 0; j < H; j++) {
+      float d = from[j] * slant[j], up = from[j] * s[j];
+      hi[j] += up;
+      lo[j] += from[j] - up;
+      bias[j] += d;
+      grad[j] += d;
+    }
   }
 }
 
-/* The sum over copies (W -> H). */
-static inline void gather(const float *restrict x, float *restrict sum, int hidden, int copies) {
-  for (int j = 0; j < hidden; j++) sum[j] = x[j];
-  for (int k = 1; k < copies; k++)
-    for (int j = 0; j < hidden; j++) sum[j] += x[k * hidden + j];
+static inline void add_to(float *restrict sum, const float *restrict x, size_t n) {
+  for (size_t j = 0; j < n; j++) sum[j] += x[j];
 }
 
 static inline void gru_copy_back(int H, const float *restrict u, const float *restrict n, const float *restrict r, const float *restrict z,
@@ -353,65 +555,59 @@ static inline void lstm_copy_back(int H, const float *restrict g, const float *r
   }
 }
 
-/* Rows first … first + count from the window's end to its start; d_levels (3, G, W), for bias, lo and hi, is added to. */
-int NAME(backward)(const r2b_window *w, const void *packed, int first, int count, float *d_levels) {
+/* Rows first … first + count from the window's end to its start; sums (3, G, W) for the gates' bias, lo and hi, and (2, H) for the candidate's
+ * biases, are added to. */
+int NAME(backward)(const r2b_window *w, const void *packed, int first, int count, float *sums) {
   size_t H = (size_t)w->hidden, W = H * (size_t)w->copies, lstm = w->cell == R2B_LSTM, gates = lstm ? 3 : 2, blocks = gates + 1;
   size_t B = (size_t)w->batch, K = blocks * H, state = lstm ? H : W;
-  size_t depth = up(K, 2), rows = up((size_t)count, MR), width = up(H, NR), size = w->precision == R2B_BFLOAT16 ? 2 : 4;
-  void *a = calloc(rows * depth, size);
-  float *out = malloc(rows * width * 4), *dh = calloc(rows * state, 4), *dc = calloc(rows * W, 4), *spare = malloc(((4 * gates + 2) * W + K) * 4);
+  size_t depth = up(K, 2), lda = apart(depth), rows = up((size_t)count, MR), width = up(H, NR), size = w->precision == R2B_BFLOAT16 ? 2 : 4;
+  void *a = calloc(rows * lda, size);
+  float *out = malloc(rows * width * 4), *dh = calloc(rows * state, 4), *dc = calloc(rows * W, 4), *spare = malloc(((4 * gates + 1) * W + K) * 4);
   if (!a || !out || !dh || !dc || !spare) {
     free(a), free(out), free(dh), free(dc), free(spare);
     return -1;
   }
   float *sample = spare, *through = spare + gates * W, *value = spare + 2 * gates * W, *received = spare + 3 * gates * W;
-  float *pre = spare + 4 * gates * W, *d_pre = pre + W;
-  float *back = d_pre + W; /* (K): the gradient of the recurrent product */
+  float *noise = spare + 4 * gates * W, *back = noise + W; /* back (K): the gradient of the recurrent product */
+  float *d_bias = sums, *d_lo = sums + gates * W, *d_hi = sums + 2 * gates * W, *d_candidate = sums + 3 * gates * W;
   float share = 1.0f / (float)w->copies;
   for (int t = w->steps - 1; t >= 0; t--) {
     for (size_t r = 0; r < (size_t)count; r++) {
       size_t b = (size_t)first + r, at = (size_t)t * B + b;
-      const float *noise = w->noise ? w->noise + at * gates * W : NULL;
       float *d = dh + r * state, *grad = w->grad_x + at * K, *dc_row = dc + r * W;
-      if (w->grad_h)
-        for (size_t j = 0; j < state; j++) d[j] += w->grad_h[at * state + j];
-      for (size_t g = 0; g < gates; g++) {
-        const float *gate_noise = noise ? noise + g * W : NULL;
-        thresholds(w->products + (at * gates + g) * H, w->gates_bias + g * W, pre, (int)H, w->copies);
-        samples(w->modes[g], pre, gate_noise, sample + g * W, (int)W);
-        derivatives(w->modes[g], pre, gate_noise, sample + g * W, through + g * W, (int)W);
-        levels(w->lo + g * W, w->hi + g * W, sample + g * W, value + g * W, (int)W);
-      }
+      if (w->grad_h) add_to(d, w->grad_h + at * state, state);
+      for (size_t g = 0; g < gates; g++)
+        gate(w, 1, (int)g, at, w->products + (at * gates + g) * H, noise, value + g * W, sample + g * W, through + g * W);
       memset(grad + gates * H, 0, H * 4);
-      memset(back + gates * H, 0, H * 4);
       if (lstm) {
         const float *before = t ? w->c + (at - B) * W : w->c0 + b * W;
-        if (w->grad_c)
-          for (size_t j = 0; j < W; j++) dc_row[j] += w->grad_c[at * W + j];
+        if (w->grad_c) add_to(dc_row, w->grad_c + at * W, W);
         for (size_t k = 0; k < (size_t)w->copies; k++)
           lstm_copy_back((int)H, w->candidate + at * H, value + k * H, value + W + k * H, value + 2 * W + k * H, w->c + at * W + k * H, before + k * H,
                          d, share, dc_row + k * H, received + k * H, received + W + k * H, received + 2 * W + k * H, grad + 3 * H);
-        memcpy(back + 3 * H, grad + 3 * H, H * 4);
         memset(d, 0, H * 4);
       } else {
         const float *before = t ? w->h + (at - B) * W : w->h0 + b * W;
+        float *inner = w->grad_inner + at * H;
+        memset(inner, 0, H * 4);
         for (size_t k = 0; k < (size_t)w->copies; k++)
           gru_copy_back((int)H, w->inner + at * H, w->candidate + at * W + k * H, value + k * H, value + W + k * H, before + k * H, d + k * H,
-                        received + k * H, received + W + k * H, grad + 2 * H, back + 2 * H);
+                        received + k * H, received + W + k * H, grad + 2 * H, inner);
+        add_to(d_candidate + H, inner, H);
       }
-      for (size_t g = 0; g < gates; g++) {
-        gate_back(received + g * W, sample + g * W, through + g * W, w->lo + g * W, w->hi + g * W, d_pre, d_levels + g * W,
-                  d_levels + (gates + g) * W, d_levels + (2 * gates + g) * W, (int)W);
-        gather(d_pre, grad + g * H, (int)H, w->copies);
+      add_to(d_candidate, grad + gates * H, H);
+      for (size_t g = 0; g < gates; g++)
+        gate_back(received + g * W, sample + g * W, through + g * W, grad + g * H, d_bias + g * W, d_lo + g * W, d_hi + g * W, (int)H, w->copies);
+      if (w->grad_gates) add_to(grad, w->grad_gates + at * gates * H, gates * H);
+      const float *read = grad;
+      if (!lstm) {
+        memcpy(back, grad, gates * H * 4);
+        memcpy(back + gates * H, w->grad_inner + at * H, H * 4);
+        read = back;
       }
-      if (w->grad_gates)
-        for (size_t j = 0; j < gates * H; j++) grad[j] += w->grad_gates[at * gates * H + j];
-      memcpy(back, grad, gates * H * 4);
-      void *row = (char *)a + r * depth * size;
-      operand(back, row, (int)K, depth, w->precision);
-      if (w->grad_product) memcpy((char *)w->grad_product + at * K * size, row, K * size);
+      operand(read, (char *)a + r * lda * size, (int)K, depth, w->precision);
     }
-    product(a, depth, packed, depth, (int)H, rows, out, width, w->precision);
+    step_product(a, lda, packed, depth, (int)H, rows, out, width, w->precision);
     for (size_t r = 0; r < (size_t)count; r++)
       for (size_t k = 0; k < state / H; k++)
         for (size_t j = 0; j < H; j++) dh[r * state + k * H + j] += out[r * width + j] * (lstm ? 1.0f : share);
@@ -422,30 +618,4 @@ int NAME(backward)(const r2b_window *w, const void *packed, int first, int count
   return 0;
 }
 
-/* Rows first … first + count of y = x * packed + bias, in stretches that stay in the cache. */
-int NAME(linear)(const float *x, const void *packed, const float *bias, float *y, int k, int n, int first, int count) {
-  size_t depth = up((size_t)k, 2), width = up((size_t)n, NR), stretch = 8 * MR;
-  uint16_t *a = calloc(stretch * depth, 2);
-  float *out = malloc(stretch * width * 4);
-  if (!a || !out) {
-    free(a), free(out);
-    return -1;
-  }
-  for (size_t at = 0; at < (size_t)count; at += stretch) {
-    size_t rows = (size_t)count - at < stretch ? (size_t)count - at : stretch, row0 = (size_t)first + at;
-    for (size_t r = 0; r < rows; r++) operand(x + (row0 + r) * (size_t)k, a + r * depth, k, depth, R2B_BFLOAT16);
-    product(a, depth, packed, depth, n, up(rows, MR), out, width, R2B_BFLOAT16);
-    for (size_t r = 0; r < rows; r++) {
-      float *to = y + (row0 + r) * (size_t)n;
-      const float *from = out + r * width;
-      if (bias)
-        for (int j = 0; j < n; j++) to[j] = from[j] + bias[j];
-      else
-        memcpy(to, from, (size_t)n * 4);
-    }
-  }
-  free(a), free(out);
-  return 0;
-}
-
-const isa_kernels NAME(kernels) = {NAME(packed_bytes), NAME(pack), NAME(forward), NAME(backward), NAME(linear), HAS_BF16, MR};
+const isa_kernels NAME(kernels) = {NAME(packed_bytes), NAME(pack), NAME(forward), NAME(backward), NAME(product), NAME(noise), HAS_BF16, MR};

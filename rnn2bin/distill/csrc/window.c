@@ -51,9 +51,14 @@ typedef struct {
   const isa_kernels *kernels;
   const r2b_window *window;
   const void *packed;
-  const float *x, *bias; /* linear */
-  float *y, *d_levels;
-  int k, n, first, count, failed;
+  const r2b_product *product;
+  const float *x; /* rows to add, and to where */
+  const int64_t *index;
+  float *sums;  /* of a backward pass, or the table that rows are added to */
+  float *noise; /* and how it is drawn */
+  uint64_t seed;
+  float share;
+  int rows, gates, width, first, count, failed;
 } job;
 
 static void *run_forward(void *given) {
@@ -63,12 +68,17 @@ static void *run_forward(void *given) {
 }
 static void *run_backward(void *given) {
   job *j = given;
-  j->failed = j->kernels->backward(j->window, j->packed, j->first, j->count, j->d_levels);
+  j->failed = j->kernels->backward(j->window, j->packed, j->first, j->count, j->sums);
   return NULL;
 }
-static void *run_linear(void *given) {
+static void *run_product(void *given) {
   job *j = given;
-  j->failed = j->kernels->linear(j->x, j->packed, j->bias, j->y, j->k, j->n, j->first, j->count);
+  j->failed = j->kernels->product(j->product, j->first, j->count);
+  return NULL;
+}
+static void *run_noise(void *given) {
+  job *j = given;
+  j->failed = j->kernels->noise(j->seed, j->share, j->noise, j->gates, j->width, j->first, j->count);
   return NULL;
 }
 
@@ -122,47 +132,71 @@ int r2b_forward(const r2b_window *w) {
   return failed;
 }
 
+static void add_to(float *sum, const float *x, size_t n) {
+  for (size_t j = 0; sum && j < n; j++) sum[j] += x[j];
+}
+
 int r2b_backward(const r2b_window *w) {
   const isa_kernels *kernels = chosen().kernels;
   int gates = w->cell == R2B_LSTM ? 3 : 2, blocks = (gates + 1) * w->hidden, first[MOST_THREADS], count[MOST_THREADS];
-  size_t third = (size_t)(gates * w->hidden * w->copies), levels = 3 * third; /* bias, lo, hi */
+  size_t hidden = (size_t)w->hidden, third = (size_t)(gates * w->hidden * w->copies), all = 3 * third + 2 * hidden;
   int n = shares(w->batch, w->threads, kernels->block, first, count);
   void *packed = malloc(kernels->packed_bytes(blocks, w->hidden, w->precision));
-  float *d_levels = calloc(levels * (size_t)n, 4);
-  if (!packed || !d_levels) {
-    free(packed), free(d_levels);
+  float *sums = calloc(all * (size_t)n, 4);
+  if (!packed || !sums) {
+    free(packed), free(sums);
     return -1;
   }
-  kernels->pack(w->weight, (size_t)w->hidden, 1, blocks, w->hidden, w->precision, packed);
+  kernels->pack(w->weight, hidden, 1, blocks, w->hidden, w->precision, packed);
   job jobs[MOST_THREADS];
   for (int k = 0; k < n; k++)
-    jobs[k] = (job){
-        .kernels = kernels, .window = w, .packed = packed, .first = first[k], .count = count[k], .d_levels = d_levels + levels * (size_t)k};
+    jobs[k] = (job){.kernels = kernels, .window = w, .packed = packed, .first = first[k], .count = count[k], .sums = sums + all * (size_t)k};
   int failed = run_all(run_backward, jobs, n);
   for (int k = 0; k < n; k++) {
-    const float *found = d_levels + levels * (size_t)k;
-    for (size_t j = 0; j < third; j++) w->grad_bias[j] += found[j];
-    for (size_t j = 0; j < third && w->grad_lo && w->grad_hi; j++) {
-      w->grad_lo[j] += found[third + j];
-      w->grad_hi[j] += found[2 * third + j];
-    }
+    const float *found = sums + all * (size_t)k;
+    add_to(w->grad_gates_bias, found, third);
+    add_to(w->grad_lo, found + third, third);
+    add_to(w->grad_hi, found + 2 * third, third);
+    add_to(w->grad_bias, found + 3 * third, hidden);
+    add_to(w->grad_bias_hh, found + 3 * third + hidden, hidden);
   }
-  free(packed), free(d_levels);
+  free(packed), free(sums);
   return failed;
 }
 
-int r2b_linear(const float *x, const float *weight, const float *bias, float *y, int32_t rows, int32_t k, int32_t n, int32_t threads) {
+int r2b_multiply(const r2b_product *p) {
   const isa_kernels *kernels = chosen().kernels;
-  int first[MOST_THREADS], count[MOST_THREADS];
-  if (!kernels->bfloat16) return -1;
-  void *packed = malloc(kernels->packed_bytes(k, n, R2B_BFLOAT16));
-  if (!packed) return -1;
-  kernels->pack(weight, 1, (size_t)k, k, n, R2B_BFLOAT16, packed);
-  int parts = shares(rows, threads, kernels->block, first, count);
+  int first[MOST_THREADS], count[MOST_THREADS], n = shares(p->m, p->threads, kernels->block, first, count);
   job jobs[MOST_THREADS];
-  for (int p = 0; p < parts; p++)
-    jobs[p] = (job){.kernels = kernels, .packed = packed, .x = x, .bias = bias, .y = y, .k = k, .n = n, .first = first[p], .count = count[p]};
-  int failed = run_all(run_linear, jobs, parts);
-  free(packed);
-  return failed;
+  for (int k = 0; k < n; k++) jobs[k] = (job){.kernels = kernels, .product = p, .first = first[k], .count = count[k]};
+  return run_all(run_product, jobs, n);
+}
+
+/* Each thread has its own columns, so every sum has one order. */
+static void *run_rows(void *given) {
+  job *j = given;
+  size_t width = (size_t)j->width;
+  for (size_t n = 0; n < (size_t)j->rows; n++) {
+    const float *restrict from = j->x + n * width + j->first;
+    float *restrict to = j->sums + (size_t)j->index[n] * width + j->first;
+    for (int k = 0; k < j->count; k++) to[k] += from[k];
+  }
+  return NULL;
+}
+
+int r2b_add_rows(const float *rows, const int64_t *index, float *table, int32_t count, int32_t width, int32_t threads) {
+  int at[MOST_THREADS], wide[MOST_THREADS], n = shares(width, threads, 64, at, wide);
+  job jobs[MOST_THREADS];
+  for (int k = 0; k < n; k++)
+    jobs[k] = (job){.x = rows, .index = index, .sums = table, .rows = count, .width = width, .first = at[k], .count = wide[k]};
+  return run_all(run_rows, jobs, n);
+}
+
+int r2b_noise(uint64_t seed, float share, float *noise, int32_t rows, int32_t gates, int32_t width, int32_t threads) {
+  const isa_kernels *kernels = chosen().kernels;
+  int first[MOST_THREADS], count[MOST_THREADS], n = shares(rows, threads, kernels->block, first, count);
+  job jobs[MOST_THREADS];
+  for (int k = 0; k < n; k++)
+    jobs[k] = (job){.kernels = kernels, .noise = noise, .seed = seed, .share = share, .gates = gates, .width = width, .first = first[k], .count = count[k]};
+  return run_all(run_noise, jobs, n);
 }

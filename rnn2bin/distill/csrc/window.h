@@ -7,6 +7,7 @@
 #ifndef RNN2BIN_WINDOW_H
 #define RNN2BIN_WINDOW_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 enum { R2B_LSTM = 0, R2B_GRU = 1 };
@@ -20,41 +21,55 @@ typedef struct {
   int32_t sample, by;
   float scale, sharpness; /* of the sample */
   float slope;            /* of the derivative of a bit without noise: sigmoid(slope * pre), or the box */
-  int32_t noisy;          /* the derivative of a bit sees the noise (Gumbel, hard) */
+  int32_t noisy;          /* the sample sees the window's noise, and so does a bit's derivative */
 } r2b_mode;
 
 typedef struct {
+  uint64_t seed; /* of the noise */
+  float share;   /* of the gates' samples that get noise */
+  int32_t noisy; /* whether noise is drawn */
   int32_t cell, precision, threads;
   int32_t steps, batch, hidden, copies;
   r2b_mode modes[3];
   const float *weight;    /* (P*H, H) recurrent */
   const float *gates_bias; /* (G, W) */
-  const float *bias;      /* GRU: (H) of the recurrent candidate; else null */
+  const float *bias;       /* (H) the candidate's */
+  const float *bias_hh;    /* GRU: (H) of the recurrent candidate; else null */
   const float *lo, *hi;   /* (G, W) */
-  const float *x_pre;     /* (T, B, P, H) input products; with a bias only for the candidate */
-  const float *noise;     /* (T, B, G, W) logistic, or null */
+  const float *x_pre;     /* (T, B, P, H) input products, without a bias */
   const float *h0, *c0;   /* as wide as h and c */
   float *h, *c;           /* LSTM: (T, B, H) the mean over copies, and (T, B, W); GRU: (T, B, W), and null */
   float *products;        /* (T, B, G, H) the gates' products, input included: pre-activations but for gates_bias */
   float *candidate;       /* LSTM: (T, B, H) g; GRU: (T, B, W) n; may be null where no backward follows */
   float *inner;           /* GRU: (T, B, H) U_n h + b; may be null where no backward follows */
-  uint16_t *h_before;     /* bfloat16: (T, B, H) what each step reads of the state before it; may be null */
+  float *h_before;        /* GRU of many copies: (T, B, H) the mean each step reads of the state before it; may be null where no backward follows */
   /* backward */
   const float *grad_h, *grad_c, *grad_gates; /* as wide as h, c and products; each may be null */
   float *grad_x;                           /* (T, B, P, H) */
-  void *grad_product;                      /* (T, B, P, H) in the precision: gradient of the recurrent product; LSTM float32: null */
+  float *grad_inner;                       /* GRU: (T, B, H) of `inner`; the gates' recurrent products have the gradient of x_pre */
   float *grad_h0, *grad_c0;                /* as h0 and c0 */
-  float *grad_bias;                        /* (G, W), added to */
+  float *grad_gates_bias, *grad_bias, *grad_bias_hh; /* as the biases, added to; the last null for the LSTM */
   float *grad_lo, *grad_hi;                /* (G, W), added to; may be null */
 } r2b_window;
 
+/* out (m, n) = or, with `add`, += the sum over k of a(m, k) b(k, n); operands in the precision, sums in float32. */
+typedef struct {
+  const float *a, *b;
+  float *out;
+  size_t a_row, a_k, b_k, b_n, out_row; /* how far apart, in elements; out's columns lie side by side */
+  int32_t m, n, k, precision, add, threads;
+} r2b_product;
+
 #define R2B_API __attribute__((visibility("default")))
 
-/* Each returns 0, or -1 where memory ran out; r2b_linear also where r2b_has_bfloat16() is 0. */
+/* Each returns 0, or -1 where memory ran out. */
 R2B_API int r2b_forward(const r2b_window *window);
 R2B_API int r2b_backward(const r2b_window *window);
-/* y (rows, n) = x (rows, k) * weight (n, k)^T + bias (n) or nothing where null, products in bfloat16, sums in float32. */
-R2B_API int r2b_linear(const float *x, const float *weight, const float *bias, float *y, int32_t rows, int32_t k, int32_t n, int32_t threads);
+R2B_API int r2b_multiply(const r2b_product *product);
+/* noise (rows, gates, width): what a window of so many steps and rows draws under this seed. */
+R2B_API int r2b_noise(uint64_t seed, float share, float *noise, int32_t rows, int32_t gates, int32_t width, int32_t threads);
+/* table (any, width): row index[n] += rows (count, width)[n]; every index is within the table. */
+R2B_API int r2b_add_rows(const float *rows, const int64_t *index, float *table, int32_t count, int32_t width, int32_t threads);
 /* Whether this processor multiplies bfloat16 natively, and the name of the instruction set in use. */
 R2B_API int r2b_has_bfloat16(void);
 R2B_API const char *r2b_isa(void);
