@@ -69,7 +69,7 @@ def test_the_layer_below_is_paid_for_what_the_layer_above_reads():
 def test_the_wanted_density_is_reached_within_a_hundredth_whatever_the_scale_of_the_loss(cell, wanted, copies, scale, tmp_path):
     teacher = teacher_of(cell, hidden=32)
     recipe = recipe_of(
-        train={"steps": 600, "max_steps": 600, "learning_rate": 0.01, "evaluate_every": 100, "batch_size": 8, "window": 16},
+        train={"steps": 600, "max_steps": 600, "learning_rate": 0.01, "evaluate_every": 50, "batch_size": 8, "window": 16},
         gates={"straight_through_from": 0.1, "copies": copies},
         budget={"density": wanted},
         loss={"hidden": scale},
@@ -78,7 +78,7 @@ def test_the_wanted_density_is_reached_within_a_hundredth_whatever_the_scale_of_
     network = student.student(teacher, recipe.gates)
     part = stream(2000)
     trained = distiller.train(network, teacher, task=task, recipe=recipe, train=part, valid=stream(500, rows=8, seed=7), out=tmp_path)
-    held = [p.density for p in trained.history if p.progress >= 0.6]  # one measurement of these small networks is noisy
+    held = [p.density for p in trained.history if p.progress >= 0.75]  # one measurement of these small networks is noisy
     assert sum(held) / len(held) == pytest.approx(wanted, abs=budget.TOLERANCE)
     assert next(p.density for p in trained.history if p.step == trained.best_step) <= wanted + budget.TOLERANCE
 
@@ -92,7 +92,7 @@ def test_the_wanted_density_falls_in_equal_ratios_and_never_below():
 
 @given(found=st.floats(0, 1), wanted=st.floats(0.02, 0.9), price=st.floats(0.01, 1e3))
 def test_the_price_is_on_the_distance_and_rises_while_it_is_too_large(found, wanted, price):
-    one = budget.Price(price, first=1.0)
+    one = budget.Price(price, first=1.0, shift=0.0)
     charged = one.charge(torch.tensor(found, dtype=torch.float64), Budget(density=wanted), 1.0)
     assert float(charged) == pytest.approx(price * abs(found - wanted), rel=1e-4, abs=1e-6 * price)
     if abs(abs(found - wanted) - budget.TOLERANCE / 2) > 1e-6:
@@ -104,6 +104,19 @@ def test_a_network_that_reads_less_than_it_may_is_left_alone():
     found = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     one.charge(found, Budget(density=0.5), 0.0).backward()
     assert (float(found.grad), one.price) == (0.0, 5.0)
+
+
+def test_training_aims_beside_the_wanted_density_by_what_the_validation_part_reads_too_much():
+    """Only once the wanted density has been the budget for a whole stretch between two measurements."""
+    plan, one = Budget(density=0.2, until=0.5), budget.Price(first=0.8, shift=0.0)
+    shifts = []
+    for found, progress in ((0.5, 0.25), (0.3, 0.5), (0.21, 0.75), (0.204, 1.0), (0.9, 1.0)):
+        one.correct(found, plan, progress)
+        shifts.append(one.shift)
+    assert shifts == pytest.approx([0, 0, -0.005, -0.007, -budget.MOST_SHIFT])
+    one.price, found = 1.0, torch.tensor(0.195, dtype=torch.float64, requires_grad=True)
+    one.charge(found, plan, 1.0).backward()
+    assert float(found.grad) == 1.0  # below the budget, and still charged
 
 
 def test_a_checkpoint_over_budget_is_chosen_only_where_none_keeps_it():

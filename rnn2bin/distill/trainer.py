@@ -371,6 +371,8 @@ class DistillTrainer(AnnealTrainer):
             device=self.args.device,
         )
         dense = sum(densities) / len(densities) if densities else None
+        if dense is not None:
+            self.price.correct(dense, self.recipe.budget, self.progress)
         return Measured(found["hard"].value, found["soft"].value, sum(saturated) / len(saturated), dense)
 
     def save_more(self, folder: Path) -> None:
