@@ -17,7 +17,7 @@ from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
 from rnn2bin.evaluation.density import DensityCounter
 from rnn2bin.gates.estimators import BINARY, Discretize, Sample
-from rnn2bin.recipe import Budget
+from rnn2bin.recipe import Budget, parse
 
 
 def prepared_of(network, part):
@@ -97,6 +97,35 @@ def test_the_price_is_on_the_distance_and_rises_while_it_is_too_large(found, wan
     assert float(charged) == pytest.approx(price * abs(found - wanted), rel=1e-4, abs=1e-6 * price)
     if abs(abs(found - wanted) - budget.TOLERANCE / 2) > 1e-6:
         assert (one.price > price) == (abs(found - wanted) > budget.TOLERANCE / 2)
+
+
+def test_a_price_of_its_own_is_charged_for_every_weight_and_stays():
+    one, found = budget.Price(), torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    charged = one.charge(found, Budget(price=0.05), 0.7)
+    charged.backward()
+    assert (float(charged.detach()), float(found.grad)) == (pytest.approx(0.02), pytest.approx(0.05))
+    assert one == budget.Price()
+
+
+def test_a_price_makes_the_network_read_less_and_a_higher_one_less_still(tmp_path):
+    read = []
+    for price in (1e-6, 0.03, 1.0):
+        train = {"steps": 60, "max_steps": 60, "learning_rate": 0.02, "evaluate_every": 60}
+        case = {"cell": "lstm", "readout": "all", "train": train, "gates": {}}
+        _, trained = run(case | {"more": {"budget": {"price": price}}}, tmp_path / str(price))
+        read.append(trained.history[-1].density)
+    assert read == sorted(read, reverse=True)
+    assert read[2] < read[0] - 0.1
+
+
+def test_a_price_beside_a_density_is_refused():
+    with pytest.raises(ValueError, match="a density finds its price"):
+        parse({"budget": {"density": 0.2, "price": 0.1}})
+
+
+def test_the_rate_of_learning_follows_the_budget_unless_it_is_given():
+    rates = [recipe_of(budget=b, train=t).learning_rate for b in ({}, {"density": 0.2}) for t in ({}, {"learning_rate": 0.003})]
+    assert rates == [0.002, 0.003, 0.016, 0.003]
 
 
 def test_a_network_that_reads_less_than_it_may_is_left_alone():

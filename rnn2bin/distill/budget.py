@@ -38,8 +38,8 @@ def density(student: Network, prepared: tasks.Prepared, output: Output, *, learn
 @dataclass
 class Price:
     """What a weight read costs now. `first`: the density before training; `None` until it is measured. `shift`: training aims that much
-    above the wanted density, so that the validation part, with hard gates, meets it; it starts below, since the price comes to rest where it
-    just does not rise. `fallen`: whether the wanted density was the budget at the last measurement."""
+    above the wanted density, so that the validation part, with hard gates, meets it; it starts below, since the price comes to rest where
+    it just does not rise. `fallen`: whether the wanted density was the budget at the last measurement."""
 
     price: float = FIRST_PRICE
     first: float | None = None
@@ -55,7 +55,9 @@ class Price:
         return self.first * (budget.density / self.first) ** share
 
     def charge(self, found: Tensor, budget: Budget, progress: float) -> Tensor:
-        """The loss for a density, and the next price."""
+        """The loss for a density, and the next price. Without a wanted density the price is the recipe's."""
+        if budget.density is None:
+            return budget.price * found.float()
         now = float(found.detach())
         if self.first is None:
             self.first = now
@@ -67,7 +69,6 @@ class Price:
         charged = self.price * off
         self.price = max(LEAST_PRICE, self.price * (1 + STEP if float(off.detach()) > TOLERANCE / 2 else 1 - STEP))
         return charged
-
 
     def correct(self, found: float, budget: Budget, progress: float) -> None:
         """Aim lower where the validation part read more than wanted, higher where it read less; `found` is what it read. What was measured
