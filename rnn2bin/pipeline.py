@@ -24,7 +24,7 @@ from rnn2bin.evaluation import html
 from rnn2bin.gates.estimators import FLOAT
 from rnn2bin.measure import Candidate
 from rnn2bin.packed import read_config
-from rnn2bin.recipe import Recipe
+from rnn2bin.recipe import Budget, Recipe
 from rnn2bin.spec import RnnSpec
 
 Report = dict[str, Any]
@@ -347,7 +347,7 @@ def _float_control(job: Job, work: Path, *, resume: bool) -> Network:
         network,
         job.teacher,
         task=job.task,
-        recipe=job.recipe,
+        recipe=job.recipe.model_copy(update={"budget": Budget()}),  # nor the rate that a budget brings: it would only harm
         train=job.parts.train,
         valid=job.parts.valid,
         out=folder,

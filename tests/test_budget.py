@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_trainer import recipe_of, run, stream, teacher_of
 
-from rnn2bin import cost, student, tasks
+from rnn2bin import cost, pipeline, student, tasks
 from rnn2bin.distill import budget
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
@@ -126,6 +127,16 @@ def test_a_price_beside_a_density_is_refused():
 def test_the_rate_of_learning_follows_the_budget_unless_it_is_given():
     rates = [recipe_of(budget=b, train=t).learning_rate for b in ({}, {"density": 0.2}) for t in ({}, {"learning_rate": 0.003})]
     assert rates == [0.002, 0.003, 0.016, 0.003]
+
+
+def test_the_float_control_is_trained_without_the_budget_and_its_rate(tmp_path, monkeypatch):
+    """A float network has no gates to close: at the budget's rate it would only be harmed, and the control would say nothing."""
+    seen = []
+    monkeypatch.setattr(distiller, "train", lambda *_, recipe, **__: seen.append(recipe))
+    parts = SimpleNamespace(train=None, valid=None)
+    recipe = recipe_of(budget={"density": 0.2}, train={"steps": 7})
+    pipeline._float_control(SimpleNamespace(teacher=teacher_of("lstm"), task=None, recipe=recipe, parts=parts), tmp_path, resume=False)
+    assert (seen[0].learning_rate, seen[0].budget, seen[0].train.steps) == (0.002, Budget(), 7)
 
 
 def test_a_network_that_reads_less_than_it_may_is_left_alone():
