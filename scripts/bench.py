@@ -10,7 +10,9 @@ Protocol: rnn2bin/bench. Real networks: rnn2bin bench OUT --data DATA.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -37,7 +39,7 @@ def rate_for(cell: str, density: float) -> float:
 
 @torch.no_grad()
 def network_of(cell: str, hidden: int, density: float, *, layers: int = 2, tokens: bool = True, seed: int = 0) -> Network:
-    """Uniform weights; gate biases moved until each gate opens as often as `density` asks for, and spread so that units differ."""
+    """Uniform weights; each unit's gate biases moved until it opens as often as `density` asks for."""
     stack = tuple(LayerSpec(cell, hidden, hidden) for _ in range(layers))
     spec = RnnSpec({"main": SectionSpec(stack, EmbeddingSpec(VOCABULARY, hidden) if tokens else None)})
     network = Network(spec, {name: (True,) * len(y.kind.gates) for name, y in spec.cell_names()}, levels="learned")
@@ -53,12 +55,13 @@ def network_of(cell: str, hidden: int, density: float, *, layers: int = 2, token
             p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
     rate = rate_for(cell, density)
     wanted = {"i": rate, "f": 0.7, "o": rate, "r": rate, "z": 1 - rate}
-    x = torch.randint(VOCABULARY, (20, 4), generator=generator) if tokens else torch.randn(20, 4, hidden, generator=generator)
+    x = torch.randint(VOCABULARY, (40, 4), generator=generator) if tokens else torch.randn(40, 4, hidden, generator=generator)
     for _ in range(6):
         pres = network(x).pre
         for one, pre in zip(network.cells().values(), pres, strict=True):
             for k, gate in enumerate(one.layer.kind.gate_names):
-                decided = pre[8:, :, k].flatten().sort().values
+                # unit by unit: one that never opens would leave its column zero for ever
+                decided = pre[8:, :, k].flatten(0, 1).sort(0).values
                 one.part("gates").bias.view(-1, hidden)[k] -= decided[int((1 - min(wanted[gate], 0.999)) * (len(decided) - 1))]
     return network.half().float()
 
@@ -71,14 +74,38 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
             for density in options.densities:
                 with tempfile.TemporaryDirectory() as folder, bench.one_core():
                     pack.write_model(network_of(cell, hidden, density), Path(folder), provenance={}, task={"name": "match"})
-                    for compute in options.compute:
-                        new = bench.rows_of(Path(folder), compute, None, settings)
+                    for compute, batch in itertools.product(options.compute, options.batches):
+                        new = bench.rows_of(Path(folder), compute, None, settings, batch=batch)
                         found += new
                         print(
                             bench.render({"machine": {"cpu": "", "isa": "", "read_gb_per_s": ""}, "rows": new}).split("\n", 1)[1],
                             file=sys.stderr,
                         )
     return found
+
+
+def break_even(found: list[dict[str, Any]]) -> list[str]:
+    """For each network, call and rival the density at which times are equal: between the two measured densities where the ratio passes 1,
+    straight in the logarithms."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in found:
+        groups.setdefault((row["cell"], row["hidden_size"], row["call"], row["batch"], row["compute"]), []).append(row)
+    lines = []
+    for key, rows_ in groups.items():
+        rows_ = sorted(rows_, key=lambda row: row["density"])
+        for rival in rows_[0]["rivals"]:
+            points = [(math.log(row["density"]), math.log(row["rivals"][rival]["ratio"])) for row in rows_]
+            lines.append(f"{' '.join(map(str, key))} against {rival}: {_crossing(points)}")
+    return lines
+
+
+def _crossing(points: list[tuple[float, float]]) -> str:
+    if points[-1][1] > 0:
+        return f"ahead up to a density of {math.exp(points[-1][0]):.2f}, the largest tried"
+    if points[0][1] < 0:
+        return f"behind at a density of {math.exp(points[0][0]):.2f}, the smallest tried"
+    (x0, y0), (x1, y1) = next((a, b) for a, b in itertools.pairwise(points) if a[1] >= 0 > b[1])
+    return f"equal at a density of {math.exp(x0 + (x1 - x0) * y0 / (y0 - y1)):.2f}"
 
 
 def plot(found: list[dict[str, Any]], target: Path) -> None:
@@ -109,6 +136,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[256, 512, 1024, 2048])
     parser.add_argument("--densities", nargs="+", type=float, default=[0.05, 0.1, 0.25, 0.5, 1.0])
     parser.add_argument("--compute", nargs="+", default=["fp16", "int8"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--against", nargs="*", default=["torch", "ort", "openvino"])
     parser.add_argument("--blocks", type=int, default=bench.BLOCKS)
     parser.add_argument("--steps", type=int, default=bench.STEPS)
@@ -118,6 +146,8 @@ def main() -> None:
     found = rows(options)
     document = json.dumps({"machine": bench.machine(), "rows": found}, indent=2) + "\n"
     sys.stdout.write(document) if options.out == "-" else Path(options.out).write_text(document)
+    for line in break_even(found):
+        print(line, file=sys.stderr)
     if options.plot:
         plot(found, options.plot)
 

@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cell", choices=["LSTM", "GRU"], default="LSTM")
     parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--iterations", type=int, default=3228)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--window", type=int, default=64)
@@ -38,7 +39,7 @@ def main() -> None:
     model = nn.ModuleDict(
         {
             "embedding": nn.Embedding(len(characters), 128),
-            "rnn": getattr(nn, args.cell)(128, args.hidden_size),
+            "rnn": getattr(nn, args.cell)(128, args.hidden_size, args.layers),
             "head": nn.Linear(args.hidden_size, len(characters)),
         }
     )

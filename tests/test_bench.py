@@ -45,7 +45,7 @@ def test_the_command(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
     assert set(document["machine"]) >= {"cpu", "isa", "versions", "read_gb_per_s"}
-    assert [row["compute"] for row in document["rows"]] == ["fp16", "fp16", "int8", "int8"]
+    assert [row["compute"] for row in document["rows"]] == ["auto", "auto", "fp16", "fp16", "int8", "int8"]
     refused = CliRunner().invoke(cli.main, ["bench", str(path), "--against", "abacus"])
     assert refused.exit_code == 2
     assert "abacus" in refused.output

@@ -179,7 +179,7 @@ def test_screening_changes_no_bit(case, scale, tmp_path):
 
 @built
 def test_screening_reads_less(tmp_path):
-    if library.isa() != "avx512vnni":
+    if library.isa() not in ("avx512vnni", "avx512wide"):
         pytest.skip("this instruction set does not screen")
     network = network_of("gru", tokens="embedding", hidden=256)
     with torch.no_grad():
@@ -241,7 +241,7 @@ def test_weights_touched_are_what_density_counts(case, tmp_path):
     """From states without a zero, so that a column is zero exactly where its gate is closed; densities count the first step as whole."""
     network = network_of(head=False, **case)
     network.spec = RnnSpec(network.spec.sections)
-    _, ours = both(network, tmp_path)
+    _, ours = both(network, tmp_path, compute="fp16")
     x = inputs_of(network, batch=1)
     nonzero = lambda n, k: torch.rand(1, n, generator=torch.Generator().manual_seed(k)) + 0.5
     state = [[tuple(nonzero(n, k) for k, n in enumerate(layer.state_sizes))] for layer in network.spec.main.layers]
@@ -259,7 +259,7 @@ def test_weights_touched_are_what_density_counts(case, tmp_path):
 
 
 @built
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512vnni"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512vnni", "avx512wide"])
 def test_every_instruction_set(isa, tmp_path):
     """Each in a process of its own: the choice is made when a model is opened. What this processor lacks runs as the best it has."""
     code = f"""

@@ -59,17 +59,17 @@ def bench(path: Path, data: np.ndarray | None = None, settings: Settings = Setti
     if library.library() is None:
         raise UsageError("bench: measures the native runtime, which was not built; install a C compiler and reinstall")
     with one_core():
-        rows = [row for compute in ("fp16", "int8") for row in rows_of(path, compute, data, settings)]
+        rows = [row for compute in ("auto", "fp16", "int8") for row in rows_of(path, compute, data, settings)]
         return {"machine": machine(), "rows": rows}
 
 
-def rows_of(path: Path, compute: str, data: np.ndarray | None, settings: Settings) -> list[dict[str, Any]]:
-    """A stream (T = 1 a call) and a sequence (T = 100 a call), batch 1."""
+def rows_of(path: Path, compute: str, data: np.ndarray | None, settings: Settings, *, batch: int = 1) -> list[dict[str, Any]]:
+    """A sequence (T = 100 a call), and a stream (T = 1 a call) where the network runs as one and `batch` is 1."""
     model = Model(path, compute=compute)
     if data is None:
-        data = random_inputs(model.spec, settings.steps, settings.seed)
-    calls = [("sequence", SEQUENCE), *([("stream", 1)] if model._info.streams else [])]
-    return [_row(model, compute, call, steps, data, settings) for call, steps in calls]
+        data = random_inputs(model.spec, settings.steps * batch, settings.seed)
+    calls = [("sequence", SEQUENCE), *([("stream", 1)] if model._info.streams and batch == 1 else [])]
+    return [_row(model, compute, call, steps, batch, data, settings) for call, steps in calls]
 
 
 def random_inputs(spec: RnnSpec, steps: int, seed: int) -> np.ndarray:
@@ -79,9 +79,10 @@ def random_inputs(spec: RnnSpec, steps: int, seed: int) -> np.ndarray:
     return generator.normal(size=(steps, *entry.input_shape)).astype(np.float32)
 
 
-def _row(model: Model, compute: str, call: str, steps: int, data: np.ndarray, settings: Settings) -> dict[str, Any]:
-    ours = Ours(model, data, steps)
-    others = rivals.contenders(model.spec, settings.against, steps=steps)
+def _row(model: Model, compute: str, call: str, steps: int, batch: int, data: np.ndarray, settings: Settings) -> dict[str, Any]:
+    """Times are of one step of the whole batch; weights and bytes of one step of one sequence."""
+    ours = Ours(model, data, steps, batch=batch)
+    others = rivals.contenders(model.spec, settings.against, steps=steps, batch=batch)
     times = interleaved({"native": ours.run, **others}, settings)
     touched = ours.counters()
     layer, mine = model.spec.entry.layers[0], times["native"]
@@ -93,27 +94,32 @@ def _row(model: Model, compute: str, call: str, steps: int, data: np.ndarray, se
         "layers": len(model.spec.entry.layers),
         "call": call,
         "steps_per_call": steps,
-        "batch": 1,
+        "batch": batch,
         "compute": compute,
         "density": touched["weights"] / touched["steps"] / dense_weights(model.spec),
         "us_per_step": float(np.median(mine)),
         "us_per_step_min": float(np.min(mine)),
         "bytes_touched_per_step": bytes_read,
         "read_gb_per_s": bandwidth,
-        "bandwidth_share": bytes_read / float(np.median(mine)) / 1e3 / bandwidth,
+        "bandwidth_share": batch * bytes_read / float(np.median(mine)) / 1e3 / bandwidth,
         "rivals": {name: _against(mine, theirs, settings.seed) for name, theirs in times.items() if name != "native"},
     }
 
 
 class Ours:
-    """The native runtime over one long sequence of inputs, `steps` a call, again from the start where it ends."""
+    """The native runtime over one long sequence of inputs, cut into `batch` beside each other; `steps` a call, again from the start where
+    they end."""
 
-    def __init__(self, model: Model, data: np.ndarray, steps: int) -> None:
-        self.handle, self.steps = Handle(model, 1, steps), min(steps, len(data))
+    def __init__(self, model: Model, data: np.ndarray, steps: int, *, batch: int = 1) -> None:
+        length = len(data) // batch
+        if not length:
+            raise UsageError(f"bench: {len(data)} steps of data are too few for a batch of {batch}")
         data = np.ascontiguousarray(data, np.int64 if model.spec.entry.embedding else np.float32)
-        whole = len(data) // self.steps * self.steps
-        self.calls = [np.ascontiguousarray(part[:, None]) for part in np.split(data[:whole], whole // self.steps)]
-        self.y = np.empty((1 if model._info.per_sequence else self.steps, 1, model._info.output_size), np.float32)
+        rows = data[: length * batch].reshape(batch, length, *data.shape[1:]).swapaxes(0, 1)
+        self.handle, self.steps = Handle(model, batch, steps), min(steps, length)
+        whole = length // self.steps * self.steps
+        self.calls = [np.ascontiguousarray(part) for part in np.split(rows[:whole], whole // self.steps)]
+        self.y = np.empty((1 if model._info.per_sequence else self.steps, batch, model._info.output_size), np.float32)
         self.at = 0
         self._addresses = [call.ctypes.data for call in self.calls]
         self._run, self._out = model._native.r2b_run, self.y.ctypes.data
@@ -174,15 +180,12 @@ def read_bandwidth(size: int, repeats: int = 20) -> float:
     """GB/s of reading `size` bytes again and again, the best of `repeats`."""
     native, size = library.library(), max(size, 1 << 16)
     assert native is not None
-    memory = np.ones(size // 8, np.uint64)
-    native.r2b_read(memory.ctypes.data, size)
-    best = float("inf")
+    memory, times, best = np.ones(size // 8, np.uint64), max(1, (1 << 24) // size), float("inf")
     for _ in range(repeats):
         began = time.perf_counter()
-        for _ in range(max(1, (1 << 24) // size)):
-            native.r2b_read(memory.ctypes.data, size)
-        best = min(best, (time.perf_counter() - began) / max(1, (1 << 24) // size))
-    return size / best / 1e9
+        native.r2b_read(memory.ctypes.data, size, times)
+        best = min(best, time.perf_counter() - began)
+    return size * times / best / 1e9
 
 
 def machine() -> dict[str, Any]:
@@ -214,7 +217,7 @@ def render(found: dict[str, Any]) -> str:
     for row in found["rows"]:
         shape = f"{row['layers']} x {row['cell']} {row['hidden_size']}"
         lines.append(
-            f"{shape}  {row['call']:8} {row['compute']}  density {row['density']:.3f}  "
+            f"{shape}  {row['call']:8} batch {row['batch']} {row['compute']}  density {row['density']:.3f}  "
             f"{row['us_per_step']:.2f} µs a step  {row['bytes_touched_per_step'] / 1e3:.0f} kB, "
             f"{row['bandwidth_share']:.0%} of the bandwidth"
         )

@@ -22,24 +22,26 @@ Steps = Callable[[], int]
 NAMES = {"torch": "torch", "ort": "onnxruntime", "openvino": "openvino"}
 
 
-def contenders(spec: RnnSpec, against: tuple[str, ...], *, steps: int) -> dict[str, Steps]:
-    """Name -> one call. Networks that the ONNX cells do not describe (a projection, the other reset form) are run by torch alone."""
+def contenders(spec: RnnSpec, against: tuple[str, ...], *, steps: int, batch: int = 1) -> dict[str, Steps]:
+    """Name -> one call of `steps` steps of `batch` sequences.
+
+    Networks that the ONNX cells do not describe (a projection, the other reset form) are run by torch alone."""
     section = spec.entry
     found: dict[str, Steps] = {}
     installed = {name for name in against if importlib.util.find_spec(NAMES[name])}
     cells = {layer.cell for layer in section.layers}
     if "torch" in installed and cells <= {"lstm", "gru"}:
-        found |= _torch(section, steps)
+        found |= _torch(section, steps, batch)
     plain = all(not y.proj_size and y.directions == 1 for y in section.layers) and cells in ({"lstm"}, {"gru"})
     if installed & {"ort", "openvino"} and plain and importlib.util.find_spec("onnx"):
-        found |= _onnx(section, steps, installed)
+        found |= _onnx(section, steps, batch, installed)
     return found
 
 
 # ---------------------------------------------------------------------------------------------- torch
 
 
-def _torch(section: SectionSpec, steps: int) -> dict[str, Steps]:
+def _torch(section: SectionSpec, steps: int, batch: int) -> dict[str, Steps]:
     import torch
 
     torch.set_num_threads(1)
@@ -48,11 +50,11 @@ def _torch(section: SectionSpec, steps: int) -> dict[str, Steps]:
         module = _module(section)
         quantized = torch.ao.quantization.quantize_dynamic(module, {torch.nn.LSTM, torch.nn.GRU, torch.nn.Linear})
     lengths = (1, 16, 100, 1000)
-    float32 = [_torch_call(module, section, n, torch.float32) for n in lengths] + [_torch_cells(section)]
+    float32 = [_torch_call(module, section, n, batch, torch.float32) for n in lengths] + [_torch_cells(section, batch)]
     return {
         "torch fp32": _fastest(float32),
-        "torch bf16": _fastest([_torch_call(_module(section).bfloat16(), section, n, torch.bfloat16) for n in (1, 100)]),
-        "torch int8": _torch_call(quantized, section, steps, torch.float32),
+        "torch bf16": _fastest([_torch_call(_module(section).bfloat16(), section, n, batch, torch.bfloat16) for n in (1, 100)]),
+        "torch int8": _torch_call(quantized, section, steps, batch, torch.float32),
     }
 
 
@@ -89,18 +91,18 @@ def _module(section: SectionSpec) -> Any:
     return Network().eval()
 
 
-def _torch_input(section: SectionSpec, steps: int, dtype: Any) -> Any:
+def _torch_input(section: SectionSpec, steps: int, batch: int, dtype: Any) -> Any:
     import torch
 
     if section.embedding:
-        return torch.randint(section.embedding.num_embeddings, (steps, 1))
-    return torch.randn(steps, 1, section.layers[0].input_size).to(dtype)
+        return torch.randint(section.embedding.num_embeddings, (steps, batch))
+    return torch.randn(steps, batch, section.layers[0].input_size).to(dtype)
 
 
-def _torch_call(module: Any, section: SectionSpec, steps: int, dtype: Any) -> Steps:
+def _torch_call(module: Any, section: SectionSpec, steps: int, batch: int, dtype: Any) -> Steps:
     import torch
 
-    x, states = _torch_input(section, steps, dtype), [[None] * len(section.layers)]
+    x, states = _torch_input(section, steps, batch, dtype), [[None] * len(section.layers)]
 
     def call() -> int:
         with torch.inference_mode():
@@ -110,17 +112,17 @@ def _torch_call(module: Any, section: SectionSpec, steps: int, dtype: Any) -> St
     return call
 
 
-def _torch_cells(section: SectionSpec) -> Steps:
+def _torch_cells(section: SectionSpec, batch: int) -> Steps:
     """LSTMCell and GRUCell, step by step: quicker than a layer that is called with one step."""
     import torch
 
     if any(y.directions == 2 or y.proj_size for y in section.layers):
-        return _torch_call(_module(section), section, 16, torch.float32)
+        return _torch_call(_module(section), section, 16, batch, torch.float32)
     width, cells = section.layers[0].input_size, []
     for y in section.layers:
         cells.append((torch.nn.LSTMCell if y.cell == "lstm" else torch.nn.GRUCell)(width, y.hidden_size))
         width = y.hidden_size
-    x = torch.randn(1, section.layers[0].input_size)
+    x = torch.randn(batch, section.layers[0].input_size)
     states: list[Any] = [None] * len(cells)
 
     def call() -> int:
@@ -162,20 +164,20 @@ def onnx_model(section: SectionSpec) -> bytes:
         return name
 
     if section.embedding:
-        inputs.append(helper.make_tensor_value_info("x", TensorProto.INT64, ["T", 1]))
+        inputs.append(helper.make_tensor_value_info("x", TensorProto.INT64, ["T", "B"]))
         nodes.append(
             helper.make_node("Gather", [weight("table", section.embedding.num_embeddings, section.embedding.embedding_dim), "x"], ["x0"])
         )
     else:
-        inputs.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, ["T", 1, section.layers[0].input_size]))
+        inputs.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, ["T", "B", section.layers[0].input_size]))
         nodes.append(helper.make_node("Identity", ["x"], ["x0"]))
     weights.append(numpy_helper.from_array(np.array([1], np.int64), "axis"))
     for k, y in enumerate(section.layers):
         gates, n = (4 if y.cell == "lstm" else 3), y.hidden_size
         names = ["h", "c"] if y.cell == "lstm" else ["h"]
         for s in names:
-            inputs.append(helper.make_tensor_value_info(f"{s}{k}", TensorProto.FLOAT, [1, 1, n]))
-            outputs.append(helper.make_tensor_value_info(f"{s}{k}_after", TensorProto.FLOAT, [1, 1, n]))
+            inputs.append(helper.make_tensor_value_info(f"{s}{k}", TensorProto.FLOAT, [1, "B", n]))
+            outputs.append(helper.make_tensor_value_info(f"{s}{k}_after", TensorProto.FLOAT, [1, "B", n]))
         read = [
             f"x{k}",
             weight(f"W{k}", 1, gates * n, y.input_size),
@@ -198,7 +200,7 @@ def onnx_model(section: SectionSpec) -> bytes:
     outputs.insert(
         0,
         helper.make_tensor_value_info(
-            last, TensorProto.FLOAT, ["T", 1, section.head[-1].out_features if section.head else section.layers[-1].hidden_size]
+            last, TensorProto.FLOAT, ["T", "B", section.head[-1].out_features if section.head else section.layers[-1].hidden_size]
         ),
     )
     graph = helper.make_graph(nodes, "network", inputs, outputs, weights)
@@ -209,43 +211,43 @@ def onnx_model(section: SectionSpec) -> bytes:
     return stream.getvalue()
 
 
-def _feed(section: SectionSpec, steps: int) -> dict[str, np.ndarray]:
+def _feed(section: SectionSpec, steps: int, batch: int) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(0)
     if section.embedding:
-        feed = {"x": generator.integers(0, section.embedding.num_embeddings, (steps, 1))}
+        feed = {"x": generator.integers(0, section.embedding.num_embeddings, (steps, batch))}
     else:
-        feed = {"x": generator.normal(size=(steps, 1, section.layers[0].input_size)).astype(np.float32)}
+        feed = {"x": generator.normal(size=(steps, batch, section.layers[0].input_size)).astype(np.float32)}
     for k, y in enumerate(section.layers):
         for s in ("h", "c") if y.cell == "lstm" else ("h",):
-            feed[f"{s}{k}"] = np.zeros((1, 1, y.hidden_size), np.float32)
+            feed[f"{s}{k}"] = np.zeros((1, batch, y.hidden_size), np.float32)
     return feed
 
 
-def _onnx(section: SectionSpec, steps: int, installed: set[str]) -> dict[str, Steps]:
+def _onnx(section: SectionSpec, steps: int, batch: int, installed: set[str]) -> dict[str, Steps]:
     found: dict[str, Steps] = {}
     with tempfile.TemporaryDirectory() as folder:
         plain, small = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         plain.write_bytes(onnx_model(section))
         if "ort" in installed:
-            found["ort fp32"] = _ort_call(plain, section, steps)
+            found["ort fp32"] = _ort_call(plain, section, steps, batch)
             if all(y.cell == "lstm" for y in section.layers):  # there is no dynamically quantized GRU
                 from onnxruntime.quantization import quantize_dynamic
 
                 quantize_dynamic(plain, small)
-                found["ort int8"] = _ort_call(small, section, steps)
+                found["ort int8"] = _ort_call(small, section, steps, batch)
         if "openvino" in installed:
-            found["openvino bf16"] = _openvino_call(plain, section, steps)
+            found["openvino bf16"] = _openvino_call(plain, section, steps, batch)
     return found
 
 
-def _ort_call(path: Path, section: SectionSpec, steps: int) -> Steps:
+def _ort_call(path: Path, section: SectionSpec, steps: int, batch: int) -> Steps:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    feed = _feed(section, steps)
+    feed = _feed(section, steps, batch)
 
     def call() -> int:
         after = session.run(None, feed)[1:]
@@ -255,13 +257,13 @@ def _ort_call(path: Path, section: SectionSpec, steps: int) -> Steps:
     return call
 
 
-def _openvino_call(path: Path, section: SectionSpec, steps: int) -> Steps:
+def _openvino_call(path: Path, section: SectionSpec, steps: int, batch: int) -> Steps:
     import openvino
 
     options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
     core = openvino.Core()
     request = core.compile_model(core.read_model(path.read_bytes()), "CPU", options).create_infer_request()
-    feed = _feed(section, steps)
+    feed = _feed(section, steps, batch)
 
     def call() -> int:
         result = list(request.infer(feed).values())[1:]

@@ -15,7 +15,7 @@ BACKENDS = ("native", "torch")
 
 
 def load(
-    path: str | Path, *, backend: str | None = None, device: str = "cpu", compute: str = "fp16", threads: int = 1
+    path: str | Path, *, backend: str | None = None, device: str = "cpu", compute: str = "auto", threads: int = 1
 ) -> native_backend.Model | torch_backend.Model:
     """Read a packed directory. `backend` None: native where it was built and `device` is the CPU, else torch, said once. `compute` and
     `threads` are the native backend's.

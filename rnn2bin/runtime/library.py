@@ -12,8 +12,8 @@ import warnings
 from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint64, c_void_p
 from typing import Any
 
-ABI = 1
-COMPUTE = {"fp16": 0, "int8": 1}
+ABI = 2
+COMPUTE = {"auto": 2, "fp16": 0, "int8": 1}
 
 
 class Info(ctypes.Structure):
@@ -53,7 +53,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "r2b_get_state": (c_int32, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
     "r2b_set_state": (c_int32, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
     "r2b_get_gates": (c_int32, (c_void_p, c_int64, c_int64, c_void_p)),
-    "r2b_read": (c_uint64, (c_void_p, c_uint64)),
+    "r2b_read": (c_uint64, (c_void_p, c_uint64, c_uint64)),
     "r2b_count": (None, (c_void_p, POINTER(Counters))),
 }
 

@@ -27,11 +27,11 @@ State = list[list[tuple[Array, ...]]]  # [layer][direction], each (h,) or (h, c)
 class Model:
     """A binary-gated network that runs by skipping. One model may serve many threads; each stream and each call has its own state.
 
-    `compute`: "fp16" reads every active weight in 16 bits; "int8" screens the gates' signs in 8 and gives the same bits. `threads` > 1
-    shares a batch out.
+    `compute`: "fp16" reads every active weight in 16 bits; "int8" screens the gates' signs in 8 and gives the same bits; "auto" chooses
+    for each cell what reads less. `threads` > 1 shares a batch out.
     """
 
-    def __init__(self, path: Path, *, compute: str = "fp16", threads: int = 1) -> None:
+    def __init__(self, path: Path, *, compute: str = "auto", threads: int = 1) -> None:
         native = library()
         assert native is not None
         if compute not in COMPUTE:
@@ -338,6 +338,6 @@ def _joined(states: Sequence[State]) -> State:
     ]
 
 
-def load(path: Path, *, compute: str = "fp16", threads: int = 1) -> Model:
+def load(path: Path, *, compute: str = "auto", threads: int = 1) -> Model:
     """Raises UnsupportedError where the directory is not a whole packed model."""
     return Model(path, compute=compute, threads=threads)

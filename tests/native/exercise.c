@@ -95,7 +95,7 @@ static void *thread(void *given) {
 
 int main(int count, char **words) {
   if (count < 2) return 2;
-  r2b_model *opened = r2b_open(words[1], count > 2 && !strcmp(words[2], "int8") ? R2B_INT8 : R2B_FP16);
+  r2b_model *opened = r2b_open(words[1], count < 3 || !strcmp(words[2], "auto") ? R2B_AUTO : strcmp(words[2], "int8") ? R2B_FP16 : R2B_INT8);
   if (!opened) return fprintf(stderr, "%s\n", r2b_last_error()), 3;
   model = opened;
   r2b_describe(model, &info);

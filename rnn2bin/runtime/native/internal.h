@@ -9,10 +9,12 @@
 #include "rnn2bin.h"
 
 enum {
-  TALL = 128,     /* rows of a tile: of each active column that much lies together */
-  SHORT = 16,     /* tall matrices are padded to whole sixteens; tiles shrink by halves down to it */
-  GROUP = 8,      /* units that elementwise work takes together */
-  AHEAD = 16,     /* active columns fetched in advance */
+  TALL = 512,     /* rows of a tile: of each active column that much lies together */
+  SHARED = 128,   /* rows of a tile that several sequences go through together */
+  LINE = 32,      /* fp16 weights of a cache line: matrices are padded to whole lines, tiles shrink by halves down to them */
+  GROUP = 16,     /* units that elementwise work takes together */
+  BYTE_TILES = 4, /* tiles of bytes side by side */
+  AHEAD = 16,     /* places of a list that are read in advance */
   STRIP = 16,     /* columns that a row is padded to */
   SLACK = 16,     /* places of a list beyond its end that may be read and written */
   ALIGNMENT = 64,
@@ -30,11 +32,20 @@ typedef struct {
   uint16_t *weights;
 } row_matrix;
 
-/* Bytes of weights, 128 added, in tiles [cols][2 blocks][64 rows]. */
+/* Bytes of weights, 128 added. A tile is 128 bytes of a column, [2 blocks][64 rows]; of up to BYTE_TILES tiles a column lies together. */
 typedef struct {
   int cols, tiles;
   uint8_t *bytes;
 } byte_matrix;
+
+/* Bytes from column to column, and where tile `t` begins. */
+static inline size_t byte_stride(const byte_matrix *m, int t) {
+  int left = m->tiles - t / BYTE_TILES * BYTE_TILES;
+  return 128 * (size_t)(left < BYTE_TILES ? left : BYTE_TILES);
+}
+static inline size_t byte_tile(const byte_matrix *m, int t) {
+  return (size_t)(t / BYTE_TILES * BYTE_TILES) * (size_t)m->cols * 128 + 128 * (size_t)(t % BYTE_TILES);
+}
 
 /* What says the signs of gate rows: kernels/screen.h. Row r's weights are scale[r] * (256 high + low); a block is 64 rows of one plane. */
 typedef struct {
@@ -45,6 +56,7 @@ typedef struct {
   float *scale;            /* (room) */
   float *half, *error;     /* largest error of a weight, 2-norm of a row's errors */
   float *norm;             /* 2-norm of a row */
+  float half_in_all, error_in_all, norm_in_all; /* sums over rows */
 } screen;
 
 /* One direction of one layer. Vectors over copies are `width` long, unit j of copy k at k * hidden + j. */

@@ -38,7 +38,7 @@ typedef struct {
   float *candidate; /* (H) */
   float *recurrent; /* (H) */
   float *spare;     /* (width) */
-  int32_t *open;    /* (2, H) */
+  uint16_t *open;   /* (2, H / GROUP): bits of units */
   int32_t *groups;  /* (H / GROUP) */
   int32_t *wanted;  /* (G * H) */
   float *margin;    /* (3, G * H) */

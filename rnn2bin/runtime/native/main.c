@@ -3,7 +3,7 @@
  *     ./rnn2bin-run DIRECTORY [FILE]
  *
  * FILE (or standard input) holds numbers in text: a token a step, or I floats a step. Each output is written as one line; an
- * encoder–decoder writes the tokens it generates. RNN2BIN_COMPUTE=int8 screens the gates in 8 bits. */
+ * encoder–decoder writes the tokens it generates. RNN2BIN_COMPUTE=fp16|int8 says how gates are read (rnn2bin.h). */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -74,7 +74,7 @@ static int run(const r2b_model *model, const numbers *x, int64_t steps) {
 int main(int count, char **words) {
   const char *compute = getenv("RNN2BIN_COMPUTE");
   if (count < 2 || count > 3) return complain("usage: rnn2bin-run DIRECTORY [FILE]");
-  r2b_model *model = r2b_open(words[1], compute && !strcmp(compute, "int8") ? R2B_INT8 : R2B_FP16);
+  r2b_model *model = r2b_open(words[1], !compute ? R2B_AUTO : strcmp(compute, "int8") ? R2B_FP16 : R2B_INT8);
   if (!model) return complain(r2b_last_error());
   FILE *from = count == 3 ? fopen(words[2], "r") : stdin;
   r2b_info info;

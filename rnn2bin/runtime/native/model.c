@@ -13,7 +13,7 @@
 #include "safetensors.h"
 
 /* Products of embedding and weights are made once a token where that takes milliseconds; else once a step. */
-enum { HUGE_PAGE = 2 << 20, MOST_SCREENED = 1 << 15 }; /* columns whose products of bytes fit 32 bits */
+enum { HUGE_PAGE = 2 << 20, SECOND_CACHE = 1 << 20, MOST_SCREENED = 1 << 15 }; /* columns whose products of bytes fit 32 bits */
 static const uint64_t MOST_FOLDED_PRODUCTS = 1u << 28, MOST_TABLE_BYTES = 1u << 28;
 
 typedef struct {
@@ -63,7 +63,7 @@ static float *floats(loader *l, const uint8_t *data, size_t count, size_t room) 
 }
 
 static int new_matrix(r2b_model *model, matrix *m, int rows, int cols) {
-  *m = (matrix){.wanted = rows, .rows = padded(rows, SHORT), .cols = cols};
+  *m = (matrix){.wanted = rows, .rows = padded(rows, LINE), .cols = cols};
   m->weights = model_allocate(model, (size_t)m->rows * (size_t)m->cols * sizeof *m->weights);
   return m->weights ? 0 : -1;
 }
@@ -209,7 +209,8 @@ static int place_in_block(int r) { return 16 * (r / 4 % 4) + 4 * (r / 16) + r % 
 
 static uint8_t *byte_at(const screen *s, int row, int plane, int col) {
   int block = s->planes * (row / 64) + plane;
-  return s->bytes.bytes + (((size_t)(block / 2) * (size_t)s->bytes.cols + (size_t)col) * 2 + (size_t)(block % 2)) * 64 + place_in_block(row % 64);
+  return s->bytes.bytes + byte_tile(&s->bytes, block / 2) + (size_t)col * byte_stride(&s->bytes, block / 2) + 64 * (size_t)(block % 2) +
+         place_in_block(row % 64);
 }
 
 static int nearest(float x) { return (int)(x < 0.0f ? x - 0.5f : x + 0.5f); }
@@ -217,6 +218,7 @@ static int nearest(float x) { return (int)(x < 0.0f ? x - 0.5f : x + 0.5f); }
 /* One row into planes; the norms are rounded up. */
 static void screen_one(screen *s, int row, const uint16_t *weights) {
   uint8_t *high_at = byte_at(s, row, 0, 0), *low_at = byte_at(s, row, s->planes - 1, 0);
+  size_t stride = byte_stride(&s->bytes, s->planes * (row / 64) / 2);
   float most = 0.0f;
   double error = 0.0, norm = 0.0, worst = 0.0;
   for (int j = 0; j < s->bytes.cols; j++) {
@@ -228,8 +230,8 @@ static void screen_one(screen *s, int row, const uint16_t *weights) {
     float w = half_to_float(weights[j]);
     int units = nearest(w / scale), high = (units + 32896) / 256 - 128, low = s->planes == 2 ? units - 256 * high : 0;
     double left = (double)w - (double)scale * (256.0 * high + low);
-    low_at[128 * (size_t)j] = (uint8_t)(low + 128);
-    high_at[128 * (size_t)j] = (uint8_t)(high + 128);
+    low_at[stride * (size_t)j] = (uint8_t)(low + 128);
+    high_at[stride * (size_t)j] = (uint8_t)(high + 128);
     error += left * left;
     norm += (double)w * (double)w;
     worst = fabs(left) > worst ? fabs(left) : worst;
@@ -238,24 +240,9 @@ static void screen_one(screen *s, int row, const uint16_t *weights) {
   s->half[row] = 1.0001f * (float)worst;
   s->error[row] = 1.0001f * (float)sqrt(error);
   s->norm[row] = 1.0001f * (float)sqrt(norm);
-}
-
-/* Whether the high plane alone would leave about one row in ten in doubt, half of the columns being active: the bound against the spread of
- * a row's products, once for each threshold. Rows with outliers do not pass. */
-static bool is_coarse_enough(const cell *c) {
-  const row_matrix *m = &c->gates_by_row;
-  int rows = c->layer->gates * c->layer->hidden;
-  double share = 0.0;
-  for (int r = 0; r < rows; r++) {
-    double most = 0.0, squares = 0.0;
-    for (int j = 0; j < m->cols; j++) {
-      double w = half_to_float(m->weights[(size_t)r * (size_t)m->stride + (size_t)j]);
-      most = fmax(most, fabs(w));
-      squares += w * w;
-    }
-    if (squares > 0.0) share += c->layer->copies * 0.5 * (most / 127) * m->cols * 0.5 / sqrt(squares);
-  }
-  return share < 0.12 * rows;
+  s->half_in_all += s->half[row];
+  s->error_in_all += s->error[row];
+  s->norm_in_all += s->norm[row];
 }
 
 /* Of an LSTM columns come and go, a GRU's stay: that one needs the finer sums that it can keep. */
@@ -277,8 +264,14 @@ static int make_screen(r2b_model *model, cell *c) {
   return 0;
 }
 
+/* A GRU reads what has changed only where it is screened. An LSTM's gates gain where they do not fit into the second cache. */
+static bool is_wanted(const r2b_model *model, const cell *c) {
+  if (model->compute != R2B_AUTO) return model->compute == R2B_INT8;
+  return c->layer->cell != CELL_LSTM || sizeof(uint16_t) * (size_t)c->gates.rows * (size_t)c->gates.cols >= SECOND_CACHE;
+}
+
 static bool screens(const r2b_model *model, const cell *c) {
-  bool all = model->compute == R2B_INT8 && model->kernels->screens && c->gates.cols <= MOST_SCREENED;
+  bool all = is_wanted(model, c) && model->kernels->screens && c->gates.cols <= MOST_SCREENED;
   for (int g = 0; g < c->layer->gates; g++) all &= c->binary[g];
   return all;
 }
@@ -288,7 +281,7 @@ static int load_screen(loader *l, cell *c, const sources *from) {
   if (new_row_matrix(l->model, &c->gates_by_row, rows, c->inputs + c->layer->recurrent)) return -1;
   if (c->inputs) lay_out_rows(&c->gates_by_row, rows, from->gates_ih, 0, c->inputs);
   lay_out_rows(&c->gates_by_row, rows, from->gates_hh, c->inputs, c->layer->recurrent);
-  return c->layer->cell == CELL_LSTM && !is_coarse_enough(c) ? 0 : make_screen(l->model, c);
+  return make_screen(l->model, c);
 }
 
 static int load_cell(loader *l, section *s, int index, int direction) {
@@ -299,8 +292,8 @@ static int load_cell(loader *l, section *s, int index, int direction) {
   sources from;
   snprintf(prefix, sizeof prefix, "%s.layers.%d.%s", s->config->name, index, direction ? "bwd" : "fwd");
   c->binary = y->binary[direction];
-  c->gate_rows = padded(y->gates * y->hidden, SHORT);
-  c->candidate_rows = padded(y->hidden, SHORT);
+  c->gate_rows = padded(y->gates * y->hidden, LINE);
+  c->candidate_rows = padded(y->hidden, LINE);
   if (find_weights(l, y, prefix, &from) || load_vectors(l, c, prefix) || load_levels(l, c, prefix)) return -1;
   bool folded = index == 0 && folds(s, c);
   c->inputs = folded ? 0 : y->input;
@@ -356,18 +349,18 @@ static void measure(r2b_model *model, section *s) {
   const section_config *found = s->config;
   for (int k = 0; k < found->layers; k++) {
     const layer_config *y = &found->layer[k];
-    at_least(&model->longest, padded(y->gates * y->hidden, 128) + padded(y->hidden, SHORT)); /* as much as screening looks at */
-    at_least(&model->longest, padded(y->projection, SHORT));
+    at_least(&model->longest, padded(y->gates * y->hidden, 128) + padded(y->hidden, LINE)); /* as much as screening looks at */
+    at_least(&model->longest, padded(y->projection, LINE));
     at_least(&model->most_columns, y->input + (y->recurrent > y->hidden ? y->recurrent : y->hidden));
     at_least(&model->most_width, y->width);
     at_least(&model->most_gates, padded(y->gates * y->hidden, 128));
-    at_least(&model->most_hidden, padded(y->hidden, SHORT));
+    at_least(&model->most_hidden, padded(y->hidden, LINE));
     at_least(&model->widest, y->input);
     s->output = y->directions * y->recurrent;
     at_least(&model->widest, s->output);
   }
   for (int k = 0; k < found->linears; k++) {
-    at_least(&model->longest, padded(found->linear[k].out, SHORT));
+    at_least(&model->longest, padded(found->linear[k].out, LINE));
     at_least(&model->most_columns, found->linear[k].in);
     s->output = found->linear[k].out;
   }
@@ -403,7 +396,7 @@ static int load(r2b_model *model, const char *directory) {
 }
 
 r2b_model *r2b_open(const char *directory, int32_t compute) {
-  if (compute != R2B_FP16 && compute != R2B_INT8) return fail("unknown compute type %d", compute), NULL;
+  if (compute < R2B_FP16 || compute > R2B_AUTO) return fail("unknown compute type %d", compute), NULL;
   r2b_model *model = calloc(1, sizeof *model);
   if (!model) return fail("out of memory"), NULL;
   model->kernels = kernels_choose();

@@ -15,16 +15,17 @@
 extern "C" {
 #endif
 
-#define R2B_ABI 1
+#define R2B_ABI 2
 #define R2B_API __attribute__((visibility("default")))
 
 typedef struct r2b_model r2b_model;
 typedef struct r2b_state r2b_state;
 
-/* How products of gates are made. Both give the same bits. */
+/* How products of gates are made. All give the same bits. */
 enum {
   R2B_FP16 = 0, /* every active weight is read in 16 bits */
-  R2B_INT8 = 1  /* signs of binary gates are screened in 8 bits; rows that are not certain are read in 16 */
+  R2B_INT8 = 1, /* signs of binary gates are screened in 8 bits; rows that are not certain are read in 16 */
+  R2B_AUTO = 2  /* whichever reads less from where a cell's weights lie */
 };
 
 typedef struct {
@@ -47,7 +48,7 @@ typedef struct {
 } r2b_counters;
 
 R2B_API int32_t r2b_abi(void);
-R2B_API const char *r2b_isa(void); /* the instruction set in use: RNN2BIN_ISA=scalar|avx2|avx512|neon forces a lower one */
+R2B_API const char *r2b_isa(void); /* the instruction set in use: RNN2BIN_ISA=scalar|avx2|avx512|avx512vnni|neon forces a lower one */
 R2B_API const char *r2b_last_error(void);
 
 /* NULL where the directory is not a whole packed model. */
@@ -76,13 +77,14 @@ R2B_API void r2b_leave_logits(r2b_state *state);
 R2B_API int64_t r2b_state_size(const r2b_model *model, int64_t layer, int64_t direction, int64_t which); /* 0: there is none */
 R2B_API int r2b_get_state(const r2b_state *state, int64_t layer, int64_t direction, int64_t which, float *values);
 R2B_API int r2b_set_state(r2b_state *state, int64_t layer, int64_t direction, int64_t which, const float *values);
-/* Gate pre-activations (B, G * copies * H) of the last step of a cell, for comparisons; where r2b_open was told R2B_INT8 only their signs
+/* Gate pre-activations (B, G * copies * H) of the last step of a cell, for comparisons; of a cell that is screened only their signs
  * count. */
 R2B_API int r2b_get_gates(const r2b_state *state, int64_t layer, int64_t direction, float *pre);
 
 R2B_API void r2b_count(const r2b_state *state, r2b_counters *counters);
-/* Reads memory as fast as this processor does: what bytes / time of a step is to be held against. Gives a sum, so that it is not left out. */
-R2B_API uint64_t r2b_read(const void *memory, uint64_t bytes);
+/* Reads memory `times` times, as fast as this processor does: what bytes / time of a step is to be held against. Gives a sum, so that it is
+ * not left out. */
+R2B_API uint64_t r2b_read(const void *memory, uint64_t bytes, uint64_t times);
 
 #ifdef __cplusplus
 }

@@ -49,8 +49,8 @@ static void list_inputs(r2b_state *s, const call *c, int index, const float *bel
 }
 
 /* Gate rows are all wanted at every step: the inputs' share of a chunk's steps is one product, which reads each weight once. Candidate rows
- * wait for their gates; a screened GRU keeps its sums over all columns. */
-static bool in_advance(const call *c, const cell *cell) { return cell->inputs && c->count > 1 && !cell->screen.keeps; }
+ * wait for their gates; screening reads half as much at a step. */
+static bool in_advance(const call *c, const cell *cell) { return cell->inputs && c->count > 1 && !cell->screen.planes; }
 
 static void make_in_advance(r2b_state *s, const call *c, const cell *cell) {
   int rows = 0;

@@ -52,7 +52,7 @@ static void carve_scratch(arena *a, scratch *to, const r2b_model *model) {
   to->candidate = carve_floats(a, hidden);
   to->recurrent = carve_floats(a, hidden);
   to->spare = carve_floats(a, longest > hidden ? longest : hidden);
-  to->open = carve(a, 2 * hidden, sizeof(int32_t));
+  to->open = carve(a, 2 * hidden / GROUP, sizeof(uint16_t));
   to->groups = carve(a, hidden, sizeof(int32_t));
   to->wanted = carve(a, (size_t)model->most_gates + SLACK, sizeof(int32_t));
   to->margin = carve_floats(a, 3 * (size_t)model->most_gates);
@@ -77,7 +77,7 @@ static void carve_all(arena *a, r2b_state *s) {
   const section_config *entry = model->sections[0].config;
   size_t batch = (size_t)s->batch, rows = batch * (size_t)s->chunk;
   for (int k = 0; k < entry->layers; k++)
-    for (int d = 0; d < entry->layer[k].directions; d++) carve_cell(a, &s->cells[k][d], &entry->layer[k], batch, model->compute == R2B_INT8);
+    for (int d = 0; d < entry->layer[k].directions; d++) carve_cell(a, &s->cells[k][d], &entry->layer[k], batch, model->compute != R2B_FP16);
   for (int k = 0; k < 2; k++) s->values[k] = carve_floats(a, rows * (size_t)model->widest);
   s->products = carve_floats(a, rows * (size_t)model->longest);
   s->pooled = carve_floats(a, batch * (size_t)model->widest);
@@ -89,7 +89,7 @@ static void carve_all(arena *a, r2b_state *s) {
   s->tokens = carve(a, batch, sizeof(int64_t));
   for (size_t k = 0; k < rows; k++) carve_columns(a, a->base ? &s->active[k] : NULL, model);
   carve_scratch(a, &s->work, model);
-  if (model->compute == R2B_INT8) carve_screen(a, &s->screen, model);
+  if (model->compute != R2B_FP16) carve_screen(a, &s->screen, model);
 }
 
 /* A bidirectional network reads a sequence from both ends: the whole of it goes through a layer before the next begins. */

@@ -14,36 +14,47 @@ static void gate(const cell *cell, int g, const float *products, float *out) {
   }
 }
 
-/* open (H): whether the bit of any copy of a unit is `bit`. A soft gate is open everywhere. */
-static void any_copy(const cell *cell, int g, int bit, const float *products, int32_t *open) {
-  int hidden = cell->layer->hidden, width = cell->layer->width;
-  const float *product = products + g * hidden;
-  for (int j = 0; j < hidden; j++) open[j] = !cell->binary[g];
-  if (!cell->binary[g]) return;
-  for (int k = 0; k < width; k += hidden) {
-    const float *bias = cell->gate_bias + g * width + k;
-    for (int j = 0; j < hidden; j++) open[j] |= (product[j] + bias[j] > 0.0f) == bit;
+static inline int groups_in(const cell *cell) { return cell->candidate_rows / GROUP; }
+
+/* The units of group `i` that there are. */
+static inline unsigned real_units(int hidden, int i) {
+  int left = hidden - GROUP * i;
+  return left >= GROUP ? 0xffffu : left > 0 ? (1u << left) - 1 : 0;
+}
+
+/* Bits of group `i` of one copy of gate `g`, `k` its place among copies: 1[pre > 0]; those of a soft gate are all `other`. */
+INLINE unsigned group_bits(const cell *cell, int g, int k, const float *products, int i, unsigned other) {
+  const layer_config *layer = cell->layer;
+  if (!cell->binary[g]) return other;
+  return positive(products + g * layer->hidden + GROUP * i, cell->gate_bias + g * layer->width + k + GROUP * i);
+}
+
+/* open (H / GROUP): whether gate `g` is 1 in any copy of a unit. A soft gate is open everywhere. */
+static void any_open(const cell *cell, int g, const float *products, uint16_t *open) {
+  const layer_config *layer = cell->layer;
+  for (int i = 0; i < groups_in(cell); i++) {
+    unsigned bits = 0;
+    for (int k = 0; k < layer->width; k += layer->hidden) bits |= group_bits(cell, g, k, products, i, 0xffffu);
+    open[i] = (uint16_t)(bits & real_units(layer->hidden, i));
   }
 }
 
-/* The groups that hold an open unit -> how many. `open` is padded with zeros to whole groups. */
-static int open_groups(const int32_t *open, int rows, int32_t *groups) {
+/* The groups that hold an open unit -> how many. */
+static int open_groups(const uint16_t *open, int all, int32_t *groups) {
   int count = 0;
-  for (int g = 0; g < rows / GROUP; g++) {
-    int any = 0;
-    for (int j = 0; j < GROUP; j++) any |= open[GROUP * g + j];
-    groups[count] = g;
-    count += any != 0;
+  for (int i = 0; i < all; i++) {
+    groups[count] = i;
+    count += open[i] != 0;
   }
   return count;
 }
 
 /* The open units -> how many. */
-static int open_units(const int32_t *open, int hidden, int32_t *wanted) {
+static int open_units(const uint16_t *open, int all, int32_t *units) {
   int count = 0;
-  for (int j = 0; j < hidden; j++) {
-    wanted[count] = j;
-    count += open[j];
+  for (int i = 0; i < all; i++) {
+    put_units(units + count, GROUP * i, open[i]);
+    count += __builtin_popcount(open[i]);
   }
   return count;
 }

@@ -1,18 +1,17 @@
 /* GRU in both reset forms, as cells/gru.py. Units that keep their state (z = 1) are not touched at all. */
 
-/* update (H): units of which a copy is overwritten; reads (H): those of which an overwritten copy reads its recurrent row too. */
-static void gru_open(const cell *cell, const float *products, int32_t *update, int32_t *reads) {
-  int hidden = cell->layer->hidden, width = cell->layer->width, r_soft = !cell->binary[0], z_soft = !cell->binary[1];
-  const float *r = products, *z = products + hidden;
-  memset(update, 0, (size_t)hidden * sizeof *update);
-  memset(reads, 0, (size_t)hidden * sizeof *reads);
-  for (int k = 0; k < width; k += hidden) {
-    const float *r_bias = cell->gate_bias + k, *z_bias = cell->gate_bias + width + k;
-    for (int j = 0; j < hidden; j++) {
-      int overwritten = z_soft | !(z[j] + z_bias[j] > 0.0f), open = r_soft | (r[j] + r_bias[j] > 0.0f);
-      update[j] |= overwritten;
-      reads[j] |= overwritten & open;
+/* update: units of which a copy is overwritten; reads: those of which an overwritten copy reads its recurrent row too; bits of groups. */
+static void gru_open(const cell *cell, const float *products, uint16_t *update, uint16_t *reads) {
+  const layer_config *layer = cell->layer;
+  for (int i = 0; i < groups_in(cell); i++) {
+    unsigned overwritten = 0, read = 0;
+    for (int k = 0; k < layer->width; k += layer->hidden) {
+      unsigned now = ~group_bits(cell, 1, k, products, i, 0);
+      overwritten |= now;
+      read |= now & group_bits(cell, 0, k, products, i, 0xffffu);
     }
+    update[i] = (uint16_t)(overwritten & real_units(layer->hidden, i));
+    reads[i] = (uint16_t)(read & real_units(layer->hidden, i));
   }
 }
 
@@ -33,7 +32,7 @@ INLINE void gru_update(const cell *cell, const float *r, const float *z, const f
 }
 
 /* The recurrent half of the candidate, after the product: rows of closed reset gates stay what they were, and are multiplied by 0. */
-static const float *reset_after(const cell *cell, step_row *row, const int32_t *reads, scratch *work) {
+static const float *reset_after(const cell *cell, step_row *row, const uint16_t *reads, scratch *work) {
   float *inner = work->recurrent;
   product_row one = {&row->active, row->active.inputs, row->active.total, cell->bias_hh, inner};
   candidate_product(cell, reads, &one, work);
@@ -53,7 +52,7 @@ static void reset_before(const cell *cell, const step_row *row, const float *r, 
 
 static void gru_finish(const cell *cell, step_row *row, scratch *work) {
   const layer_config *layer = cell->layer;
-  int32_t *update = work->open, *reads = work->open + cell->candidate_rows;
+  uint16_t *update = work->open, *reads = work->open + groups_in(cell);
   float *r = work->gates, *z = r + layer->width, *n = work->candidate;
   const float *inner = work->zeros;
   gate(cell, 0, row->products, r);
@@ -63,7 +62,7 @@ static void gru_finish(const cell *cell, step_row *row, scratch *work) {
     inner = reset_after(cell, row, reads, work);
   else
     reset_before(cell, row, r, work);
-  int count = open_groups(update, cell->candidate_rows, work->groups);
+  int count = open_groups(update, groups_in(cell), work->groups);
   product_row input = {&row->active, 0, row->active.inputs, row->candidate_base, n};
   candidate_product(cell, update, &input, work);
   if (layer->cell == CELL_GRU_RESET_BEFORE) {

@@ -1,4 +1,4 @@
-/* Lists of active columns: which values are not zero, without branches. */
+/* Lists without branches: of columns that are not zero, of units whose bit is set. */
 
 static inline int list_plain(const float *values, int n, int offset, int32_t *index, float *value) {
   int found = 0;
@@ -10,4 +10,22 @@ static inline int list_plain(const float *values, int n, int offset, int32_t *in
   return found;
 }
 
+/* The numbers of set bits, `first` added; up to a GROUP of places are written. */
+static inline void put_units_plain(int32_t *to, int first, unsigned bits) {
+  int count = 0;
+  for (int j = 0; j < GROUP; j++) {
+    to[count & (GROUP - 1)] = first + j;
+    count += bits >> j & 1;
+  }
+}
+
+/* 1[x + y > 0] of a GROUP. */
+static inline unsigned positive_plain(const float *x, const float *y) {
+  unsigned bits = 0;
+  for (int j = 0; j < GROUP; j++) bits |= (unsigned)(x[j] + y[j] > 0.0f) << j;
+  return bits;
+}
+
 static int list(const float *values, int n, int offset, int32_t *index, float *value) { return LIST_ALL(values, n, offset, index, value); }
+static inline void put_units(int32_t *to, int first, unsigned bits) { PUT_UNITS(to, first, bits); }
+static inline unsigned positive(const float *x, const float *y) { return POSITIVE(x, y); }

@@ -10,10 +10,9 @@ INLINE void lstm_outputs(const layer_config *layer, const float *o, const float 
 
 static void lstm_read(const cell *cell, const float *products, const float *o, const float *c, float *h, scratch *work) {
   const layer_config *layer = cell->layer;
-  int32_t *open = work->open;
   int hidden = layer->hidden;
-  any_copy(cell, 2, 1, products, open);
-  int count = open_groups(open, cell->candidate_rows, work->groups);
+  any_open(cell, 2, products, work->open);
+  int count = open_groups(work->open, groups_in(cell), work->groups);
   memset(h, 0, (size_t)hidden * sizeof *h);
   for (int g = 0; g < count; g++) {
     int first = work->groups[g] * GROUP;
@@ -39,8 +38,8 @@ static void lstm_finish(const cell *cell, step_row *row, scratch *work) {
   gate(cell, 0, row->products, i);
   gate(cell, 1, row->products, f);
   gate(cell, 2, row->products, o);
-  any_copy(cell, 0, 1, row->products, work->open);
-  int count = open_groups(work->open, cell->candidate_rows, work->groups);
+  any_open(cell, 0, row->products, work->open);
+  int count = open_groups(work->open, groups_in(cell), work->groups);
   product_row one = {&row->active, 0, row->active.total, row->candidate_base, g};
   candidate_product(cell, work->open, &one, work);
   for (int k = 0; k < count; k++)

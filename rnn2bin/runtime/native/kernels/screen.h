@@ -94,67 +94,132 @@ INLINE void interleave(const uint8_t *const column[4], int at, __m512i out[4]) {
   out[3] = _mm512_unpackhi_epi16(AB, CD);
 }
 
-/* sums (tiles, 2 blocks, 2 digits, 64) += bytes * digits, or = where `keep` is 0. */
-static void integer_product(const byte_matrix *m, const screen_row *row, const quantized *q, int keep) {
-  for (int t = 0; t < m->tiles; t++) {
-    const uint8_t *tile = m->bytes + (size_t)t * (size_t)m->cols * 128;
-    __m512i *sums = (__m512i *)(void *)(row->sums + (size_t)t * 256), sum[2][2][4], bytes[4];
-    for (int v = 0; v < 16; v++) sum[v / 8][v / 4 % 2][v % 4] = keep ? _mm512_loadu_si512(sums + v) : _mm512_setzero_si512();
-    for (int k = 0; k < q->count; k += 4) {
-      const uint8_t *column[4];
-      __m512i high, low;
-      int32_t digits[2];
-      memcpy(digits, row->high + k, sizeof *digits);
-      memcpy(digits + 1, row->low + k, sizeof *digits);
-      high = _mm512_set1_epi32(digits[0]), low = _mm512_set1_epi32(digits[1]);
-      for (int c = 0; c < 4; c++) {
-        uintptr_t next = (uintptr_t)tile + (size_t)row->index[k + c + AHEAD] * 128 + (k + c + AHEAD < q->count ? 0 : (size_t)m->cols * 128);
-        __builtin_prefetch((const void *)next);
-        __builtin_prefetch((const void *)(next + 64));
-        column[c] = tile + (size_t)row->index[k + c] * 128;
-      }
-      for (int b = 0; b < 2; b++) {
-        interleave(column, 64 * b, bytes);
-        for (int v = 0; v < 4; v++) {
-          sum[b][0][v] = _mm512_dpbusd_epi32(sum[b][0][v], bytes[v], high);
-          sum[b][1][v] = _mm512_dpbusd_epi32(sum[b][1][v], bytes[v], low);
-        }
-      }
-    }
-    for (int v = 0; v < 16; v++) /* bytes are stored with 128 added */
-      _mm512_storeu_si512(sums + v, _mm512_sub_epi32(sum[v / 8][v / 4 % 2][v % 4], _mm512_set1_epi32(128 * q->sum[v / 4 % 2])));
-  }
-}
+/* What a step multiplies and bounds all rows with. */
+typedef struct {
+  float unit;            /* of a sum of products of digits */
+  const float *coarse;   /* a row's error: the largest of a weight, or the 2-norm of all */
+  float a, n, kappa;     /* margin = a * coarse + n * norm + kappa * |base| */
+} bounds;
 
-/* Estimates of 64 rows, and what may be wrong with them: in all, and by the order of float32 additions alone. */
-INLINE void estimate_block(const screen *s, int first, const int32_t *restrict sums, const quantized *q, const float *restrict base,
-                           float *restrict product, float *restrict margin, float *restrict loose) {
-  const float *restrict half = s->half + first, *restrict error = s->error + first, *restrict norm = s->norm + first;
-  const float *restrict scale = s->scale + first;
+/* The smaller of two rigorous bounds, by what they come to over all rows. */
+static bounds bound_of(const screen *s, const quantized *q) {
+  bool likely = s->error_in_all * q->two < s->half_in_all * q->one;
   float kappa = (1.1f * (float)q->terms + 40.0f) * 0x1p-24f;
-  for (int j = 0; j < 64; j++) {
-    float sum = 256.0f * (128.0f * (float)sums[j] + (float)sums[64 + j]);
-    if (s->planes == 2) sum += 128.0f * (float)sums[128 + j] + (float)sums[192 + j];
-    float widest = half[j] * q->one, likely = error[j] * q->two;
-    loose[j] = kappa * (norm[j] * q->two + fabsf(base[j]));
-    margin[j] = 1.01f * ((widest < likely ? widest : likely) + norm[j] * q->error + loose[j]);
-    product[j] = base[j] + sum * scale[j] * q->step;
+  return (bounds){
+      .unit = q->step,
+      .coarse = likely ? s->error : s->half,
+      .a = 1.01f * (likely ? q->two : q->one),
+      .n = 1.01f * (q->error + kappa * q->two),
+      .kappa = 1.01f * kappa,
+  };
+}
+
+/* Whether screening is expected to read less than 16 bits of all: rows in doubt are read in full. A row's products are taken to be spread by
+ * its norm and that of the values; a threshold then lies within the margin in so many rows. It chooses the way, not the bits. */
+static bool is_worth(const cell *cell, const quantized *q, const bounds *with) {
+  const screen *s = &cell->screen;
+  if (s->keeps) return true;
+  float cols = (float)s->bytes.cols, coarse = with->coarse == s->half ? s->half_in_all : s->error_in_all;
+  float doubtful = 0.8f * (float)cell->layer->copies * (with->a * coarse + with->n * s->norm_in_all) * sqrtf(cols);
+  return 2.0f * cols * doubtful < (float)q->count * s->norm_in_all * q->two;
+}
+
+typedef __m512i block_sums[2][4]; /* [2 digits][4 vectors of 16 rows] */
+
+/* 128 bytes of the listed columns times their digits -> sums of two blocks. `ahead` lines of the columns to come are fetched. */
+INLINE void add_digits(const uint8_t *tile, size_t stride, const screen_row *row, int count, const int ahead, block_sums sum[2]) {
+  __m512i bytes[4];
+  for (int k = 0; k < count; k += 4) {
+    const uint8_t *column[4];
+    int32_t digits[2];
+    memcpy(digits, row->high + k, sizeof *digits);
+    memcpy(digits + 1, row->low + k, sizeof *digits);
+    __m512i high = _mm512_set1_epi32(digits[0]), low = _mm512_set1_epi32(digits[1]);
+    for (int c = 0; c < 4; c++) {
+      uintptr_t next = (uintptr_t)tile + (size_t)row->index[k + c + AHEAD] * stride;
+      for (int line = 0; line < ahead; line++) __builtin_prefetch((const void *)(next + 64 * (size_t)line));
+      column[c] = tile + (size_t)row->index[k + c] * stride;
+    }
+    for (int b = 0; b < 2; b++) {
+      interleave(column, 64 * b, bytes);
+      for (int v = 0; v < 4; v++) {
+        sum[b][0][v] = _mm512_dpbusd_epi32(sum[b][0][v], bytes[v], high);
+        sum[b][1][v] = _mm512_dpbusd_epi32(sum[b][1][v], bytes[v], low);
+      }
+    }
   }
 }
 
-/* doubtful (G * H): 1 where a threshold lies within the margin of a row's estimate. NaN is doubtful. */
-static void compare(const cell *cell, const float *restrict product, const float *restrict margin, float *restrict doubtful) {
-  const layer_config *layer = cell->layer;
-  int hidden = layer->hidden;
-  for (int g = 0; g < layer->gates; g++)
-    for (int k = 0; k < layer->width; k += hidden) {
-      const float *restrict bias = cell->gate_bias + g * layer->width + k;
-      for (int j = 0; j < hidden; j++) {
-        int r = g * hidden + j;
-        float sure = fabsf(product[r] + bias[j]) > margin[r] ? 0.0f : 1.0f;
-        doubtful[r] = k && doubtful[r] > sure ? doubtful[r] : sure;
-      }
+INLINE __m512 both_digits(block_sums sum, int v) {
+  return _mm512_fmadd_ps(_mm512_set1_ps(128.0f), _mm512_cvtepi32_ps(sum[0][v]), _mm512_cvtepi32_ps(sum[1][v]));
+}
+
+/* Integer sums of a block of rows in the high plane, and in the low one where there is one -> estimates of their products. */
+INLINE void estimate(const screen *s, int row, block_sums high, block_sums low, const float *base, float unit, float *product) {
+  for (int v = 0; v < 4; v++) {
+    int at = row + 16 * v;
+    __m512 sum = _mm512_mul_ps(_mm512_set1_ps(256.0f), both_digits(high, v));
+    if (low) sum = _mm512_add_ps(sum, both_digits(low, v));
+    __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(s->scale + at), _mm512_set1_ps(unit));
+    _mm512_storeu_ps(product + at, _mm512_fmadd_ps(sum, scale, _mm512_loadu_ps(base + at)));
+  }
+}
+
+/* Estimates of all rows. Where sums are kept, `row->sums` [tiles][2 blocks][2 digits][64] go on. */
+static void integer_product(const screen *s, const screen_row *row, const quantized *q, const float *base, float unit, float *product) {
+  const byte_matrix *m = &s->bytes;
+  for (int t = 0; t < m->tiles; t++) {
+    __m512i *sums = (__m512i *)(void *)(row->sums + (size_t)t * 256);
+    block_sums sum[2];
+    const uint8_t *tile = m->bytes + byte_tile(m, t);
+    size_t stride = byte_stride(m, t);
+    for (int v = 0; v < 16; v++) sum[v / 8][v / 4 % 2][v % 4] = s->keeps ? _mm512_loadu_si512(sums + v) : _mm512_setzero_si512();
+    if (t % BYTE_TILES)
+      add_digits(tile, stride, row, q->count, 0, sum);
+    else if (stride == 128 * BYTE_TILES)
+      add_digits(tile, stride, row, q->count, 2 * BYTE_TILES, sum);
+    else
+      add_digits(tile, stride, row, q->count, 2, sum);
+    for (int v = 0; v < 16; v++) /* bytes are stored with 128 added */
+      sum[v / 8][v / 4 % 2][v % 4] = _mm512_sub_epi32(sum[v / 8][v / 4 % 2][v % 4], _mm512_set1_epi32(128 * q->sum[v / 4 % 2]));
+    for (int v = 0; s->keeps && v < 16; v++) _mm512_storeu_si512(sums + v, sum[v / 8][v / 4 % 2][v % 4]);
+    if (s->planes == 2) {
+      estimate(s, 64 * t, sum[0], sum[1], base, unit, product);
+    } else {
+      estimate(s, 128 * t, sum[0], NULL, base, unit, product);
+      estimate(s, 128 * t + 64, sum[1], NULL, base, unit, product);
     }
+  }
+}
+
+/* Bits of 16 rows from `r` on of which a threshold lies within the margin of the estimate. NaN is doubtful. */
+INLINE unsigned doubts(const screen *s, const bounds *with, const float *bias, int copies, int hidden, int r, const float *base, const float *product) {
+  __m512 sign = _mm512_set1_ps(-0.0f), x = _mm512_loadu_ps(product + r);
+  __m512 margin = _mm512_mul_ps(_mm512_set1_ps(with->kappa), _mm512_andnot_ps(sign, _mm512_loadu_ps(base + r)));
+  margin = _mm512_fmadd_ps(_mm512_set1_ps(with->n), _mm512_loadu_ps(s->norm + r), margin);
+  margin = _mm512_fmadd_ps(_mm512_set1_ps(with->a), _mm512_loadu_ps(with->coarse + r), margin);
+  __mmask16 sure = 0xffff;
+  for (int k = 0; k < copies; k++) {
+    __m512 distance = _mm512_andnot_ps(sign, _mm512_add_ps(x, _mm512_loadu_ps(bias + (size_t)k * (size_t)hidden)));
+    sure = _mm512_mask_cmp_ps_mask(sure, distance, margin, _CMP_GT_OQ);
+  }
+  return ~_cvtmask16_u32(sure) & 0xffffu;
+}
+
+/* The rows in doubt -> how many. */
+static int doubtful_rows(const cell *cell, const bounds *with, const float *base, const float *product, int32_t *rows) {
+  const layer_config *layer = cell->layer;
+  int hidden = layer->hidden, count = 0;
+  for (int g = 0; g < layer->gates; g++)
+    for (int i = 0; i < groups_in(cell); i++) {
+      const float *bias = cell->gate_bias + g * layer->width + GROUP * i;
+      int r = g * hidden + GROUP * i;
+      unsigned bits = doubts(&cell->screen, with, bias, layer->copies, hidden, r, base, product) & real_units(hidden, i);
+      if (!bits) continue;
+      put_units(rows + count, r, bits);
+      count += __builtin_popcount(bits);
+    }
+  return count;
 }
 
 /* Whether the order of the float32 additions could decide a bit of row `r`. */
@@ -162,7 +227,7 @@ static int is_close(const cell *cell, int r, float product, float loose) {
   const layer_config *layer = cell->layer;
   const float *bias = cell->gate_bias + r / layer->hidden * layer->width + r % layer->hidden;
   for (int k = 0; k < layer->width; k += layer->hidden)
-    if (!(fabsf(product + bias[k]) > 1.01f * loose)) return 1;
+    if (!(fabsf(product + bias[k]) > loose)) return 1;
   return 0;
 }
 
@@ -183,7 +248,7 @@ static void in_order(const cell *cell, const int32_t *rows, int count, const pro
 }
 
 /* Reads doubtful rows in 16 bits. Where that is most of them the fp16 product is quicker. */
-static void settle(const cell *cell, int doubtful, const float *loose, const product_row *one, scratch *work) {
+static void settle(const cell *cell, int doubtful, const bounds *with, const quantized *q, const product_row *one, scratch *work) {
   int rows = cell->layer->gates * cell->layer->hidden, active = one->to - one->from, close = 0;
   if ((int64_t)doubtful * cell->gates_by_row.stride > (int64_t)active * rows) {
     product(&cell->gates, one, 1, work->counters);
@@ -193,15 +258,15 @@ static void settle(const cell *cell, int doubtful, const float *loose, const pro
   for (int k = 0; k < doubtful; k++) {
     int r = work->wanted[k];
     work->wanted[close] = r;
-    close += is_close(cell, r, one->out[r], loose[r]);
+    close += is_close(cell, r, one->out[r], with->kappa * (cell->screen.norm[r] * q->two + fabsf(one->init[r])));
   }
   in_order(cell, work->wanted, close, one);
 }
 
+/* The gates' products of one row of a batch, good for signs to each threshold. */
 static void screen_gates(const cell *cell, step_row *row, product_row *one, scratch *work) {
   const screen *s = &cell->screen;
   const screen_row *room = &row->screen;
-  float *margin = work->margin, *loose = margin + s->room, *doubtful = loose + s->room;
   int rows = cell->layer->gates * cell->layer->hidden, cols = s->bytes.cols;
   quantized q;
   if (s->keeps) {
@@ -211,17 +276,16 @@ static void screen_gates(const cell *cell, step_row *row, product_row *one, scra
   } else {
     q = quantize_active(room, &row->active, row->gates_from);
   }
-  integer_product(&s->bytes, room, &q, s->keeps);
-  for (int block = 0; block < s->blocks; block++) {
-    int first = 64 * block;
-    estimate_block(s, first, room->sums + (size_t)block * (size_t)s->planes * 128, &q, row->gates_base + first, row->products + first,
-                   margin + first, loose + first);
+  bounds with = bound_of(s, &q);
+  if (!is_worth(cell, &q, &with)) {
+    whole_product(&cell->gates, one, 1, work->counters);
+    return;
   }
-  compare(cell, row->products, margin, doubtful);
-  int found = list(doubtful, rows, 0, work->wanted, room->found);
+  integer_product(s, room, &q, row->gates_base, with.unit, row->products);
+  int found = doubtful_rows(cell, &with, row->gates_base, row->products, work->wanted);
   r2b_counters *counters = work->counters;
   counters->weights += (uint64_t)rows * (uint64_t)q.count;
   counters->bytes += 128u * (uint64_t)s->bytes.tiles * (uint64_t)q.count;
   counters->rows += (uint64_t)rows, counters->uncertain += (uint64_t)found;
-  if (found) settle(cell, found, loose, one, work);
+  if (found) settle(cell, found, &with, &q, one, work);
 }

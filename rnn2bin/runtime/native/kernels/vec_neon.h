@@ -4,7 +4,7 @@
 typedef struct {
   float32x4_t a, b;
 } V;
-enum { ACCUMULATORS = 8 };
+enum { LANES = 8 };
 
 static inline V v_load(const float *p) { return (V){vld1q_f32(p), vld1q_f32(p + 4)}; }
 static inline void v_store(float *p, V x) {
@@ -19,3 +19,5 @@ static inline V v_half(const uint16_t *p) {
 static inline V v_fma(V a, V b, V c) { return (V){vfmaq_f32(c.a, a.a, b.a), vfmaq_f32(c.b, a.b, b.b)}; }
 
 #define LIST_ALL(values, n, offset, index, value) list_plain(values, n, offset, index, value)
+#define PUT_UNITS(to, first, bits) put_units_plain(to, first, bits)
+#define POSITIVE(x, y) positive_plain(x, y)

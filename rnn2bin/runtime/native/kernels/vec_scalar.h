@@ -2,8 +2,7 @@
 typedef struct {
   float x[8];
 } V;
-enum { ACCUMULATORS = 2 };
-#define R2B_NARROW
+enum { LANES = 8 };
 
 static inline V v_load(const float *p) {
   V v;
@@ -36,3 +35,5 @@ static inline V v_fma(V a, V b, V c) {
 }
 
 #define LIST_ALL(values, n, offset, index, value) list_plain(values, n, offset, index, value)
+#define PUT_UNITS(to, first, bits) put_units_plain(to, first, bits)
+#define POSITIVE(x, y) positive_plain(x, y)
