@@ -292,7 +292,7 @@ def binarize(module: nn.Module, *, recipe: str | Path | Recipe = "anneal.yaml") 
         raise RecipeError("gates.copies: the states a module passes on hold one value a unit; give 1, or convert the network from a file")
     if isinstance(recipe, Recipe) and recipe.budget.counts:
         raise RecipeError(
-            "budget.density and price: what a module's other parts read is not counted; give budget.open, or convert it from a file"
+            "budget.density, budget.price: what a module's other parts read is not counted; give budget.open, or convert a file"
         )
     return surgery(module, students.plan(cast(RnnSpec, Cells(surgery(module))), gates), levels=gates.levels)
 
