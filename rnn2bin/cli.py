@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +13,16 @@ from typing import Any
 
 import click
 
-from rnn2bin import __version__, signals
-from rnn2bin.errors import Rnn2binError
+from rnn2bin import __version__, processes, signals
+from rnn2bin.errors import BudgetError, InterruptedRunError, Rnn2binError
 
 RECIPE_HELP = "A YAML file, or the name of a bundled recipe (rnn2bin recipes ls)."
 DATA_HELP = (
     ".npz, .safetensors or .pt with `inputs` (and `lengths`, `targets`), or .txt; or train=FILE, valid=FILE, test=FILE, one --data each."
 )
+
+
+SPACE_HELP = "A YAML that changes which knobs are searched; for each `a.b:` {low: 1, high: 9, log: true}, a list of values, or null."
 
 
 class Cli(click.Group):
@@ -33,6 +37,9 @@ class Cli(click.Group):
             with signals.raised():
                 return super().invoke(context)
         except Rnn2binError as error:
+            if not processes.leads():
+                _told_apart(error)
+                context.exit(error.exit_code)
             if context.meta["rnn2bin.json"]:
                 click.echo(json.dumps({"error": {"code": error.code, "exit_code": error.exit_code, "reasons": list(error.reasons)}}))
             for reason in error.reasons:
@@ -44,8 +51,27 @@ class Cli(click.Group):
             click.echo("rnn2bin: out of memory; lower train.batch_size or train.window", err=True)
             context.exit(6)
         except KeyboardInterrupt:
-            click.echo("rnn2bin: interrupted; nothing was written", err=True)
+            if processes.leads():
+                click.echo("rnn2bin: interrupted; nothing was written", err=True)
             context.exit(7)
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        if processes.count() == 1:
+            return super().main(*args, **options)
+        try:
+            super().main(*args, **options)
+        except SystemExit as ended:
+            processes.leave(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+        except BaseException:
+            traceback.print_exc()
+            processes.leave(1)
+
+
+def _told_apart(error: Rnn2binError) -> None:
+    """An error of a process that does not report: told where process 0 does not know of it."""
+    if not getattr(error, "told", False) and not isinstance(error, BudgetError | InterruptedRunError):
+        for reason in error.reasons:
+            click.echo(f"rnn2bin (process {processes.rank()}): {reason}", err=True)
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -74,23 +100,24 @@ data_option = click.option("--data", multiple=True, metavar="DATA", help=DATA_HE
 @click.option("--out", type=click.Path(path_type=Path), help="Directory to write (default: MODEL.rnn2bin here).")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=V", help="Set one knob of the recipe; may be given often.")
 @click.option("--max-drop", type=float, help="Largest relative loss of the metric; more is exit code 5 and nothing written.")
+@click.option("--max-density", type=float, help="Largest share of the layers' weights a step reads: sets the budget; more is exit code 5.")
 @click.option("--seed", type=int, help="Seed of noise, order and split.")
 @click.option("--plan", "only_plan", is_flag=True, help="Say what would happen (layers, size, memory, time) and stop.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted conversion.")
 @click.option("--force", is_flag=True, help="Replace an existing OUT, start an interrupted conversion over.")
 @json_option
 def convert(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, overrides: tuple[str, ...], max_drop: float | None,
-            seed: int | None, only_plan: bool, resume: bool, force: bool, json_out: bool) -> None:  # fmt: skip
-    """Convert MODEL: distil its float gates into binary ones and write a packed directory with a report."""
+            max_density: float | None, seed: int | None, only_plan: bool, resume: bool, force: bool, json_out: bool) -> None:  # fmt: skip
+    """Convert MODEL: distil its float gates into binary ones and write a packed directory with a report.
+
+    With both --max-drop and --max-density the fastest network that keeps them is searched for, in at most five trainings.
+    """
     from rnn2bin import recipe_yaml
 
-    overrides = (
-        *overrides,
-        *([f"report.max_drop={max_drop}"] if max_drop is not None else []),
-        *([f"seed={seed}"] if seed is not None else []),
-    )
-    chosen = recipe_yaml.read(recipe, overrides=overrides)  # before the heavy imports: a typo is told at once
+    # before the heavy imports: a typo is told at once
+    read = lambda: recipe_yaml.resolve(recipe, overrides, seed=seed, max_drop=max_drop, max_density=max_density)
     quiet_libraries()
+    chosen = processes.first(read)
     if only_plan:
         from rnn2bin import plan
 
@@ -100,6 +127,8 @@ def convert(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, o
 
     with progress_bar(json_out) as progress:
         result = job.convert(model, recipe=chosen, data=data or None, out=out, resume=resume, force=force, progress=progress)
+    if not processes.leads():
+        return
     if json_out:
         return as_json(result.report)
     from rnn2bin.evaluation import html
@@ -108,6 +137,40 @@ def convert(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, o
     for note in result.report["provenance"]["notes"]:
         click.echo(f"note: {note}")
     click.echo(f"report: {(result.path / 'report.html').resolve()}")
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--recipe", default="anneal.yaml", show_default=True, help="Where the search starts. " + RECIPE_HELP)
+@data_option
+@click.option("--out", type=click.Path(path_type=Path), help="Directory for study, front and chosen recipe (default: MODEL.search here).")
+@click.option("--set", "overrides", multiple=True, metavar="A.B=V", help="Set one knob of the recipe; may be given often.")
+@click.option("--space", "knobs", type=click.Path(path_type=Path), help=SPACE_HELP)
+@click.option("--trials", type=click.IntRange(1), default=40, show_default=True, help="Finished trials in the study, of all workers.")
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Start no trial after so many seconds.")
+@click.option("--study", metavar="URL", help="The study's data base, for workers on many machines (default: a SQLite file in OUT).")
+@click.option("--max-drop", type=float, help="Choose the fastest recipe with at most this relative loss; none is exit code 5.")
+@click.option("--max-density", type=float, help="Choose a recipe that reads at most this share; also ends the range of budget.density.")
+@click.option("--seed", type=int, help="Seed of the trainings and of what is tried.")
+@click.option("--force", is_flag=True, help="Replace the results of another search in OUT.")
+@json_option
+def search(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, overrides: tuple[str, ...], knobs: Path | None, trials: int,
+           timeout: float | None, study: str | None, max_drop: float | None, max_density: float | None, seed: int | None, force: bool,
+           json_out: bool) -> None:  # fmt: skip
+    """Search recipes for MODEL: accuracy lost against weights read, on the validation part; the front is drawn, the chosen recipe written.
+
+    The study is stored: an interrupted search (exit code 7) goes on with the same command, and workers may share one. `rnn2bin convert
+    MODEL --recipe OUT/recipe.yaml` then makes the chosen network, and measures it on what was held out.
+    """
+    from rnn2bin import recipe_yaml
+
+    chosen = recipe_yaml.resolve(recipe, overrides, seed=seed, max_drop=max_drop, max_density=max_density)
+    quiet_libraries()
+    from rnn2bin.search import study as studies
+
+    options: dict[str, Any] = {"knobs": knobs, "trials": trials, "timeout": timeout, "study": study, "force": force}
+    report = studies.search(model, recipe=chosen, data=data or None, out=out, progress=_json_line if json_out else _trial_line, **options)
+    as_json(report) if json_out else click.echo(studies.render(report))
 
 
 @main.command()
@@ -207,8 +270,7 @@ def bench(out: Path, data: Path | None, against: str, json_out: bool) -> None:
     if unknown := [name for name in names if name not in rivals.NAMES]:
         raise click.UsageError(f"--against: unknown {', '.join(unknown)}; choose of {', '.join(rivals.NAMES)}")
     config = packed.read_config(out)
-    vocabulary = (config.get("task") or {}).get("vocabulary")
-    inputs = benchmark.inputs_from(data, from_dict(config["spec"]), vocabulary) if data else None
+    inputs = benchmark.inputs_from(data, from_dict(config.get("spec") or {}), packed.vocabulary(config)) if data else None
     found = benchmark.bench(out, inputs, benchmark.Settings(against=names))
     as_json(found) if json_out else click.echo(benchmark.render(found))
 
@@ -289,6 +351,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     ours = logging.getLogger("rnn2bin")
     if not ours.handlers:
@@ -322,6 +385,18 @@ def describe(now: dict[str, Any]) -> str:
     return f"{now['metric']} (hard gates) {hard}  τ {now['temperature']:.2f}  slope {now['slope']:.2f}  loss {now['loss']:.4f}"
 
 
+def _json_line(now: dict[str, Any]) -> None:
+    click.echo(json.dumps(now), err=True)
+
+
+def _trial_line(now: dict[str, Any]) -> None:
+    """A finished trial of a search."""
+    figures = "" if now["drop"] is None else f"  drop {100 * now['drop']:.2f}%  density {now['density']:.3f}"
+    stopped = f"  {now['stopped']}" if now["stopped"] else ""
+    took = f"  {now['seconds']:.0f} s" if now["seconds"] is not None else ""
+    click.echo(f"trial {now['number']}: {now['state']}{figures}{stopped}{took}  ({now['finished']} of {now['trials']})", err=True)
+
+
 def _json_report(now: dict[str, Any]) -> None:
     """Every hundredth of the way, and the last step, one JSON document a line."""
     if now["step"] % max(1, now["steps"] // 100) == 0 or now["step"] == now["steps"]:
@@ -330,12 +405,14 @@ def _json_report(now: dict[str, Any]) -> None:
 
 def _plain_report() -> Callable[[dict[str, Any]], None]:
     """Every tenth of the way one line."""
-    last = [-1]
+    last = [(1, -1)]  # training, tenth
 
     def report(now: dict[str, Any]) -> None:
-        tenth = 10 * now["step"] // now["steps"]
-        if tenth > last[0]:
-            last[0] = tenth
+        at = (now.get("training", 1), 10 * now["step"] // now["steps"])
+        if at > last[0]:
+            if at[0] > last[0][0]:
+                click.echo(f"step 0/{now['steps']}  training {at[0]}: density {now['wanted_density']:.3f} is wanted", err=True)
+            last[0] = at
             click.echo(f"step {now['step']}/{now['steps']}  {describe(now)}", err=True)
 
     return report

@@ -117,7 +117,7 @@ def _inputs(x: Tensor | Lookup, below: Tensor | None, lengths: Tensor | None, ba
 def _emitted(read: Read, bit: Bits, *, backward: bool) -> Tensor | None:
     """Units (T,B) whose output the layer above reads, in natural order; None where the bits do not say it."""
     layer = read.cell.layer
-    if layer.cell != "lstm" or layer.proj_size or not read.cell.binary[-1]:
+    if not layer.kind.has_cell or layer.proj_size or not read.cell.binary[-1]:
         return None
     count = read.opened(-1, bit)
     return reverse(count.unsqueeze(-1), read.lengths).squeeze(-1) if backward else count
@@ -139,7 +139,7 @@ def head(spec: SectionSpec, below: Tensor, lengths: Tensor | None) -> Count:
 def count(read: Read, *, bit: Bits = bits) -> Count:
     """What a cell reads over a batch. Where the state before the first step is not zero (a decoder, a later window of a text) that step
     counts as dense, since what the step before left open is not in this batch."""
-    return (_lstm if read.cell.layer.cell == "lstm" else _gru)(read, bit)
+    return (_lstm if read.cell.layer.kind.has_cell else _gru)(read, bit)
 
 
 def _before(values: Tensor, start: float) -> Tensor:
@@ -148,21 +148,21 @@ def _before(values: Tensor, start: float) -> Tensor:
 
 
 def _lstm(read: Read, bit: Bits) -> Count:
-    """Per step: 3H gate rows over the non-zero columns; a candidate row for each open input gate; the projection's columns for open o."""
+    """Per step: all gate rows over the non-zero columns; a candidate row for each open input gate; the projection's columns for open o.
+    Peepholes are vectors: as biases, they are not counted."""
     layer, mask = read.cell.layer, read.mask
     hidden, steps = layer.hidden_size, mask.sum()
-    full = torch.full_like(mask, hidden)
-    binary_i, _, binary_o = read.cell.binary
-    reads = read.opened(2, bit) if binary_o else full
-    rows = read.opened(0, bit) if binary_i else full
+    full, blocks = torch.full_like(mask, hidden), len(layer.kind.gates) * hidden
+    reads = read.opened(-1, bit) if read.cell.binary[-1] else full
+    rows = read.opened(0, bit) if read.cell.binary[0] else full
     recurrent_size = layer.recurrent_size
     columns = _before(torch.full_like(mask, recurrent_size) if layer.proj_size else reads, 0 if read.rested else recurrent_size)
-    recurrent = ((3 * hidden + rows) * columns * mask).sum()
-    recurrent_dense = 4 * hidden * recurrent_size * steps
+    recurrent = ((blocks + rows) * columns * mask).sum()
+    recurrent_dense = (blocks + hidden) * recurrent_size * steps
     touched, dense = recurrent, recurrent_dense
     if read.inputs is not None:
-        touched = touched + ((3 * hidden + rows) * read.inputs * mask).sum()
-        dense = dense + 4 * hidden * layer.input_size * steps
+        touched = touched + ((blocks + rows) * read.inputs * mask).sum()
+        dense = dense + (blocks + hidden) * layer.input_size * steps
     if layer.proj_size:
         touched = touched + (reads * layer.proj_size * mask).sum()
         dense = dense + hidden * layer.proj_size * steps

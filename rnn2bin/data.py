@@ -240,7 +240,7 @@ def check_part(part: Part, spec: RnnSpec, *, where: str) -> None:
 def _text_parts(paths: dict[str, Path], data: recipes.Data, spec: RnnSpec, known: Sequence[str] | None) -> Parts:
     if spec.entry.embedding is None or spec.decode:
         raise DataError("data: text needs a network with token input (one section with an embedding or one-hot tokens)")
-    texts = {name: _read_text(path) for name, path in paths.items()}
+    texts = {name: read_text(path) for name, path in paths.items()}
     if known:
         encode, vocabulary = lambda text: encode_text(text, known), tuple(known)
     else:
@@ -264,7 +264,8 @@ def rows_of(tokens: Tensor, rows: int = TEXT_ROWS) -> Part:
     return Part(tokens[: len(tokens) // rows * rows].view(rows, -1), stream=True)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """DataError where it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -277,7 +278,7 @@ def _vocabulary(texts: dict[str, str], data: recipes.Data, size: int):
         path = Path(data.vocabulary)
         if not path.is_file():
             raise DataError(f"{path}: no such vocabulary file; data.vocabulary names a file with one token a line")
-        words = tuple(_read_text(path).splitlines())
+        words = tuple(read_text(path).splitlines())
         if len(words) != size:
             raise DataError(f"{data.vocabulary}: {len(words)} tokens, but the network knows {size}")
         return _by_table(words, data.tokens == "words"), words
@@ -323,17 +324,21 @@ class Batches:
 
     Streams: `batch_size` rows side by side, consecutive windows, wrapping around with fresh states. Sequences: a seeded permutation an
     epoch, lengths bucketed, cut to the longest of the batch; longer ones than `window` are walked in windows where `windowed`.
+
+    With several `processes` item k·processes + r is process r's rows of batch k: together they see what one would see.
     """
 
-    def __init__(self, part: Part, *, batch_size: int, window: int, seed: int, length: int, windowed: bool) -> None:
-        self.part, self.window, self.seed, self.length = part, window, seed, length
+    def __init__(self, part: Part, *, batch_size: int, window: int, seed: int, length: int, windowed: bool, processes: int = 1) -> None:
+        self.part, self.window, self.seed, self.length, self.processes = part, window, seed, length * processes, processes
         if part.stream:
             flat = part.inputs.flatten()
             rows = max(1, min(batch_size, len(flat) // (window + 1)))
             self.rows = flat[: len(flat) // rows * rows].view(rows, -1)
             self.per_pass = max(1, (self.rows.shape[1] - 1) // window)
+            self._check_shares(rows)
             return
         self.batch_size = min(batch_size, len(part))
+        self._check_shares(self.batch_size)
         steps = part.inputs.shape[1]
         self.windows = -(-steps // window) if windowed and steps > window else 1
         self._epoch: tuple[int, list[Tensor]] = (-1, [])
@@ -341,21 +346,26 @@ class Batches:
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, k: int) -> Batch:
-        return self._stream(k) if self.part.stream else self._sequences(k)
+    def __getitem__(self, item: int) -> Batch:
+        k, process = divmod(item, self.processes)
+        return self._stream(k, process) if self.part.stream else self._sequences(k, process)
 
-    def _stream(self, k: int) -> Batch:
+    def _check_shares(self, rows: int) -> None:
+        if rows < self.processes:
+            raise DataError(f"data: a batch has {rows} sequences, too few for {self.processes} processes; raise train.batch_size")
+
+    def _stream(self, k: int, process: int) -> Batch:
         at = k % self.per_pass
-        cut = self.rows[:, at * self.window : (at + 1) * self.window + 1].t()
+        cut = share(self.rows, process, self.processes)[:, at * self.window : (at + 1) * self.window + 1].t()
         return Batch(cut[:-1], None, cut[1:], None, first=at == 0)
 
-    def _sequences(self, k: int) -> Batch:
+    def _sequences(self, k: int, process: int) -> Batch:
         which, at = divmod(k, self.windows)
         per_epoch = len(self.part) // self.batch_size
         epoch, place = divmod(which, per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._order(epoch))
-        batch = collate(self.part.take(self._epoch[1][place]))
+        batch = collate(self.part.take(share(self._epoch[1][place], process, self.processes)))
         return batch if self.windows == 1 else cut_window(batch, at * self.window, self.window)
 
     def _order(self, epoch: int) -> list[Tensor]:
@@ -367,6 +377,11 @@ class Batches:
             order = torch.cat([piece[self.part.lengths[piece].argsort(stable=True)] for piece in order.split(stretch)])
         batches = list(order.split(self.batch_size))
         return [batches[int(i)] for i in torch.randperm(len(batches), generator=generator)]
+
+
+def share(rows: Tensor, process: int, processes: int) -> Tensor:
+    """One process's rows (axis 0) of a batch; the first ones have one more where they do not divide."""
+    return rows if processes == 1 else rows.tensor_split(processes)[process]
 
 
 def collate(part: Part, *, first: bool = True) -> Batch:

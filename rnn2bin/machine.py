@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rnn2bin import processes
+
 PACKAGES = ("rnn2bin", "torch", "transformers", "accelerate", "safetensors", "numpy")
 # What kernels are chosen by; everything else the CPU can do does not matter here.
 FLAGS = (
@@ -67,4 +69,5 @@ def computing(precision: str) -> Findings:
         "kernels": found["isa"],
         "precision": "bfloat16" if precision != "float32" and found["bfloat16"] else "float32",
         "threads": threads()["torch"],
+        "processes": processes.count(),
     }

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnn2bin import tasks
 from rnn2bin.cells.network import Network, Output, Walk, walk
@@ -22,6 +24,8 @@ class Candidate:
     mode: Discretize
     walk: Walk = walk
 
+
+MOST_NUMBERS = 2**25  # of one value in a batch, 128 MiB of float32
 
 Seen = Callable[[str, tasks.Prepared, Output], None]
 
@@ -41,7 +45,7 @@ def compare(
     everyone = {"teacher": teacher, **candidates}
     found: dict[str, list[tasks.Measurement]] = {name: [] for name in everyone}
     states: dict[str, object] = dict.fromkeys(everyone)
-    for batch in evaluation_batches(part, batch_size=batch_size):
+    for batch in evaluation_batches(part, batch_size=_rows(teacher, part, batch_size, device)):
         batch = batch.to(device)
         prepared = tasks.prepare(task, batch, teacher.network, walk=teacher.walk)
         wanted = None
@@ -54,6 +58,30 @@ def compare(
             if seen:
                 seen(name, prepared, out)
     return {name: tasks.merge(parts) for name, parts in found.items()}
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the numbers in the largest tensor that anything makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, (tuple, list)) else [made]:
+            self.numbers = max(self.numbers, one.numel() if isinstance(one, Tensor) else 0)
+        return made
+
+
+def _rows(one: Candidate, part: Part, most: int, device: torch.device | str) -> int:
+    """Sequences that are run at once. What a graph's operations make may grow with T² (attention): seen on one sequence."""
+    if part.stream or all(section.graph is None for section in one.network.spec.sections.values()):
+        return most
+    (first, *_) = evaluation_batches(part.take(torch.arange(1)), batch_size=1)
+    first = first.to(device)
+    with _Largest() as largest:
+        one.network.entry(first.inputs, lengths=first.lengths, mode=one.mode, walk=one.walk)
+    weights = max(weight.numel() for weight in one.network.parameters())
+    return most if largest.numbers <= weights else max(1, min(most, MOST_NUMBERS // largest.numbers))
 
 
 def infer_readout(task_of: Callable[[Network], tasks.Task], part: Part, readouts: Sequence[Network]) -> Network:

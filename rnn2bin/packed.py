@@ -24,3 +24,12 @@ def read_config(path: Path) -> dict[str, Any]:
     if type(version) is not int or not 1 <= version <= specs.FORMAT_VERSION:
         raise UnsupportedError(f"{file}: format version {version!r}; this rnn2bin reads up to {specs.FORMAT_VERSION}: update it")
     return config
+
+
+def vocabulary(config: dict[str, Any]) -> list[str] | None:
+    """What the network's tokens stand for, in order; None where that is not recorded. UnsupportedError where it is no list of words."""
+    task = config.get("task") or {}
+    found = task.get("vocabulary") if isinstance(task, dict) else False
+    if found is not None and not (isinstance(found, list) and all(isinstance(word, str) for word in found)):
+        raise UnsupportedError(f"{CONFIG}: task.vocabulary must be a list of words")
+    return found

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from rnn2bin import data, evaluation, loaders, machine, measure, pack, recipe_yaml, signals, storage, student, tasks
+from rnn2bin import data, evaluation, loaders, machine, measure, pack, processes, recipe_yaml, signals, storage, student, tasks
 from rnn2bin.cells.network import Network, teacher_network
 from rnn2bin.distill import calibrate, sampling
 from rnn2bin.distill import trainer as distiller
@@ -24,6 +24,7 @@ from rnn2bin.evaluation import html
 from rnn2bin.gates.estimators import FLOAT
 from rnn2bin.measure import Candidate
 from rnn2bin.packed import read_config
+from rnn2bin.packed import vocabulary as vocabulary_of
 from rnn2bin.recipe import Budget, Recipe
 from rnn2bin.spec import RnnSpec
 
@@ -118,6 +119,7 @@ def convert(
     overrides: Sequence[str] = (),
     seed: int | None = None,
     max_drop: float | None = None,
+    max_density: float | None = None,
     resume: bool = False,
     force: bool = False,
     loss: Callable[..., torch.Tensor] | None = None,
@@ -129,12 +131,15 @@ def convert(
 
     `source`: a file, a Hugging Face directory, or any nn.Module with LSTM or GRU layers; a module takes `data` as an iterable of batches,
     and optionally `loss(output, batch)`, `metric(module, batches)` and `forward(module, batch)`. `data`: see docs/data.md.
+    `max_drop`, `max_density`: what may be lost and read; with both the fastest network that keeps them is searched for (rnn2bin.search).
     Raises the errors of rnn2bin.errors.
     """
-    chosen = resolve_recipe(recipe, overrides, seed=seed, max_drop=max_drop)
+    chosen = recipe_yaml.resolve(recipe, overrides, seed=seed, max_drop=max_drop, max_density=max_density)
     if isinstance(source, torch.nn.Module):
         from rnn2bin import modules
 
+        if processes.count() > 1:
+            raise UsageError("convert: an nn.Module is converted by one process; start it without torchrun")
         given = {"forward": forward} if forward is not None else {}
         return modules.convert_module(
             source, recipe=chosen, data=data, out=out, loss=loss, metric=metric, resume=resume, force=force, progress=progress, **given
@@ -143,19 +148,6 @@ def convert(
         raise UsageError("convert: loss, metric and forward go with an nn.Module; a file's task follows from the recipe and the data")
     folder = Path(out) if out is not None else Path(Path(source).name + ".rnn2bin")
     return run(source, chosen, data, folder, resume=resume, force=force, progress=progress)
-
-
-def resolve_recipe(
-    recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, seed: int | None = None, max_drop: float | None = None
-) -> Recipe:
-    extra = [
-        *overrides,
-        *([f"seed={seed}"] if seed is not None else []),
-        *([f"report.max_drop={max_drop}"] if max_drop is not None else []),
-    ]
-    if isinstance(recipe, Recipe):
-        return recipe_yaml.override(recipe, extra)
-    return recipe_yaml.read(recipe, overrides=extra)
 
 
 def work_folder(out: Path) -> Path:
@@ -174,6 +166,7 @@ def check_out(out: Path, *, force: bool) -> None:
 
 
 STAMP, FLOAT_CONTROL = "job.json", "float"
+OURS = (STAMP, STAMP + ".part", FLOAT_CONTROL)  # in a work folder, beside checkpoints and the trainings of a search
 
 
 def check_work(out: Path, job_key: str, *, resume: bool, force: bool) -> Path:
@@ -199,14 +192,14 @@ def _stamp(work: Path) -> str | None:
     """The key of the conversion whose checkpoints lie in `work`; None where there is none to go on with. UsageError for anything else."""
     if not work.exists():
         return None
-    ours = (STAMP, STAMP + ".part", FLOAT_CONTROL)
-    if not work.is_dir() or any(path.name not in ours and not path.name.startswith("checkpoint-") for path in work.iterdir()):
+    ours = lambda name: name in OURS or name.startswith(("checkpoint-", "rung-"))
+    if not work.is_dir() or not all(ours(path.name) for path in work.iterdir()):
         raise UsageError(f"{work}: checkpoints would go here, but it holds something else; move it, or choose another --out")
     try:
         key = json.loads((work / STAMP).read_text())["key"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{STAMP} is damaged"
     return str(key)
 
@@ -227,6 +220,8 @@ def keeping(work: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         raise InterruptedRunError(f"interrupted; {_how_to_go_on(work)}") from None
     except (OSError, SafetensorError, RuntimeError) as error:
+        if processes.lost(error):
+            raise InterruptedRunError(f"another process is gone; {_how_to_go_on(work)}") from None
         reason = storage.failure(error)
         if reason is None:
             raise
@@ -249,26 +244,35 @@ def run(
     progress: Progress | None = None,
 ) -> Result:
     """`convert` for a file, with a resolved recipe."""
+    progress = progress if processes.leads() else None
     if not resume:
-        check_out(out, force=force)
-    job = prepare(source, recipe, given)
-    if resume:
-        digests = {"source_sha256": job.loaded.provenance["sha256"], "data_sha256": data.digest(job.parts)}
-        done = finished(out, recipe=recipe, force=force, **digests)
-        if done:
-            return Result(out, done)
-        check_out(out, force=force)
-    network = student.student(job.teacher, recipe.gates)
-    from rnn2bin import plan
-
-    plan.check_disk(plan.disk_of(job, network, out))
-    # What is only reported does not change the training: a missed budget is raised with --resume, without training again.
-    key = f"{job.loaded.provenance['sha256']} {data.digest(job.parts)} {recipe.model_dump_json(exclude={'report'})}"
-    work = check_work(out, key, resume=resume, force=force)
+        processes.lead(lambda: check_out(out, force=force))
+    job = processes.first(lambda: prepare(source, recipe, given))
+    network = processes.first(lambda: student.student(job.teacher, recipe.gates))
+    done, work = processes.lead(lambda: _begin(job, network, out, resume=resume, force=force))
+    if done:
+        return Result(out, done)
     with keeping(work):
         report = _convert(job, network, out, work, command=command_of(source, given), resume=resume, force=force, progress=progress)
-        discard(work)
+        processes.lead(lambda: discard(work))
     return Result(out, report)
+
+
+def _begin(job: Job, network: Network, out: Path, *, resume: bool, force: bool) -> tuple[Report | None, Path]:
+    """(the report, where nothing is left to do; the work folder), after every check that can be made before training."""
+    from rnn2bin import plan
+
+    recipe, data_sha256 = job.recipe, data.digest(job.parts)
+    if resume:
+        digests = {"source_sha256": job.loaded.provenance["sha256"], "data_sha256": data_sha256}
+        done = finished(out, recipe=recipe, force=force, **digests)
+        if done:
+            return done, work_folder(out)
+        check_out(out, force=force)
+    plan.check_disk(plan.disk_of(job, network, out))
+    # What is only reported does not change the training: a missed budget is raised with --resume, without training again.
+    key = f"{job.loaded.provenance['sha256']} {data_sha256} {recipe.model_dump_json(exclude={'report'})}"
+    return None, check_work(out, key, resume=resume, force=force)
 
 
 def finished(out: Path, *, recipe: Recipe, force: bool, **digests: str) -> Report | None:
@@ -279,7 +283,7 @@ def finished(out: Path, *, recipe: Recipe, force: bool, **digests: str) -> Repor
         report: Report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         if any(report["provenance"][name] != value for name, value in wanted.items()):
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     work = work_folder(out)
     if force and _stamp(work) is not None:
@@ -301,30 +305,48 @@ def _convert(
 ) -> Report:
     recipe = job.recipe
     began = time.perf_counter()
-    calibrate.calibrate(network, job.teacher, job.task, distiller.calibration_batches(job.parts.train, recipe, job.task))
+    network, trained = distil(job, work, network=network, resume=resume, progress=progress)
+    searched: Report | None = None
+    if recipe.searched:
+        from rnn2bin.search import descent
+
+        network, trained, searched = descent.descend(job, network, trained, work, resume=resume, report=progress)
+    fine_tuned = _float_control(job, work, steps=trained.steps, resume=resume) if recipe.report.float_same_compute else None
+    seconds = trained.seconds_before + time.perf_counter() - began
+    network.eval()
+
+    def ship() -> Report:
+        with pack.staging(out, force=force) as folder:
+            provenance = provenance_of(job, command["model"])
+            pack.write_model(network, folder, provenance=provenance, task=task_of(job))
+            pack.write_runtime(folder)
+            (folder / "recipe.yaml").write_text(recipe_yaml.dump(recipe), encoding="utf-8")
+            recorded = {**provenance, "command": command, **made(folder, recipe)}
+            report = write_report(job, folder, trained, provenance=recorded, seconds=seconds, fine_tuned=fine_tuned, searched=searched)
+            refuse_over_budget(report, recipe)
+        return report
+
+    return processes.lead(ship)
+
+
+def distil(
+    job: Job, work: Path, *, network: Network | None = None, resume: bool = False, progress: Progress | None = None
+) -> tuple[Network, distiller.Trained]:
+    """The student, calibrated and trained by the job's recipe; checkpoints lie in `work`."""
+    network = student.student(job.teacher, job.recipe.gates) if network is None else network
+    calibrate.calibrate(network, job.teacher, job.task, distiller.calibration_batches(job.parts.train, job.recipe, job.task))
     trained = distiller.train(
         network,
         job.teacher,
         task=job.task,
-        recipe=recipe,
+        recipe=job.recipe,
         train=job.parts.train,
         valid=job.parts.valid,
         out=work,
         resume=resume,
         report=progress,
     )
-    fine_tuned = _float_control(job, work, resume=resume) if recipe.report.float_same_compute else None
-    seconds = trained.seconds_before + time.perf_counter() - began
-    network.eval()
-    with pack.staging(out, force=force) as folder:
-        provenance = provenance_of(job, command["model"])
-        pack.write_model(network, folder, provenance=provenance, task=task_of(job))
-        pack.write_runtime(folder)
-        (folder / "recipe.yaml").write_text(recipe_yaml.dump(recipe), encoding="utf-8")
-        recorded = {**provenance, "command": command, **made(folder, recipe)}
-        report = write_report(job, folder, trained, provenance=recorded, seconds=seconds, fine_tuned=fine_tuned)
-        refuse_over_budget(report, recipe)
-    return report
+    return network, trained
 
 
 def command_of(source: str | Path, given: Any) -> dict[str, Any]:
@@ -338,8 +360,11 @@ def made(folder: Path, recipe: Recipe) -> dict[str, Any]:
     return {"model_sha256": storage.sha256(folder / pack.WEIGHTS), "machine": machine.computing(recipe.train.precision)}
 
 
-def _float_control(job: Job, work: Path, *, resume: bool) -> Network:
+def _float_control(job: Job, work: Path, *, steps: int, resume: bool) -> Network:
     """The float network, fine-tuned with the same data, losses and steps: what of the student's metric is plain further training."""
+    recipe = job.recipe.model_copy(update={"budget": Budget()})  # nor the rate that a budget brings: it would only harm
+    if recipe.searched:  # as long as all the trainings behind the student together
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})})
     network = Network(job.teacher.spec)
     network.load_state_dict(job.teacher.state_dict())
     folder = work / FLOAT_CONTROL
@@ -347,7 +372,7 @@ def _float_control(job: Job, work: Path, *, resume: bool) -> Network:
         network,
         job.teacher,
         task=job.task,
-        recipe=job.recipe.model_copy(update={"budget": Budget()}),  # nor the rate that a budget brings: it would only harm
+        recipe=recipe,
         train=job.parts.train,
         valid=job.parts.valid,
         out=folder,
@@ -376,7 +401,14 @@ def task_of(job: Job) -> dict[str, Any]:
 
 
 def write_report(
-    job: Job, folder: Path, trained: distiller.Trained, *, provenance: dict[str, Any], seconds: float, fine_tuned: Network | None
+    job: Job,
+    folder: Path,
+    trained: distiller.Trained,
+    *,
+    provenance: dict[str, Any],
+    seconds: float,
+    fine_tuned: Network | None,
+    searched: Report | None = None,
 ) -> Report:
     """report.json, report.html and the model card, measured on the packed files themselves."""
     model = evaluation.load_model(folder)
@@ -407,6 +439,7 @@ def write_report(
     report["training"] = [vars(point) for point in trained.history]
     validation = distiller.selection_part(job.parts.valid)
     report["training_teacher"] = measure.compare(job.task, validation, Candidate(job.teacher, FLOAT, run_cell), {})["teacher"].value
+    report["search"] = searched
     report["provenance"] = {**provenance, "recipe": job.recipe.model_dump(mode="json")}
     write_files(folder, report, figures)
     return report
@@ -433,26 +466,43 @@ def selection_batches(job: Job) -> Iterator[data.Batch]:
 
 
 def refuse_over_budget(report: Report, recipe: Recipe) -> None:
-    """BudgetError where more was lost than `report.max_drop` allows; nothing is written then."""
-    limit, relative = recipe.report.max_drop, report["drop"]["relative"]
+    """BudgetError where more was lost than `report.max_drop` allows, or is read than `report.max_density`; nothing is written then."""
+    limit, relative, reasons = recipe.report.max_drop, report["drop"]["relative"], []
     if limit is not None and relative is not None and relative > limit:
-        raise BudgetError(
+        reasons.append(
             f"accuracy budget missed: the relative drop is {relative:.4g}, allowed were {limit:g} "
-            f"({report['metric']['name']} {report['teacher']['metric']:.4g} -> {report['binary']['metric']:.4g}); "
+            f"({report['metric']['name']} {report['teacher']['metric']:.4g} -> {report['binary']['metric']:.4g}){_reading(report)}; "
             "nothing was written; raise train.steps, or raise --max-drop (with --resume it is not trained again)"
         )
+    limit = recipe.report.max_density
+    if limit is not None and report["density"]["read"] > limit:
+        reasons.append(
+            f"density budget missed: a step reads {report['density']['read']:.4g} of the layers' weights, allowed were {limit:g}"
+            f"{_losing(relative)}; nothing was written; raise train.steps, or raise --max-density"
+        )
+    if reasons:
+        raise BudgetError(*reasons)
+
+
+def _reading(report: Report) -> str:
+    density = (report["density"] or {}).get("read")
+    return "" if density is None else f", reading {density:.3g} of the layers' weights"
+
+
+def _losing(relative: float | None) -> str:
+    return "" if relative is None else f", at a relative drop of {relative:.4g}"
 
 
 def _evaluation_job(source: str | Path, recipe: Recipe, given: Any, config: dict[str, Any], *, readout: str) -> Job:
     """The conversion's own data are split as they were then; any other file is all test."""
-    vocabulary = config["task"]["vocabulary"]
+    vocabulary = vocabulary_of(config)
     one = data.one_file(given)
     if one is None:
         return prepare(source, recipe, given, readout=readout, vocabulary=vocabulary)
     if str(given if isinstance(given, str | Path) else given[0]) == str(one):
         try:
             job = prepare(source, recipe, one, readout=readout, vocabulary=vocabulary)
-            if data.digest(job.parts) == config["provenance"]["data_sha256"]:
+            if data.digest(job.parts) == (config.get("provenance") or {}).get("data_sha256"):
                 return job
         except DataError:
             pass  # too few to split; what else is wrong is said below

@@ -65,8 +65,25 @@ def _plan(model: str | Path, recipe: Recipe, given: str | Path | Sequence[str] |
         "disk": {"needed_bytes": disk.needed, "free_bytes": disk.free, "enough": disk.enough, "at": str(disk.at)},
         "memory": {"training_bytes": memory(job, network)},
         "steps": {"expected": recipe.train.steps, "at_most": recipe.max_steps, "evaluate_every": recipe.train.evaluate_every},
+        "search": search_of(recipe),
         "time": time_of(job, network, preparing),
         "notes": list(job.notes),
+    }
+
+
+def search_of(recipe: Recipe) -> Plan | None:
+    """What a conversion with two limits may train after the first network; None for any other."""
+    if not recipe.searched:
+        return None
+    from rnn2bin.search import descent
+
+    first = recipe.budget.density
+    assert first is not None
+    return {
+        "first_density": first,
+        "trainings_at_most": descent.FURTHER,
+        "steps": descent.recipe_of(recipe, first).train.steps,
+        "densities": [round(first * descent.RATIO**k, 4) for k in range(descent.FURTHER + 1)],
     }
 
 
@@ -162,18 +179,19 @@ class Disk:
 
 
 def disk_of(job: Any, network: Network, out: Path) -> Disk:
-    control = job.recipe.report.float_same_compute
-    return space(out, packed=packed_bytes(job, network), checkpoint=checkpoint_bytes(network, job.recipe), control=control)
+    control, searched = job.recipe.report.float_same_compute, search_of(job.recipe)
+    beside = int(control) + (searched["trainings_at_most"] if searched else 0)
+    return space(out, packed=packed_bytes(job, network), checkpoint=checkpoint_bytes(network, job.recipe), beside=beside)
 
 
-def space(out: Path, *, packed: int, checkpoint: int, control: bool) -> Disk:
-    """Checkpoints and the packed directory, at the moment when most lies there; less what an interrupted run left. `control`: the float
-    network is trained too, beside the student's last checkpoints."""
+def space(out: Path, *, packed: int, checkpoint: int, beside: int) -> Disk:
+    """Checkpoints and the packed directory, at the moment when most lies there; less what an interrupted run left. `beside`: trainings
+    (the float control, those of a search) whose last checkpoints lie beside the student's."""
     from rnn2bin import pipeline
 
     work = pipeline.work_folder(out)
     there = sum(f.stat().st_size for f in work.rglob("*") if f.is_file()) if work.is_dir() else 0
-    needed = (2 * CHECKPOINTS - 1 if control else CHECKPOINTS) * checkpoint + packed + REPORT_BYTES
+    needed = (CHECKPOINTS + beside * distiller.KEPT) * checkpoint + packed + REPORT_BYTES
     at = next(p for p in out.absolute().parents if p.is_dir())
     return Disk(packed, max(packed + REPORT_BYTES, needed - there), shutil.disk_usage(at).free, at)
 
@@ -247,9 +265,11 @@ def time_of(job: Any, network: Network, preparing: float) -> Plan:
         return steps * per_update + math.ceil(steps / recipe.train.evaluate_every) * per_measurement
 
     control = total(recipe.train.steps) if recipe.report.float_same_compute else 0.0
+    searched = search_of(recipe)
+    further = searched["trainings_at_most"] * total(searched["steps"]) if searched else 0.0
     return {
         "seconds": once + total(recipe.train.steps) + control,
-        "seconds_at_most": once + total(recipe.max_steps) + control,
+        "seconds_at_most": once + total(recipe.max_steps) + further + control,
         "seconds_per_step": per_update,
         "seconds_per_measurement": per_measurement,
         "seconds_report": report,
@@ -356,11 +376,20 @@ def render(found: Plan) -> str:
         ),
         ("memory", f"about {size(found['memory']['training_bytes'])} for training"),
         ("steps", f"{steps['expected']:,}, at most {steps['at_most']:,}; measured every {steps['evaluate_every']:,}"),
+        *([("search", _search_line(found["search"]))] if found["search"] else []),
         ("time", f"about {clock(took['seconds'])}, at most {clock(took['seconds_at_most'])} ({took['basis']})"),
         ("out", found["out"]),
         *(("note", note) for note in found["notes"]),
     ]
     return "\n".join(f"{name:8} {line}" for name, line in rows) + "\nnothing was written"
+
+
+def _search_line(search: Plan) -> str:
+    densities = [f"{density:g}" for density in search["densities"]]
+    return (
+        f"at density {densities[0]}, then {', '.join(densities[1:])} while the drop allowed is kept on the validation part: "
+        f"at most {search['trainings_at_most']} more trainings of {search['steps']:,} steps, each from the network before"
+    )
 
 
 def _section_lines(section: Plan) -> list[str]:

@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from rnn2bin.spec import CELLS, Activation, Readout
@@ -74,18 +83,59 @@ class LinearSource(Closed):
 
 
 class LayerSource(Closed):
-    """One direction of one recurrent layer, PyTorch's gate order: LSTM i,f,g,o; GRU r,z,n."""
+    """One direction of one recurrent layer, PyTorch's gate order: LSTM i,f,g,o, or i,g,o where f = 1 − i; GRU r,z,n."""
 
     weight_ih: str
     weight_hh: str
     bias_ih: str | None = None
     bias_hh: str | None = None
     weight_hr: str | None = Field(None, description="the LSTM's projection")
+    peephole: list[str] | None = Field(None, description="the LSTM's peepholes: one tensor (hidden,) for each gate, i, f, o or i, o")
     reverse: LayerSource | None = Field(None, description="the backward direction's tensors")
 
 
+# fmt: off
+GraphOp = Literal[
+    "Abs", "Acos", "Acosh", "Add", "And", "ArgMax", "ArgMin", "Asin", "Asinh", "Atan", "Atanh", "AveragePool", "Cast", "CastLike", "Ceil",
+    "Celu", "Clip", "Compact", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "Cosh", "CumSum", "Div", "Dropout", "Einsum", "Elu",
+    "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "GlobalAveragePool",
+    "GlobalMaxPool", "Greater", "GreaterOrEqual", "GroupNormalization", "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization",
+    "IsInf", "IsNaN", "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Linear", "Log", "LogSoftmax", "LpNormalization", "MatMul",
+    "Max", "MaxPool", "Mean", "Min", "Mish", "Mod", "Mul", "Neg", "Not", "OneHot", "Or", "PRelu", "Pad", "PlainRnn", "Pow",
+    "RMSNormalization", "Range", "Reciprocal", "Recurrent", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax",
+    "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "ReverseSequence", "Round",
+    "ScatterElements", "ScatterND", "Selu", "Shape", "Sigmoid", "Sign", "Sin", "Sinh", "Size", "Slice", "Softmax", "Softplus", "Softsign",
+    "Split", "Spread", "Sqrt", "Squeeze", "Sub", "Sum", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Tile", "TopK", "Transpose", "Trilu",
+    "Unsqueeze", "Where", "Xor",
+]
+# fmt: on
+
+
+def _attribute(value: Any) -> Any:
+    one_kind = isinstance(value, list) and (all(type(n) is int for n in value) or all(type(n) in (int, float) for n in value))
+    if not one_kind and not isinstance(value, bool | int | float | str):
+        raise ValueError("must be a number, a text, true, false, or a list of numbers")
+    return value
+
+
+class NodeSource(Closed):
+    """One operation around the layers, under ONNX's name and with its meaning (opset 17); and two that ONNX lacks: `Recurrent` runs layers
+    of the section on x (B,T,·) -> y (B,T,D·R), last h (D,B,R), an LSTM's last c (D,B,H); `Linear` is x Wᵀ + b for W (out, in).
+
+    Values are `input` (what the section reads behind its embedding, (B,T,…)), `tokens` (B,T), `lengths` (B,), outputs of the nodes before,
+    and the file's tensors by their names.
+    """
+
+    op: GraphOp
+    inputs: list[str] = Field(default_factory=list, description='values and tensors, "" for one left out')
+    outputs: list[str] = Field(min_length=1, description="names for what it gives; the last node's first output goes on to the head")
+    attributes: dict[str, Annotated[Any, AfterValidator(_attribute)]] = Field(
+        default_factory=dict, description="the operation's own; of Recurrent: `layers`, which of the section's it runs, all if not given"
+    )
+
+
 class SectionSource(Closed):
-    cell: Literal["lstm", "gru", "gru_reset_before"]
+    cell: Literal["lstm", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole", "gru", "gru_reset_before"]
     layers: list[LayerSource] = Field(min_length=1)
     embedding: str | None = Field(None, description="tensor of shape (vocabulary, width)")
     one_hot: bool = Field(False, description="inputs are tokens, fed as one-hot vectors")
@@ -93,6 +143,17 @@ class SectionSource(Closed):
     readout: Readout = Field(
         "all", description="what the head reads: all steps, the last step, the final states of both directions, the mean or max over time"
     )
+    graph: list[NodeSource] | None = Field(
+        None,
+        min_length=1,
+        description="what stands around and between the layers, in order, where they are no plain chain; takes no readout",
+    )
+
+    @model_validator(mode="after")
+    def _graph_reads_out(self) -> SectionSource:
+        if self.graph and self.readout != "all":
+            raise ValueError("`readout` is for plain chains; a `graph` says itself what it gives (Gather, ReduceMean, …)")
+        return self
 
 
 class DecodeSource(Closed):
@@ -176,7 +237,20 @@ class Source(Closed):
     inputs: dict[str, int | float | list[int | float]] = Field(
         default_factory=dict, description="graph files: inputs that always have the same value (`{sr: 16000}`)"
     )
-    input_shape: list[Count] | None = Field(None, description="graph files that leave it open: sizes of one step of the input")
+    input_shape: list[Count] | None = Field(
+        None, description="graph files that leave it open, and `graph` sections of floats: sizes of one step of the input"
+    )
+
+    @property
+    def given(self) -> set[str]:
+        """The knobs that say something: those of a resolved recipe stand all in it, most with their defaults."""
+        defaults = Source()
+        return {name for name in type(self).model_fields if getattr(self, name) != getattr(defaults, name)}
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether the recipe says itself what stands around the layers."""
+        return self.main is not None and self.main.graph is not None
 
     @property
     def automatic(self) -> bool:
@@ -191,6 +265,8 @@ class Source(Closed):
             return self
         if (self.main is not None and any(pair)) or (self.main is None and not all(pair)):
             raise ValueError("give either `main`, or `encoder`, `decoder` and `decode`")
+        if any(section is not None and section.graph for section in (self.encoder, self.decoder)):
+            raise ValueError("`graph` belongs to a network of one section, `main`")
         if hints:
             raise ValueError(f"`{hints[0]}` belongs to a network recognised automatically; here, write it into the section it is about")
         return self
@@ -247,6 +323,9 @@ class Gates(Closed):
         soft = data.get("soft") if isinstance(data, dict) else None
         given = enumerate(soft) if isinstance(soft, list) else ()
         return _check_gates(((("soft", index), gate) for index, gate in given), lambda: handler(data))
+
+
+DENSITY_TOLERANCE = 0.01  # a checkpoint at most this much above the wanted density may be chosen
 
 
 class Budget(Closed):
@@ -324,6 +403,11 @@ class Train(Closed):
 
 class Report(Closed):
     max_drop: NotNegative | None = Field(None, description="largest relative loss of the metric; more is exit code 5")
+    max_density: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="largest share of the layers' weights read at a step, counted as `budget.density`, which it sets; more is exit code 5. "
+        "With `max_drop`: the fastest network that keeps both is searched for",
+    )
     controls: bool = Field(True, description="also measure threshold-only, sharpened sigmoid and random gates")
     float_same_compute: bool = Field(False, description="also fine-tune the float network with the same data and steps (doubles the time)")
 
@@ -349,7 +433,7 @@ class Recipe(Closed):
 
     @property
     def learning_rate(self) -> float:
-        """The highest rate of the run; docs/decisions/011-density-rate.md."""
+        """The highest rate of the run; docs/decisions/014-density-rate.md."""
         if self.train.learning_rate != "auto":
             return self.train.learning_rate
         return 2e-3 if self.budget.density is None else 1.6e-2
@@ -357,6 +441,21 @@ class Recipe(Closed):
     @property
     def max_steps(self) -> int:
         return self.train.max_steps or int(1.25 * self.train.steps)
+
+    @property
+    def searched(self) -> bool:
+        """Whether a conversion looks for the fastest network that keeps both limits."""
+        return self.report.max_drop is not None and self.report.max_density is not None
+
+    def settled(self) -> Self:
+        """With the budget that `report.max_density` asks for: lower by what a checkpoint may exceed it. A lower one stays."""
+        limit, given = self.report.max_density, self.budget.density
+        if limit is None:
+            return self
+        density = max(limit - DENSITY_TOLERANCE, limit / 2)
+        if given is not None and given <= density:
+            return self
+        return self.model_copy(update={"budget": self.budget.model_copy(update={"density": density})})
 
 
 def parse(data: Any) -> Recipe:

@@ -25,6 +25,7 @@ from rnn2bin.recipe import Recipe
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20  # an honest recipe nests 6 deep; more is an attack on the stack
 MAX_NODES = 10_000
+MOST_OPTIONS = 20  # of a knob, listed where one of them was wanted; of more the nearest is named
 
 KnobPath = tuple[str | int, ...]  # keys and list indices from the recipe's root to a value
 
@@ -448,8 +449,11 @@ def _message(error: ErrorDetails, path: KnobPath, node: Node) -> str:
         field = _field(path)
         return "missing" + (f" ({field.description})" if field and field.description else "") + ": it has no default"
     if kind == "literal_error":
-        options = re.findall(r"'([^']*)'|(\d+)", context["expected"])
-        return f"must be one of {', '.join(a or b for a, b in options)}; given {_given(node)}"
+        options = [a or b for a, b in re.findall(r"'([^']*)'|(\d+)", context["expected"])]
+        close = difflib.get_close_matches(_given(node)[:100], options, n=1) if len(options) > MOST_OPTIONS else []
+        if close:
+            return f"{_given(node)} is unknown here; did you mean {close[0]}?"
+        return f"must be one of {', '.join(options)}; given {_given(node)}"
     if kind == "string_type":
         quotes = "" if node.children is not None or not node.given else f'; put quotes around it: "{_show(node.given)}"'
         return f"must be text; given {_given(node)}{quotes}"
@@ -495,6 +499,32 @@ def read(path_or_name: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
     return _resolve_recipe(_text(path), name, overrides)
 
 
+def resolve(
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] = (),
+    *,
+    seed: int | None = None,
+    max_drop: float | None = None,
+    max_density: float | None = None,
+) -> Recipe:
+    """The recipe of a command: a file, a bundled name or a Recipe, with its overrides, then what has an option of its own."""
+    named = {"seed": seed, "report.max_drop": max_drop, "report.max_density": max_density}
+    extra = [*overrides, *(f"{name}={value}" for name, value in named.items() if value is not None)]
+    return override(recipe, extra).settled() if isinstance(recipe, Recipe) else read(recipe, overrides=extra)
+
+
+def plain(path: str | Path) -> dict[str, Any]:
+    """A YAML file that is a map, as plain data, read as strictly as a recipe; RecipeError with every reason."""
+    composer = _Composer(_text(Path(path)), lambda line, column: Place(f"{path}:{line + 1}:{column + 1}", (0, line, column)))
+    root, problems = composer.root, composer.problems
+    if not problems and (root is None or not isinstance(root.value, dict)):
+        problems = [Problem(Place(f"{path}:1:1", (0, 0, 0)), (), "must be a map of keys to values")]
+    if problems or root is None:
+        raise RecipeError(*dict.fromkeys(map(str, problems)))
+    found: dict[str, Any] = root.plain()
+    return found
+
+
 def validate_text(text: str, *, name: str) -> Recipe:
     """The recipe in `text`; `name` stands for the file in the reasons. Raises RecipeError with every reason found."""
     return _resolve_recipe(text, name, ())
@@ -512,7 +542,7 @@ def _resolve_recipe(text: str, name: str, overrides: Sequence[str]) -> Recipe:
     if problems or recipe is None:
         ordered = sorted(problems, key=lambda problem: problem.place.order)
         raise RecipeError(*dict.fromkeys(map(str, ordered)))
-    return recipe
+    return recipe.settled()
 
 
 def _root(composer: _Composer, start: Place) -> tuple[Node, bool]:

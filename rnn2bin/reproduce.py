@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,39 @@ import torch
 from safetensors.torch import load_file
 
 from rnn2bin import data, machine, pack, pipeline, storage
-from rnn2bin.errors import NotReproducedError, UsageError
+from rnn2bin.errors import NotReproducedError, UnsupportedError, UsageError
+from rnn2bin.files import json_file
 from rnn2bin.recipe import Recipe
 
-NEEDED = ("command", "model_sha256", "source_sha256", "data_sha256", "recipe", "machine", "versions")
+MOST_THREADS = 4096
+Fits = Callable[[Any], bool]
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _command(value: Any) -> bool:
+    given = value.get("data") or [] if isinstance(value, dict) else None
+    return isinstance(given, str | list) and all(map(_text, given)) and _text(value.get("model"))
+
+
+def _machine(value: Any) -> bool:
+    return isinstance(value, dict) and type(value.get("threads")) is int and 0 < value["threads"] <= MOST_THREADS
+
+
+def _map(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+# What a report must hold to be run again.
+NEEDED: dict[str, Fits] = {
+    "command": _command,
+    **dict.fromkeys(("model_sha256", "source_sha256", "data_sha256"), _text),
+    "recipe": _map,
+    "machine": _machine,
+    "versions": _map,
+}
 
 
 def reproduce(
@@ -32,7 +60,7 @@ def reproduce(
     recorded = read(report)
     recipe = quiet_recipe(recorded)
     source = model if model is not None else Path(recorded["command"]["model"])
-    spec = given if given is not None else recorded["command"]["data"] or None
+    spec = given if given is not None else recorded["command"].get("data") or None
     with _threads(recorded["machine"]["threads"]):
         job = pipeline.prepare(source, recipe, spec)
         _check("source file sha256", recorded["source_sha256"], job.loaded.provenance["sha256"])
@@ -49,27 +77,33 @@ def reproduce(
 
 
 def read(report: Path) -> dict[str, Any]:
-    """The provenance of a report; UsageError where it is none, or says too little to run it again."""
+    """The provenance of a report; UsageError where it is none, or says too little to run it again. UnsafeError as `files.json_file`."""
     file = report / "report.json" if report.is_dir() else report
+    if not file.exists():
+        raise UsageError(f"{file}: no such report; give the report.json of a packed directory, or the directory")
     try:
-        recorded = json.loads(file.read_text(encoding="utf-8"))["provenance"]
-        missing = [name for name in NEEDED if name not in recorded]
-    except FileNotFoundError:
-        raise UsageError(f"{file}: no such report; give the report.json of a packed directory, or the directory") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{file}: not a report of rnn2bin") from None
+        recorded = json_file(file).get("provenance")
+    except (UnsupportedError, OSError):
+        recorded = None
+    if not isinstance(recorded, dict):
+        raise UsageError(f"{file}: not a report of rnn2bin")
+    missing = [name for name in NEEDED if name not in recorded]
     if missing:
         raise UsageError(f"{file}: does not record {', '.join(missing)}: an older rnn2bin wrote it; convert again to have it recorded")
     if recorded["command"] is None:
         raise UsageError(f"{file}: records the conversion of an nn.Module, which only the code that made the module can run again")
+    if wrong := [name for name, fits in NEEDED.items() if not fits(recorded[name])]:
+        raise UsageError(f"{file}: {', '.join(wrong)}: not as rnn2bin writes a report")
     return recorded
 
 
 def quiet_recipe(recorded: dict[str, Any]) -> Recipe:
-    """The recorded recipe without what is only reported: that does not change the weights."""
+    """The recorded recipe without what is only reported: that does not change the weights. Two limits do: they were searched by."""
     try:
-        return Recipe.model_validate({**recorded["recipe"], "report": {"controls": False}})
-    except (TypeError, ValueError) as error:
+        limits = {name: recorded["recipe"]["report"].get(name) for name in ("max_drop", "max_density")}
+        kept = limits if None not in limits.values() else {}
+        return Recipe.model_validate({**recorded["recipe"], "report": {"controls": False, **kept}})
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UsageError(f"the report's recipe is not one of this version ({str(error).splitlines()[0]})") from None
 
 
@@ -81,7 +115,7 @@ def surroundings(recorded: dict[str, Any], recipe: Recipe) -> list[str]:
 
 
 def _said(value: Any) -> str:
-    return " ".join(value) if isinstance(value, list) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def tensors(then: Path, now: Path, model_sha256: str) -> list[str]:

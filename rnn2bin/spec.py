@@ -36,26 +36,38 @@ class GateSpec:
 
 @dataclass(frozen=True)
 class CellKind:
-    """A family of cells: its gates in canonical order, its states, and whether the candidate has its own recurrent bias."""
+    """A family of cells: its gates in canonical order, its states, and which tensors it has beside those that all have: a recurrent bias of
+    the candidate, peepholes (diagonal: each unit's gates see its own cell)."""
 
     name: str
     gates: tuple[GateSpec, ...]
     states: tuple[str, ...]
     candidate_bias_hh: bool = False
+    peepholes: bool = False
 
     @property
     def gate_names(self) -> tuple[str, ...]:
         return tuple(g.name for g in self.gates)
 
+    @property
+    def has_cell(self) -> bool:
+        """An LSTM of any kind: its candidate rows wait for i, the first gate, its columns of h for o, the last."""
+        return "c" in self.states
+
+
+_LSTM_GATES = (GateSpec("i", ("hi",)), GateSpec("f", ("lo", "hi"), maximum=1.0), GateSpec("o", ("hi",)))
+# f = 1 − i: one decision, 0 keeps the cell exactly, 1 overwrites it, wholly or in part.
+_COUPLED_GATES = (GateSpec("i", ("hi",), maximum=1.0), GateSpec("o", ("hi",)))
 
 CELLS: dict[str, CellKind] = {
     kind.name: kind
     for kind in (
-        CellKind(
-            "lstm",
-            gates=(GateSpec("i", ("hi",)), GateSpec("f", ("lo", "hi"), maximum=1.0), GateSpec("o", ("hi",))),
-            states=("h", "c"),
-        ),
+        CellKind("lstm", gates=_LSTM_GATES, states=("h", "c")),
+        # i and f see P c before the step, o sees P c after it (Gers & Schmidhuber 2000, Graves 2013, the ONNX input P).
+        CellKind("lstm_peephole", gates=_LSTM_GATES, states=("h", "c"), peepholes=True),
+        # CIFG (Greff et al. 2015), the ONNX attribute input_forget.
+        CellKind("lstm_coupled", gates=_COUPLED_GATES, states=("h", "c")),
+        CellKind("lstm_coupled_peephole", gates=_COUPLED_GATES, states=("h", "c"), peepholes=True),
         # r multiplies U_n h + b_hn (PyTorch, cuDNN). z = 1 keeps h.
         CellKind("gru", gates=(GateSpec("r", ("hi",)), GateSpec("z", ("lo",), maximum=1.0)), states=("h",), candidate_bias_hh=True),
         # r multiplies h before U_n (Cho 2014, the ONNX default, TensorFlow 1).
@@ -73,6 +85,9 @@ class LayerSpec:
 
     `activation` is φ, of the candidate and of an LSTM's cell. `hard_sigmoid` s > 0: float gates are
     clip((s·pre + 1)/2, 0, 1) and not σ(pre); s is 0.4 in Keras 2 and 1/3 in Keras 3. A bit is 1[pre > 0] with either.
+
+    What is clipped to [−n, n], 0 where nothing is: `clip` the pre-activations of float gates and of the candidate (ONNX; a bit is the same
+    with and without), `cell_clip` an LSTM's c after its update, `proj_clip` its h after the projection (TensorFlow 1).
     """
 
     cell: str
@@ -83,6 +98,9 @@ class LayerSpec:
     copies: int = 1
     activation: str = "tanh"
     hard_sigmoid: float = 0.0
+    clip: float = 0.0
+    cell_clip: float = 0.0
+    proj_clip: float = 0.0
 
     @property
     def width(self) -> int:
@@ -91,7 +109,7 @@ class LayerSpec:
     @property
     def state_sizes(self) -> tuple[int, ...]:
         """Of h, or of h and c: an LSTM's h is what others read, a GRU's h stands there for every copy."""
-        return (self.width,) if self.kind.states == ("h",) else (self.recurrent_size, self.width)
+        return (self.recurrent_size, self.width) if self.kind.has_cell else (self.width,)
 
     @property
     def kind(self) -> CellKind:
@@ -116,6 +134,8 @@ class LayerSpec:
             "candidate.weight_hh": (self.hidden_size, self.recurrent_size),
             "candidate.bias": (self.hidden_size,),
         }
+        if self.kind.peepholes:
+            shapes["gates.peephole"] = (gate_rows,)
         if self.kind.candidate_bias_hh:
             shapes["candidate.bias_hh"] = (self.hidden_size,)
         if self.proj_size:
@@ -290,6 +310,10 @@ def check(spec: RnnSpec) -> None:
                 reasons.append(f"{name}.layers.{index}: {layer.directions} directions; there are {len(DIRECTIONS)}")
             if layer.cell not in CELLS:
                 reasons.append(f"{name}.layers.{index}: unknown cell {layer.cell!r}; known: {', '.join(CELLS)}")
+            elif (layer.proj_clip and not layer.proj_size) or (layer.cell_clip and not layer.kind.has_cell):
+                reasons.append(f"{name}.layers.{index}: clips a {'projection' if layer.proj_clip else 'cell'} that it does not have")
+            if not all(0 <= bound < float("inf") for bound in (layer.clip, layer.cell_clip, layer.proj_clip)):
+                reasons.append(f"{name}.layers.{index}: what is clipped is clipped to a positive number, or 0 where nothing is")
             if layer.activation not in CELL_ACTIVATIONS or not 0 <= layer.hard_sigmoid < 100:
                 reasons.append(f"{name}.layers.{index}: unknown activation {layer.activation!r} or hard sigmoid {layer.hard_sigmoid!r}")
         if section.graph:

@@ -83,7 +83,7 @@ def flaw(folder: Path) -> str | None:
                 return f"{name} is damaged"
     except FileNotFoundError:
         return "it was not written to the end"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is damaged"
     return None
 

@@ -1,9 +1,9 @@
 #!/bin/sh
-# The native runtime under sanitizers, an emulator for Arm, and fuzzers. Usage: scripts/check_native.sh PACKED_DIRECTORY [FUZZ_SECONDS]
+# The native runtime under sanitizers, an emulator for Arm, and fuzzers. Usage: scripts/check_native.sh PACKED_DIRECTORY [FUZZ_RUNS]
 # Needs clang (libFuzzer) for the last part; what is not installed is skipped by the tests.
 set -eu
 model=$(realpath "$1")
-seconds=${2:-600}
+runs=${2:-1000000}
 root=$(dirname "$(dirname "$(realpath "$0")")")
 python -m pytest "$root/tests/test_runtime_native.py" -m slow
 
@@ -22,4 +22,4 @@ folder, target = map(Path, sys.argv[1:])
 config, weights = (folder / name for name in ("config.json", "model.safetensors"))
 target.write_bytes(struct.pack("<I", config.stat().st_size) + config.read_bytes() + weights.read_bytes())
 EOF
-SCRATCH="$work/scratch" "$work/fuzz" "$work/corpus" -max_len=200000 -max_total_time="$seconds" -print_final_stats=1
+SCRATCH="$work/scratch" "$work/fuzz" "$work/corpus" -max_len=200000 -runs="$runs" -seed=1 -print_final_stats=1

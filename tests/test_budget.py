@@ -30,7 +30,7 @@ def prepared_of(network, part):
 
 
 @pytest.mark.parametrize("copies", [1, 3])
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "lstm_coupled_peephole"])
 def test_the_density_trained_is_the_density_reported(cell, copies):
     teacher = teacher_of(cell)
     network = student.student(teacher, recipe_of(gates={"copies": copies}).gates)
@@ -44,7 +44,7 @@ def test_the_density_trained_is_the_density_reported(cell, copies):
         assert float(budget.density(network, prepared, out, learn=learn).detach()) == pytest.approx(wanted, rel=1e-12)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "lstm_coupled_peephole"])
 def test_the_density_has_a_gradient_in_every_cell(cell):
     teacher = teacher_of(cell)
     network = student.student(teacher, recipe_of(gates={"copies": 2}).gates)
@@ -135,7 +135,9 @@ def test_the_float_control_is_trained_without_the_budget_and_its_rate(tmp_path, 
     monkeypatch.setattr(distiller, "train", lambda *_, recipe, **__: seen.append(recipe))
     parts = SimpleNamespace(train=None, valid=None)
     recipe = recipe_of(budget={"density": 0.2}, train={"steps": 7})
-    pipeline._float_control(SimpleNamespace(teacher=teacher_of("lstm"), task=None, recipe=recipe, parts=parts), tmp_path, resume=False)
+    pipeline._float_control(
+        SimpleNamespace(teacher=teacher_of("lstm"), task=None, recipe=recipe, parts=parts), tmp_path, steps=7, resume=False
+    )
     assert (seen[0].learning_rate, seen[0].budget, seen[0].train.steps) == (0.002, Budget(), 7)
 
 

@@ -149,13 +149,20 @@ def test_binary_gates_equal_a_numpy_loop_of_if_and_else(name):
     wanted = []
     for x_t in x.numpy():
         pre = w["gates.weight_ih"] @ x_t + w["gates.weight_hh"] @ h + w["gates.bias"]
+        peephole = w.get("gates.peephole", np.zeros_like(pre))
         own = w["candidate.weight_ih"] @ x_t + w["candidate.bias"]
         new_h = np.zeros(H)
         for j in range(H):
             row = w["candidate.weight_hh"][j]
-            if name == "lstm":
-                c[j] = (c[j] if pre[H + j] > 0 else 0.0) + (np.tanh(own[j] + row @ h) if pre[j] > 0 else 0.0)
-                new_h[j] = np.tanh(c[j]) if pre[2 * H + j] > 0 else 0.0
+            if name in ("lstm", "lstm_peephole"):
+                admitted = pre[j] + peephole[j] * c[j] > 0
+                kept = pre[H + j] + peephole[H + j] * c[j] > 0
+                c[j] = (c[j] if kept else 0.0) + (np.tanh(own[j] + row @ h) if admitted else 0.0)
+                new_h[j] = np.tanh(c[j]) if pre[2 * H + j] + peephole[2 * H + j] * c[j] > 0 else 0.0
+            elif name in ("lstm_coupled", "lstm_coupled_peephole"):
+                if pre[j] + peephole[j] * c[j] > 0:
+                    c[j] = np.tanh(own[j] + row @ h)
+                new_h[j] = np.tanh(c[j]) if pre[H + j] + peephole[H + j] * c[j] > 0 else 0.0
             elif pre[H + j] > 0:
                 new_h[j] = h[j]
             elif name == "gru":
@@ -166,6 +173,52 @@ def test_binary_gates_equal_a_numpy_loop_of_if_and_else(name):
         wanted.append(h)
     with torch.no_grad():
         assert_close(network(x[:, None], mode=BINARY).y[:, 0], torch.tensor(np.array(wanted)))
+
+
+CLIPS = {"clip": 0.8, "cell_clip": 0.4, "proj_clip": 0.15}
+
+
+@pytest.mark.parametrize("clips", [{}, CLIPS], ids=["free", "clipped"])
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("name", ["lstm", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole"])
+def test_float_lstms_equal_a_numpy_loop(name, copies, clips):
+    """Graves 2013, eq. 7-11, f = 1 − i where they are coupled; TensorFlow 1's and ONNX's clips; each copy of a unit has its own cell."""
+    network = randomize(Network(single(LayerSpec(name, I, H, proj_size=4, copies=copies, **clips)))).double()
+    w = {n.removeprefix("main.layers.0.fwd."): t.detach().numpy() for n, t in network.named_parameters()}
+    at, free = {"i": 0, "f": 1, "o": -1}, {"clip": np.inf, "cell_clip": np.inf, "proj_clip": np.inf}
+    within = lambda v, bound: np.clip(v, -{**free, **clips}[bound], {**free, **clips}[bound])
+    blocks = lambda n: w[n].reshape(-1, H, *w[n].shape[1:])
+    peephole = blocks("gates.peephole") if "peephole" in name else np.zeros((3, H))
+    x = 2 * torch.randn(T, I, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    h, c, wanted = np.zeros(4), np.zeros((copies, H)), []
+    for x_t in x.numpy():
+        bias = w["gates.bias"].reshape(-1, copies, H)
+        gate = lambda g, c, h=h, x_t=x_t, bias=bias: sigmoid(
+            within(
+                blocks("gates.weight_ih")[at[g]] @ x_t + blocks("gates.weight_hh")[at[g]] @ h + bias[at[g]] + peephole[at[g]] * c, "clip"
+            )
+        )
+        i = gate("i", c)
+        f = 1 - i if "coupled" in name else gate("f", c)
+        new = np.tanh(within(w["candidate.weight_ih"] @ x_t + w["candidate.weight_hh"] @ h + w["candidate.bias"], "clip"))
+        c = within(f * c + i * new, "cell_clip")
+        h = within(w["projection.weight"] @ (gate("o", c) * np.tanh(c)).mean(0), "proj_clip")
+        wanted.append(h)
+    with torch.no_grad():
+        assert_close(network(x[:, None]).y[:, 0], torch.tensor(np.array(wanted)))
+    if clips:  # each of them bites
+        assert np.abs(wanted).max() == pytest.approx(0.15)
+        for one in clips:
+            other = Network(single(LayerSpec(name, I, H, proj_size=4, copies=copies, **{**clips, one: 0.0}))).double()
+            other.load_state_dict(network.state_dict())
+            assert (other(x[:, None]).y[:, 0] - torch.tensor(np.array(wanted))).abs().max() > 1e-3, one
+
+
+def test_a_clip_of_pre_activations_changes_no_bit():
+    for name in KINDS:
+        cell = cell_with(LayerSpec(name, I, H, clip=1e-3), [0.0] * len(LayerSpec(name, I, H).kind.gates))
+        pre = torch.randn(B, len(cell.binary), H)
+        assert torch.equal(cell.gate(BINARY)(pre), (pre > 0).float())
 
 
 # ---------------------------------------------------------------------------------------------- around the cells
@@ -316,15 +369,18 @@ def test_parts_that_do_not_join_are_all_named():
     spec = RnnSpec(
         {
             "main": SectionSpec(
-                (LayerSpec("lstm", 3, 4), LayerSpec("ltsm", 5, 4)), head=(LinearSpec(9, 1, activation="gelu"),), readout="first"
+                (LayerSpec("lstm", 3, 4, proj_clip=1.0), LayerSpec("ltsm", 5, 4), LayerSpec("gru", 4, 4, cell_clip=1.0, clip=-1.0)),
+                head=(LinearSpec(9, 1, activation="gelu"),),
+                readout="first",
             )
         }
     )
     with pytest.raises(UnsupportedError) as caught:
         check(spec)
-    assert [any(word in reason for reason in caught.value.reasons) for word in ("ltsm", "reads 5", "reads 9", "gelu", "first")] == [
-        True
-    ] * 5
+    assert [
+        any(word in reason for reason in caught.value.reasons)
+        for word in ("clips a projection", "ltsm", "clips a cell", "positive number", "reads 5", "reads 9", "gelu", "first")
+    ] == [True] * 8
 
 
 # ---------------------------------------------------------------------------------------------- bits and levels
@@ -349,6 +405,15 @@ def test_a_kept_unit_is_unchanged_bit_for_bit(name, levels, walking):
     h = torch.randn(B, H) * 1e-3 + 1 / 3
     trace = walking(cell, torch.randn(T, B, I), (h,), BINARY)
     assert torch.equal(trace.states[0], h.expand(T, B, H))
+
+
+@pytest.mark.parametrize("walking", [walk, run_cell], ids=["oracle", "window"])
+@pytest.mark.parametrize("levels", ["strict", "learned"])
+@pytest.mark.parametrize("name", ["lstm_coupled", "lstm_coupled_peephole"])
+def test_a_cell_that_is_not_overwritten_is_unchanged_bit_for_bit(name, levels, walking):
+    cell = cell_with(LayerSpec(name, I, H), [-1.0, 1.0], levels=levels)
+    c = torch.randn(B, H) * 1e-3 + 1 / 3
+    assert torch.equal(walking(cell, torch.randn(T, B, I), (torch.randn(B, H), c), BINARY).states[1], c.expand(T, B, H))
 
 
 @pytest.mark.parametrize("walking", [walk, run_cell], ids=["oracle", "window"])
@@ -406,6 +471,11 @@ def test_projected_levels_stay_in_bounds():
     assert (lo >= 0).all()
     assert (hi >= 0).all()
     assert (hi[2] > 1).any()  # an output gate may let through more than 1
+    coupled = Cell(LayerSpec("lstm_coupled", I, H), (True,) * 2, levels="learned")
+    with torch.no_grad():
+        coupled.levels.hi.fill_(4.0)
+    coupled.project_levels()
+    assert (coupled.level_values()[1][0] == 1).all()  # 1 − i is never below 0
     gru = Cell(LayerSpec("gru", I, H), (True,) * 2, levels="learned")
     with torch.no_grad():
         gru.levels.lo.fill_(4.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import signal
 import statistics
 import subprocess
@@ -85,9 +86,28 @@ def test_every_command_has_help(path):
             assert parameter.help, f"{path}: {parameter.name}"
 
 
+ROOT = Path(__file__).parents[1]
+DOCS = "".join(page.read_text(encoding="utf-8") for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+@pytest.mark.parametrize("path", [p for p, c in commands(cli.main) if not isinstance(c, click.Group)], ids=" ".join)
+def test_every_command_stands_in_the_docs(path):
+    shown = f"rnn2bin {' '.join(path)}"
+    assert re.search(rf"{shown}\b", DOCS), f"{shown}: in no *.md"
+
+
+def test_every_option_of_a_search_and_of_limits_is_documented():
+    page = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    ordinary = {"--help", "--set", "--seed", "--json", "--force", "--recipe", "--data", "--out"}
+    wanted = {option for parameter in cli.search.params for option in parameter.opts if option.startswith("--")} - ordinary
+    assert {"--trials", "--study", "--space"} < wanted
+    assert [option for option in sorted(wanted) if option not in page] == []
+
+
 def test_the_commands_of_the_design_are_there():
     names = {" ".join(path) for path, _ in commands(cli.main)}
-    wanted = {"convert", "inspect", "eval", "run", "doctor", *(f"recipes {name}" for name in ("ls", "show", "cp", "validate", "schema"))}
+    recipes = {f"recipes {name}" for name in ("ls", "show", "cp", "validate", "schema")}
+    wanted = {"convert", "search", "inspect", "eval", "run", "doctor", *recipes}
     assert wanted <= names
     listed = call("--help").output
     assert all(name in listed for name in names if " " not in name)

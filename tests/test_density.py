@@ -29,6 +29,11 @@ CASES = {
     "gru-copies": {"cell": "gru", "copies": 2},
     "gru-copies-bi": {"cell": "gru", "copies": 3, "directions": 2},
     "gru_reset_before-copies": {"cell": "gru_reset_before", "copies": 2},
+    "lstm_peephole": {"cell": "lstm_peephole"},
+    "lstm_peephole-projection-copies": {"cell": "lstm_peephole", "proj_size": 3, "copies": 2},
+    "lstm_coupled-bi": {"cell": "lstm_coupled", "directions": 2},
+    "lstm_coupled-projection": {"cell": "lstm_coupled", "proj_size": 3},
+    "lstm_coupled_peephole-copies": {"cell": "lstm_coupled_peephole", "copies": 3},
 }
 
 
@@ -103,7 +108,7 @@ def brute_force(network: Network, out: Any, lengths: torch.Tensor | None) -> dic
                     n = layer.copies
                     bit = lambda g, j, n=n, one=one: any(one(g, j, c) for c in range(n))
                     before = lambda g, j, t=t, n=n, one=one: t > 0 and any(one(g, j, c, t=t - 1) for c in range(n))
-                    lstm = layer.cell == "lstm"
+                    lstm, o = layer.cell.startswith("lstm"), len(binary) - 1
                     moves = lambda j, c, one=one, binary=binary: not binary[1] or not one(1, j, c)
                     keeps = lambda j, n=n, moves=moves: not any(moves(j, c) for c in range(n))
                     looks = lambda j, n=n, moves=moves, one=one: any(moves(j, c) and one(0, j, c) for c in range(n))
@@ -117,7 +122,7 @@ def brute_force(network: Network, out: Any, lengths: torch.Tensor | None) -> dic
                             count(admits[j] and bool(below[at, b, k] != 0))
                     for k in range(layer.recurrent_size):
                         if lstm:
-                            there = t > 0 if layer.proj_size else before(2, k)
+                            there = t > 0 if layer.proj_size else before(o, k)
                         else:
                             there = t > 0
                         for _ in range(len(binary) * H):
@@ -127,7 +132,7 @@ def brute_force(network: Network, out: Any, lengths: torch.Tensor | None) -> dic
                             count(admits[j] and there and reads, recurrent=True)
                     for j in range(H if layer.proj_size else 0):
                         for _ in range(layer.proj_size):
-                            count(bit(2, j))
+                            count(bit(o, j))
         below = out.hidden[index]
     if main.readout == "all":
         for b in range(B):
@@ -158,9 +163,11 @@ def test_counts_equal_a_walk_over_every_weight(name, tokens, ragged):
 
 
 @pytest.mark.parametrize("soft", [0, 1, 2])
-@pytest.mark.parametrize("name", ["lstm", "lstm-projection", "gru", "gru_reset_before", "gru-copies", "lstm-copies"])
+@pytest.mark.parametrize(
+    "name", ["lstm", "lstm-projection", "gru", "gru_reset_before", "gru-copies", "lstm-copies", "lstm_peephole", "lstm_coupled-projection"]
+)
 def test_a_soft_gate_saves_nothing(name, soft):
-    if soft == 2 and "gru" in name:
+    if soft == 2 and ("gru" in name or "coupled" in name):
         soft = 0
     network = network_of(**CASES[name], soft=soft)
     counter, out = counted(network, lengths=LENGTHS)
@@ -168,14 +175,15 @@ def test_a_soft_gate_saves_nothing(name, soft):
     assert counter.result()["weights_touched"] == pytest.approx(total["touched"] / total["dense"])
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru", "gru_reset_before"])
+@pytest.mark.parametrize("name", ["lstm", "gru", "gru_reset_before", "lstm_peephole", "lstm_coupled_peephole-copies"])
 def test_what_is_not_counted_is_really_not_read(name):
     """Columns of h that are counted as skipped are exactly zero; units counted as kept are unchanged."""
     network = network_of(**CASES[name])
     _, out = counted(network, lengths=None)
     for pre, h in zip(out.pre, out.hidden, strict=True):
-        if name == "lstm":
-            assert (h[pre[:, :, 2] <= 0] == 0).all()
+        if name.startswith("lstm"):
+            closed = (pre[:, :, -1].unflatten(-1, (-1, H)) <= 0).all(-2)
+            assert (h[closed] == 0).all()
         else:
             kept = pre[1:, :, 1] > 0
             assert torch.equal(h[1:][kept], h[:-1][kept])
@@ -231,7 +239,7 @@ def test_incremental_counts_changed_columns_of_gates_alone():
     assert counter.result()["incremental"] == pytest.approx(touched / dense)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before", "lstm_coupled"])
 def test_a_window_that_continues_counts_its_first_step_as_dense(cell):
     """What the step before left open is not in the batch: the count may be too high there, never too low."""
     network = network_of(cell)

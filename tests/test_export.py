@@ -99,6 +99,15 @@ NETWORKS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"cell": "gru_reset_before", "copies": 2, "readout": "max"}, {}),
     ({"cell": "gru_reset_before", "directions": 2}, {"levels": "strict"}),
     ({"cell": "gru_reset_before", "activation": "softsign", "readout": "final"}, {}),
+    ({"cell": "lstm_peephole"}, {}),
+    ({"cell": "lstm_peephole", "copies": 3, "clip": 0.7, "cell_clip": 0.5}, {"soft": "f"}),
+    ({"cell": "lstm_peephole", "copies": 2, "proj_size": 4, "directions": 2, "proj_clip": 0.3}, {}),
+    ({"cell": "lstm_coupled", "copies": 3, "directions": 2}, {}),
+    ({"cell": "lstm_coupled", "embedding": TOKENS, "clip": 0.7}, {"levels": "strict", "soft": "i"}),
+    ({"cell": "lstm_coupled_peephole", "copies": 2, "activation": "softsign", "hard_sigmoid": 0.4}, {"soft": "o"}),
+    ({"cell": "lstm", "clip": 0.7, "cell_clip": 0.5}, {"soft": "o"}),
+    ({"cell": "gru", "clip": 0.7, "copies": 2}, {"soft": "z"}),
+    ({"cell": "gru_reset_before", "clip": 0.7}, {"soft": "r"}),
 ]
 
 
@@ -119,7 +128,7 @@ def test_onnxruntime_gives_the_packed_networks_outputs(options, how, tmp_path):
     assert_close(run(tmp_path / "m.onnx", x=x, lengths=lengths)["y"], model(x, lengths=lengths)[0])
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "lstm_coupled_peephole"])
 def test_a_sequence_may_be_cut(cell, tmp_path):
     model = runtime.load(packed(student(section(cell, copies=2)), tmp_path / "out"), backend="torch")
     export(tmp_path / "out", to="onnx", out=tmp_path / "m.onnx")
@@ -165,7 +174,7 @@ def flips(model: Any, path: Path, x: torch.Tensor) -> tuple[int, int]:
     return count, total
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before", "lstm_peephole", "lstm_coupled_peephole"])
 def test_every_decision_is_the_oracles(cell, tmp_path):
     model = runtime.load(packed(student(section(cell, copies=2)), tmp_path / "out"), backend="torch")
     export(tmp_path / "out", to="onnx", out=tmp_path / "m.onnx")
@@ -248,6 +257,9 @@ def test_the_state_dict_is_read_back_as_the_same_network(tmp_path, monkeypatch):
         (section("gru_reset_before"), {}, "nn.GRU cannot"),
         (section("lstm", activation="relu"), {}, "other activations"),
         (section("gru"), {}, "learned levels z.lo"),
+        (section("lstm_peephole"), {"levels": "strict"}, "peepholes, or one decision"),
+        (section("lstm_coupled"), {"levels": "strict"}, "peepholes, or one decision"),
+        (section("lstm", cell_clip=1.0), {"levels": "strict"}, "clip nothing"),
     ],
 )
 def test_what_pytorchs_cells_cannot_hold_is_said(spec, how, match, tmp_path):

@@ -18,8 +18,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tolerances import assert_close
 from torch import nn
 
+from rnn2bin.cells.network import teacher_network
 from rnn2bin.errors import Rnn2binError, UnsafeError, UnsupportedError, UsageError
 from rnn2bin.loaders import Loaded, inspect, load
 from rnn2bin.recipe import Source
@@ -391,12 +393,36 @@ def test_every_reason_is_listed(tmp_path: Path) -> None:
         ({"weight_hr": "bias_ih_l0"}, "but (any, any) is wanted for the projection"),
         ({"bias_ih": "weight_ih_l0"}, "is wanted for a bias"),
         ({"reverse": LAYER}, "used more than once"),
+        ({"peephole": ["bias_ih_l0"]}, "1 peepholes given; lstm has none"),
     ],
 )
 def test_wrong_sources(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         load(write(tmp_path / "m.pt", state(module("lstm"))), source=source(main={"cell": "lstm", "layers": [LAYER | change]}))
     assert says in str(caught.value)
+
+
+def test_peepholes_and_coupled_gates_that_a_source_names(tmp_path: Path) -> None:
+    """The equations once more, in PyTorch's order of blocks: i,g,o and a peephole for each gate."""
+    draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape) + shape[0]))
+    names = {"weight_ih": "W", "weight_hh": "U", "bias_ih": "b", "peephole": ["p_i", "p_o"]}
+    tensors = {"W": draw(3 * H, IN), "U": draw(3 * H, H), "b": draw(3 * H), "p_i": draw(H), "p_o": -draw(H)}
+    wanted_source = source(main={"cell": "lstm_coupled_peephole", "layers": [names]})
+    loaded = load(write(tmp_path / "m.safetensors", tensors), source=wanted_source)
+    x, h, c, wanted = draw(6, 1, IN), torch.zeros(1, H), torch.zeros(1, H), []
+    for x_t in x:
+        i, g, o = (x_t @ tensors["W"].t() + h @ tensors["U"].t() + tensors["b"]).chunk(3, 1)
+        i = torch.sigmoid(i + tensors["p_i"] * c)
+        c = (1 - i) * c + i * torch.tanh(g)
+        h = torch.sigmoid(o + tensors["p_o"] * c) * torch.tanh(c)
+        wanted.append(h)
+    assert_close(teacher_network(loaded.spec, loaded.weights)(x).y, torch.stack(wanted))
+    for wrong in (None, ["p_i"], ["p_i", "W"]):
+        other = source(main={"cell": "lstm_coupled_peephole", "layers": [names | {"peephole": wrong}]}, ignore=["p_*"])
+        with pytest.raises(
+            UnsupportedError, match=r"peepholes given; lstm_coupled_peephole has a tensor for each of i, o|for the peephole of o"
+        ):
+            load(tmp_path / "m.safetensors", source=other)
 
 
 def test_widths_that_do_not_join(tmp_path: Path) -> None:

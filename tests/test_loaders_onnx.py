@@ -18,6 +18,7 @@ from rnn2bin import loaders
 from rnn2bin.cells.network import teacher_network
 from rnn2bin.cli import main
 from rnn2bin.errors import Rnn2binError, UnsafeError, UnsupportedError, UsageError
+from rnn2bin.loaders.onnx_open import Widths, widths
 from rnn2bin.recipe import Source
 
 onnx = pytest.importorskip("onnx")
@@ -132,9 +133,68 @@ def test_two_layers_of_every_kind_are_onnxruntimes(op, attributes, direction, tm
     assert (len(made.spec.main.layers), layer.directions, layer.cell) == (
         2,
         ways,
-        {"LSTM": "lstm"}.get(op) or ("gru" if attributes["linear_before_reset"] else "gru_reset_before"),
+        "lstm_coupled"
+        if "input_forget" in attributes
+        else {"LSTM": "lstm"}.get(op) or ("gru" if attributes["linear_before_reset"] else "gru_reset_before"),
     )
     assert (made.spec.main.graph is None) == (direction != "reverse")
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("coupled", [0, 1])
+@pytest.mark.parametrize("clip", [None, 0.6])
+@pytest.mark.parametrize("peepholes", [False, True])
+def test_peepholes_clips_and_coupled_gates_are_onnxruntimes(peepholes, clip, coupled, direction, tmp_path):
+    """In all combinations, with lengths, first states and activations; what the file says must make a difference."""
+    ways = 2 if direction == "bidirectional" else 1
+
+    def built(path: Path, *, plain: bool) -> Path:
+        net, y, width = Net(), "x", WIDTH
+        for _ in range(2):
+            functions = ["HardSigmoid", "Softsign", "Softsign"] if coupled else ["Sigmoid", "Tanh", "Tanh"]
+            attributes: dict[str, Any] = {"direction": direction, "activations": functions * ways}
+            h0, c0, p = (net.weight(ways, 1, n * HIDDEN) for n in (1, 1, 3))
+            p = net.op("Mul", net.op("Squeeze", p, net.tensor(np.array([1]))), net.tensor(np.float32(3)))
+            starts = [net.op("Expand", s, net.tensor(np.array([ways, B, HIDDEN]))) for s in (h0, c0)]
+            if not plain:
+                attributes |= ({"clip": clip} if clip else {}) | ({"input_forget": 1} if coupled else {}) | ({"p": p} if peepholes else {})
+            y = net.flat(net.cell("LSTM", y, width, lengths="n", h0=starts[0], c0=starts[1], **attributes)[0], ways)
+            width = ways * HIDDEN
+        return net.save(path, net.op("ReduceMax", net.head(y, width), axes=[0], keepdims=0), n=(TensorProto.INT32, ["B"]))
+
+    path = built(tmp_path / "m.onnx", plain=False)
+    x, n = 2 * floats(T, B, WIDTH), torch.tensor([6, 2, 4])
+    made, wanted = network(path), theirs(path, x=x, n=n.int())[0]
+    assert_close(made(x, lengths=n).y, wanted)
+    kind = f"lstm{'_coupled' if coupled else ''}{'_peephole' if peepholes else ''}"
+    assert [(one.cell, one.clip) for one in made.spec.main.layers] == [(kind, pytest.approx(clip or 0.0))] * 2
+    if peepholes or clip or coupled:
+        assert (wanted - theirs(built(tmp_path / "plain.onnx", plain=True), x=x, n=n.int())[0]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+@pytest.mark.parametrize("reset", [0, 1])
+def test_clipped_grus_are_onnxruntimes(reset, direction, tmp_path):
+    ways, net = 2 if direction == "bidirectional" else 1, Net()
+    y = net.flat(net.cell("GRU", "x", direction=direction, clip=0.4, linear_before_reset=reset)[0], ways)
+    path = net.save(tmp_path / "m.onnx", net.head(y, ways * HIDDEN))
+    x = 2 * floats(T, B, WIDTH)
+    assert_close(network(path)(x).y, theirs(path, x=x)[0])
+
+
+def test_the_bias_of_a_coupled_forget_gate_is_not_read(tmp_path):
+    """f = 1 − i whatever the file has as its weights: onnxruntime reads them no more than we do."""
+    outputs = []
+    for scale in (1.0, 50.0):
+        net = Net()
+        w, r, b = net.weight(1, 4 * HIDDEN, WIDTH), net.weight(1, 4 * HIDDEN, HIDDEN), net.random.normal(size=(1, 8 * HIDDEN))
+        b[:, 2 * HIDDEN : 3 * HIDDEN] *= scale
+        y = net.ops("LSTM", "x", w, r, net.tensor(b.astype(np.float32)), outputs=3, hidden_size=HIDDEN, input_forget=1)[0]
+        path = net.save(tmp_path / f"{scale}.onnx", net.head(net.flat(y), HIDDEN))
+        x = floats(T, B, WIDTH)
+        outputs.append(network(path)(x).y)
+        assert_close(outputs[-1], theirs(path, x=x)[0])
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("activation", ["Tanh", "Relu"])
@@ -330,14 +390,59 @@ def test_one_step_a_call_wants_the_width_of_a_step_where_the_file_does_not_say_i
     assert_close(network(path, input_shape=[8])(x).y, torch.stack(wanted))
 
 
+def test_the_width_of_a_step_that_the_layers_alone_fit_is_found(tmp_path):
+    """Every axis is open, and the file holds no size but those of its tensors."""
+    net = Net()
+    path = net.save(tmp_path / "m.onnx", net.head(net.flat(net.cell("GRU", "x", linear_before_reset=1)[0]), HIDDEN), x=["T", "B", "W"])
+    x = floats(T, B, WIDTH)
+    assert_close(network(path)(x).y, theirs(path, x=x)[0])
+    assert f"file: one step of x is {WIDTH} wide, the only width that fits" in loaders.inspect(path).parts
+
+
+def test_widths_that_fit_are_told_with_the_one_that_convolutions_read_whole(tmp_path):
+    """Windows of 6 every 3 along a step, then two layers that want exactly 3 of them: 12 to 14 run, 12 is read to its end."""
+    net = Net()
+    parts = [net.op("Gather", "state", net.tensor(np.array([k])), axis=0) for k in (0, 1)]
+    rows = net.op("Conv", net.op("Unsqueeze", "x", net.tensor(np.array([1]))), net.weight(2, 1, 6), strides=[3])
+    flat = net.op("Reshape", rows, net.tensor(np.array([0, -1])))
+    y, h, c = net.cell("LSTM", net.op("Unsqueeze", flat, net.tensor(np.array([0]))), 6, h0=parts[0], c0=parts[1])
+    out = net.head(net.op("Squeeze", y, net.tensor(np.array([0, 1]))), HIDDEN)
+    path = net.save(tmp_path / "m.onnx", out, net.op("Concat", h, c, axis=0), x=["N", "W"], state=(1, [2, "N", HIDDEN]))
+    assert "12 to 14 run, and 12 is the least that its convolutions read as often as the most" in reasons(path)
+    assert "--set source.input_shape=[12]" in reasons(path)
+    shown = loaders.inspect(path)
+    assert shown.recognised is None
+    assert shown.source.endswith("source:\n  input_shape: [12]\n")
+    assert network(path, input_shape=[12]).spec.main.input_shape == (12,)
+
+
+@pytest.mark.parametrize(
+    ("fits", "found"),
+    [
+        (lambda n: n == 37, Widths(37, 37, 37)),
+        (lambda n: 192 <= n <= 703, Widths(192, 703, 576)),
+        (lambda n: n >= 5, None),  # nothing ends it
+        (lambda n: n % 3 == 0, None),  # no neighbours
+        (lambda n: False, None),
+    ],
+)
+def test_widths(fits, found):
+    assert widths(lambda n: ((1, (n - 192) // 128),) if fits(n) else None, [37, 9999, 0]) == found
+
+
+def test_widths_between_which_no_window_decides():
+    assert widths(lambda n: () if 3 <= n <= 9 else None, []) is None
+
+
 def test_batch_before_time_in_the_operation_itself(tmp_path):
     """Layout 1, which onnxruntime's CPU does not run: against the same network with layout 0 and transpositions."""
     x = floats(B, T, WIDTH)
-    for op in ("LSTM", "GRU"):
+    for op, more in (("LSTM", {}), ("GRU", {}), ("LSTM", {"input_forget": 1, "clip": 0.6, "p": True})):
         net, same = Net(), Net()
-        y, h, *_ = net.cell(op, "x", layout=1, direction="bidirectional")
+        attributes = [{**more, "p": one.weight(2, 3 * HIDDEN)} if more else {} for one in (net, same)]
+        y, h, *_ = net.cell(op, "x", layout=1, direction="bidirectional", **attributes[0])
         path = net.save(tmp_path / f"{op}.onnx", net.op("Reshape", y, net.tensor([0, 0, 2 * HIDDEN])), h, x=["B", "T", WIDTH])
-        y, h, *_ = same.cell(op, same.op("Transpose", "x", perm=[1, 0, 2]), direction="bidirectional")
+        y, h, *_ = same.cell(op, same.op("Transpose", "x", perm=[1, 0, 2]), direction="bidirectional", **attributes[1])
         again = same.save(tmp_path / f"{op}0.onnx", same.op("Transpose", same.flat(y, 2), perm=[1, 0, 2]), h, x=["B", "T", WIDTH])
         assert_close(network(path)(x.transpose(0, 1)).y, theirs(again, x=x)[0].transpose(0, 1))
 
@@ -361,7 +466,8 @@ def test_a_branch_by_an_input_that_the_recipe_fixes(tmp_path):
     x = floats(T, B, WIDTH)
     for rate in (16000, 8000):
         assert_close(network(path, inputs={"sr": rate})(x).y, theirs(path, x=x, sr=np.array(rate))[0])
-    assert "source: {inputs: {sr: NUMBER}}" in reasons(path)
+    assert "the file compares with 16000; where that is its value, give --set source.inputs.sr=16000" in reasons(path)
+    assert "source:\n  inputs: {sr: 16000}\n" in loaders.inspect(path).source
     assert "no input 'rate'" in reasons(path, inputs={"rate": 1})
 
 
@@ -384,8 +490,8 @@ def test_the_output_that_the_recipe_names(tmp_path):
 @pytest.mark.parametrize(
     ("attributes", "match"),
     [
-        ({"clip": 3.0}, "clips its pre-activations at 3.0"),
-        ({"p": True}, "peepholes"),
+        ({"clip": -3.0}, "clips its pre-activations at -3.0"),
+        ({"p": True}, "peepholes of shape (1, 14)"),
         ({"activations": ["Sigmoid", "Tanh", "Relu"]}, "two activations, relu and tanh"),
         ({"activations": ["Tanh", "Tanh", "Tanh"]}, "gates with activation tanh"),
         ({"activations": ["HardSigmoid", "Tanh", "Tanh"], "activation_beta": [0.4]}, "HardSigmoid with beta 0.5"),
@@ -400,7 +506,7 @@ def test_the_output_that_the_recipe_names(tmp_path):
 def test_cells_that_are_not_ours_are_named(attributes, match, tmp_path):
     net = Net()
     if attributes.get("p"):
-        attributes = {"p": net.weight(1, 3 * HIDDEN)}
+        attributes = {"p": net.weight(1, 2 * HIDDEN)}
     y, *_ = net.cell("LSTM", "x", **attributes)
     assert match in reasons(net.save(tmp_path / "m.onnx", net.flat(y)))
 
@@ -568,6 +674,27 @@ def test_a_short_file_cannot_fill_the_memory(op, tmp_path):
         big = net.op(op, net.tensor(np.zeros(1, np.float32)), net.tensor([2**40]))
     y, *_ = net.cell("LSTM", net.op("Add", "x", net.op("ReduceSum", big, keepdims=0)))
     assert "exhaust the memory" in reasons(net.save(tmp_path / "m.onnx", y))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_values_that_add_up_are_refused_and_those_let_go_are_not(kept, tmp_path):
+    """Twenty values of 16 MB in a file of a few kB: one after the other, or all wanted at the end."""
+    net = Net()
+    values = [net.op("Expand", net.tensor(np.zeros(1, np.float32)), net.tensor([2**22]))]
+    for _ in range(20):
+        values.append(net.op("Neg", values[-1]))
+    total = net.op("ReduceSum", net.op("Sum", *values) if kept else values[-1], keepdims=0)
+    y, *_ = net.cell("LSTM", net.op("Add", "x", total))
+    path = net.save(tmp_path / "m.onnx", net.flat(y))
+    assert ("exhaust the memory" in reasons(path)) if kept else network(path)
+
+
+def test_an_input_without_axes_is_refused(tmp_path):
+    net = Net()
+    y, *_ = net.cell("LSTM", net.op("Reshape", "x", net.tensor([1, 1, WIDTH])))
+    proto = net.model({"x": (TensorProto.FLOAT, [])}, y)
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    assert "no sequence to read" in reasons(tmp_path / "m.onnx")
 
 
 def test_deep_nesting_is_refused(tmp_path):
@@ -775,6 +902,38 @@ def test_what_pytorch_exports_is_the_module(kind, exporter, tmp_path):
     assert_close(ours, wanted.transpose(0, 1) if ours.ndim == 3 else wanted)
     if exporter != "fixed":
         assert made.spec.main.graph is None or made.spec.main.graph.steps is None
+
+
+@pytest.mark.parametrize("attributes", [{"p": True}, {"p": True, "input_forget": 1, "clip": 0.9}], ids=["peepholes", "all"])
+def test_a_file_with_peepholes_converts_through_the_command_line(attributes, tmp_path):
+    """Convert, evaluate, run on both backends, export: the file that it started from is the teacher, onnxruntime the judge."""
+    net = Net()
+    attributes = {**attributes, "p": net.weight(1, 3 * HIDDEN)}
+    path = net.save(tmp_path / "m.onnx", net.head(net.flat(net.cell("LSTM", "x", **attributes)[0]), HIDDEN))
+    x = floats(8, 12, WIDTH)
+    np.savez(tmp_path / "d.npz", inputs=x.numpy())
+    steps = ["train.steps=6", "train.batch_size=4", "train.window=6", "train.evaluate_every=3", "gates.copies=2", "report.controls=true"]
+    out, data = tmp_path / "out", str(tmp_path / "d.npz")
+    convert = ["convert", str(path), "--data", data, "--out", str(out), *(part for step in steps for part in ("--set", step))]
+    for command in (
+        convert,
+        ["eval", str(path), str(out), "--data", data],
+        ["export", str(out), "--to", "onnx", "--out", str(tmp_path / "b.onnx")],
+    ):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.output
+    import json
+
+    from rnn2bin import runtime
+
+    report = json.loads((out / "report.json").read_text())
+    gates = ["i", "o"] if "input_forget" in attributes else ["i", "f", "o"]
+    assert [one["gate"] for one in report["gates"]] == gates
+    assert report["parity"]["flips_outside"] == 0
+    assert 0 < report["density"]["weights_touched"] < 1
+    y, _ = runtime.load(out, backend="torch")(x.transpose(0, 1))
+    assert_close(runtime.load(out, backend="native")(x.transpose(0, 1))[0], y)
+    assert_close(theirs(tmp_path / "b.onnx", x=x.transpose(0, 1))[0], y)
 
 
 def test_an_exported_network_converts_through_the_command_line(tmp_path):

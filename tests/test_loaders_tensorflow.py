@@ -17,7 +17,7 @@ from rnn2bin.loaders import graphdef
 from rnn2bin.recipe import Source
 
 BUNDLE = Path(__file__).parent / "goldens" / "tensorflow1.zip"
-REFUSED = ("lstm_peepholes", "lstm_clipped")
+REFUSED = ("lstm_other_activation",)
 GRAPHS = ("attention", "convolution", "first_state", "residual", "rows_of_an_image", "two_layers_each_way")
 NAMES = sorted(name[:-3] for name in zipfile.ZipFile(BUNDLE).namelist() if name.endswith(".pb"))
 
@@ -53,13 +53,43 @@ def test_cells_are_what_they_were(tmp_path):
     assert layers("gru") == [("gru_reset_before", 1, "tanh", 0)]
     assert layers("basic_lstm_relu") == [("lstm", 1, "relu", 0)]
     assert layers("lstm_projected") == [("lstm", 1, "tanh", 3)]
+    assert layers("lstm_peepholes") == [("lstm_peephole", 1, "tanh", 0)]
+    assert layers("lstm_peepholes_both_ways_lengths") == [("lstm_peephole", 2, "tanh", 0)]
     assert layers("both_ways_stacked") == [("gru_reset_before", 2, "tanh", 0)] * 2
     assert layers("unrolled_two_layers") == [("gru_reset_before", 1, "tanh", 0)] * 2
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "cell_clip", "proj_clip"),
+    [
+        ("lstm_clipped", "lstm", 3.0, 0.0),
+        ("lstm_peepholes_clipped", "lstm_peephole", 0.4, 0.2),
+        ("lstm_peepholes_unrolled", "lstm_peephole", 0.4, 0.0),
+        ("block_lstm", "lstm", 0.0, 0.0),
+        ("block_lstm_peepholes", "lstm_peephole", 0.4, 0.0),
+        ("lstm_block_cell_peepholes", "lstm_peephole", 0.4, 0.0),
+    ],
+)
+def test_what_clips_a_cell_is_carried(name, kind, cell_clip, proj_clip, tmp_path):
+    (layer,) = loaders.load(case(name, tmp_path)[0]).spec.main.layers
+    assert (layer.cell, layer.cell_clip, layer.proj_clip) == (kind, pytest.approx(cell_clip), pytest.approx(proj_clip))
+    assert ("cells clipped to ±" in loaders.inspect(case(name, tmp_path)[0]).render()) == bool(cell_clip)
+
+
+def test_a_clip_that_is_not_symmetric_is_refused(tmp_path):
+    """Its lower bound is cut at another number: the cell computes something else then, and no random input may hide it."""
+    path, _ = case("lstm_clipped", tmp_path)
+    content = path.read_bytes()
+    low, lower = struct.pack("<f", -3.0), struct.pack("<f", -300.0)
+    assert content.count(low) == 1
+    path.write_bytes(content.replace(low, lower))
+    with pytest.raises(UnsupportedError, match="looks like an LSTM cell"):
+        loaders.load(path)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_cell_that_computes_something_else_is_named(name, tmp_path):
-    with pytest.raises(UnsupportedError, match=r"net/rnn/while/lstm_cell/MatMul: looks like an LSTM cell.*peepholes, clipping"):
+    with pytest.raises(UnsupportedError, match=r"net/rnn/while/lstm_cell/MatMul: looks like an LSTM cell.*layer normalisation, other"):
         loaders.load(case(name, tmp_path)[0])
 
 
@@ -160,6 +190,27 @@ def test_a_graph_cut_short_is_refused(tmp_path):
         ends.append(at)
     for end in ends[::3]:
         refused(saved(tmp_path, whole[: end - 1]), "not a frozen TensorFlow graph")
+
+
+def test_a_number_where_bytes_are_due_is_refused(tmp_path):
+    """Python makes as many zeros of a number; terabytes of them here."""
+    tensor = field(1, 1) + field(2, shape(1)) + field(4, 2**40)
+    for part in (
+        field(1, field(1, b"x") + field(2, 2**40)),
+        node("x", "Const", value=field(8, tensor)),
+        node("x", "Relu", s=field(2, 2**40)),
+    ):
+        refused(saved(tmp_path, part), "not a frozen TensorFlow graph.*a number where bytes are due")
+
+
+def test_nodes_that_are_not_as_tensorflow_writes_them(tmp_path):
+    gru = case("gru", tmp_path)[0].read_bytes()
+    default = node("d", "PlaceholderWithDefault")  # of nothing
+    refused(saved(tmp_path, gru, default, node("out", "Mul", "net/add", "d")), "a node is not as TensorFlow writes it")
+    product = [const("c", np.float32(2)), const("axes", np.array([0], np.int32)), node("p", "Prod", "c", "axes")]  # along no axis
+    refused(saved(tmp_path, gru, *product, node("out", "Mul", "net/add", "p")), "ReduceProd does not run|is not as TensorFlow writes it")
+    beyond = node("h", "Const", value=field(8, field(1, 4) + field(2, shape(1)) + field(7, 2**40)))
+    refused(saved(tmp_path, gru, beyond, node("out", "Mul", "net/add", "h")), "a constant of shape")
 
 
 def test_sizes_are_compared_before_anything_is_allocated(tmp_path):

@@ -153,8 +153,16 @@ def test_what_the_kernels_do_not_take():
     assert not native.takes(lstm, x, lstm.modes(Discretize("stochastic")))
     before = cell_of("gru_reset_before", 4)
     assert not native.takes(before, x, before.modes(BINARY))
-    projected = Cell(LayerSpec("lstm", 6, 4, proj_size=2), (True,) * 3)
-    assert not native.takes(projected, x, projected.modes(BINARY))
+    for layer in (
+        LayerSpec("lstm", 6, 4, proj_size=2),
+        LayerSpec("lstm_peephole", 6, 4),
+        LayerSpec("lstm_coupled", 6, 4),
+        LayerSpec("lstm", 6, 4, clip=1.0),
+        LayerSpec("lstm", 6, 4, cell_clip=1.0),
+        LayerSpec("gru", 6, 4, clip=1.0),
+    ):
+        other = Cell(layer, (True,) * len(layer.kind.gates))
+        assert not native.takes(other, x, other.modes(BINARY))
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])

@@ -16,7 +16,10 @@ from rnn2bin.errors import RecipeError
 from rnn2bin.recipe import Recipe
 from rnn2bin.recipe_yaml import bundled, dump, find, read, schema, validate_text
 
-NAMES = {"anneal", "chars2vec", "g2p", "gumbel", "slope", "smoke", "sparse", "strict", "textgenrnn"}
+NAMES = {
+    *("anneal", "gumbel", "slope", "smoke", "sparse", "strict"),
+    *("chars2vec", "diacritics", "g2p", "g2pm", "resemblyzer", "silero_vad", "textgenrnn"),
+}
 
 
 def reasons(text: str) -> list[str]:

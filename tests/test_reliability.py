@@ -857,6 +857,24 @@ def test_reports_that_cannot_be_run_again(copied):
         result = call("reproduce", path)
         assert (result.exit_code, word in result.stderr) == (2, True)
     report = copied / "OUT" / "report.json"
+    whole = report.read_text()
+    for text in ("[" * 100_000, '{"provenance": ["command"]}'):
+        report.write_text(text)
+        result = call("reproduce", "OUT")
+        assert (result.exit_code, "not a report" in result.stderr) == (2, True)
+    machine_then = json.loads(whole)["provenance"]["machine"]
+    for name, value in {
+        "command": {"model": 3, "data": []},
+        "machine": {**machine_then, "threads": "2"},
+        "versions": ["torch"],
+        "recipe": [],
+        "model_sha256": 0,
+    }.items():
+        report.write_text(whole)
+        change(report, **{name: value})
+        result = call("reproduce", "OUT")
+        assert (result.exit_code, f"{name}: not as rnn2bin writes a report" in result.stderr) == (2, True)
+    report.write_text(whole)
     change(report, command=None)
     assert "nn.Module" in call("reproduce", "OUT").stderr
     found = json.loads(report.read_text())

@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,10 @@ def filled(spec: RnnSpec, *, soft: tuple[str, ...] = (), levels: str = "learned"
 
 
 def network_of(cell: str, *, tokens: str = "", readout: str = "all", head: bool = True, proj: int = 0, directions: int = 1, copies: int = 1,
-               hidden: int = H, activation: str = "none", **options: Any) -> Network:  # fmt: skip
+               hidden: int = H, activation: str = "none", clips: dict[str, float] | None = None, **options: Any) -> Network:  # fmt: skip
     width = V if tokens == "one_hot" else I
-    first = LayerSpec(cell, width, hidden, directions, proj, copies)
-    second = LayerSpec(cell, first.output_size, hidden, directions, proj, copies)
+    first = LayerSpec(cell, width, hidden, directions, proj, copies, **(clips or {}))
+    second = LayerSpec(cell, first.output_size, hidden, directions, proj, copies, **(clips or {}))
     embedding = EmbeddingSpec(V, width, one_hot=tokens == "one_hot") if tokens else None
     linears = (LinearSpec(second.output_size, 9, activation="tanh"), LinearSpec(9, 6, bias=False, activation=activation)) if head else ()
     return filled(RnnSpec({"main": SectionSpec((first, second), embedding, linears, readout)}), **options)
@@ -65,6 +66,14 @@ def translator(cell: str = "gru", copies: int = 2) -> Network:
         for name in ("encoder", "decoder")
     }
     return filled(RnnSpec(sections, DecodeSpec(start=0, end=1, max_length=12)), scale=0.8)
+
+
+def mixed_translator() -> Network:
+    """An encoder of plain cells whose states start a decoder of clipped ones: they share states, not kernels."""
+    network = translator("lstm")
+    decoder = network.spec.sections["decoder"]
+    layers = tuple(replace(layer, cell_clip=0.3) for layer in decoder.layers)
+    return filled(replace(network.spec, sections={**network.spec.sections, "decoder": replace(decoder, layers=layers)}), scale=0.8)
 
 
 def packed(network: Network, folder: Path) -> Path:
@@ -107,6 +116,26 @@ CASES: list[dict[str, Any]] = [
         {"readout": "max", "head": False},
     )
 ] + [{"cell": "lstm", "proj": 11, "copies": 2}, {"cell": "lstm", "proj": 11, "directions": 2, "tokens": "embedding"}]
+CLIPS = {"clip": 0.7, "cell_clip": 0.5}
+CASES += [
+    {"cell": cell, **more}
+    for cell in ("lstm_peephole", "lstm_coupled", "lstm_coupled_peephole")
+    for more in (
+        {},
+        {"copies": 3, "levels": "strict"},
+        {"directions": 2, "copies": 2, "tokens": "embedding"},
+        {"proj": 11, "copies": 2, "clips": {**CLIPS, "proj_clip": 0.3}},
+        {"soft": ("i",), "hidden": 64},
+        {"soft": ("o", "f"), "copies": 2, "clips": CLIPS},
+        {"readout": "max", "head": False},
+    )
+]
+CASES += [
+    {"cell": "lstm", "copies": 2, "clips": CLIPS},
+    {"cell": "lstm", "soft": ("f",), "clips": CLIPS},
+    {"cell": "gru", "copies": 2, "soft": ("r",), "clips": {"clip": 0.7}},
+    {"cell": "gru_reset_before", "soft": ("z",), "clips": {"clip": 0.7}},
+]
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(v) for v in case.values()))
 
 
@@ -197,9 +226,20 @@ def test_screening_reads_less(tmp_path):
 
 
 @built
+@pytest.mark.parametrize(("cell", "screened"), [("lstm_coupled", True), ("lstm_peephole", False), ("lstm_coupled_peephole", False)])
+def test_cells_with_peepholes_are_not_screened(cell, screened, tmp_path):
+    """What a peephole adds to a pre-activation is in no bound of the screen's."""
+    if library.isa() not in ("avx512vnni", "avx512wide"):
+        pytest.skip("this instruction set does not screen")
+    network = network_of(cell, hidden=128)
+    handle = native_backend.Handle(both(network, tmp_path, compute="int8")[1], 1)
+    handle.run(inputs_of(network, batch=1).numpy(), None, None)
+    assert (handle.counters().rows > 0) == screened
+
+
+@built
 def test_encoder_and_decoder(tmp_path):
-    for cell in ("gru", "lstm", "gru_reset_before"):
-        network = translator(cell)
+    for network in (*map(translator, ("gru", "lstm", "gru_reset_before", "lstm_coupled_peephole")), mixed_translator()):
         for compute in native_backend.COMPUTE:
             theirs, ours = both(network, tmp_path, compute=compute)
             x, lengths = inputs_of(network), torch.tensor([9, 2, 5, 1])
@@ -228,6 +268,9 @@ COUNTED: list[dict[str, Any]] = [
     {"cell": "lstm", "copies": 3, "tokens": "embedding"},
     {"cell": "lstm", "proj": 11, "copies": 2},
     {"cell": "lstm", "soft": ("o",)},
+    {"cell": "lstm_peephole", "copies": 2},
+    {"cell": "lstm_coupled", "copies": 3, "proj": 11},
+    {"cell": "lstm_coupled_peephole", "tokens": "embedding", "clips": CLIPS},
     {"cell": "gru"},
     {"cell": "gru", "copies": 3, "tokens": "embedding"},
     {"cell": "gru", "soft": ("z",)},
@@ -336,6 +379,10 @@ def edit_config(change):
     return edit
 
 
+def first_layer(**fields):
+    return edit_config(lambda c: c["spec"]["sections"]["main"]["layers"][0].update(fields))
+
+
 def _set(header, name, **fields):
     header[name].update(fields)
     return header
@@ -361,6 +408,11 @@ BAD_FILES = {
     "missing tensor": (edit_weights(lambda h, d: joined({k.replace(ONE, "other"): v for k, v in h.items()}, d)), "weight_ih is missing"),
     "hidden size": (edit_config(lambda c: c["spec"]["sections"]["main"]["layers"][1].update(hidden_size=1 << 19)), "shape|missing|reads"),
     "zero size": (edit_config(lambda c: c["spec"]["sections"]["main"]["layers"][0].update(hidden_size=0)), "hidden_size"),
+    "unknown cell": (first_layer(cell="lstm_of_tomorrow"), "unknown cell"),
+    "peepholes missing": (first_layer(cell="lstm_peephole"), "peephole is missing"),
+    "clip below 0": (first_layer(clip=-1.0), "clip must be a number from 0"),
+    "clip no number": (first_layer(cell_clip="1"), "cell_clip must be a number"),
+    "clip too large": (first_layer(proj_clip=1e300), "proj_clip must be a number"),
     "gates": (edit_config(lambda c: c["gates"]["main.layers.0.fwd"].update(i="maybe")), "binary or soft"),
     "levels": (edit_config(lambda c: c.update(levels="loose")), "levels"),
     "widths": (edit_config(lambda c: c["spec"]["sections"]["main"]["head"][0].update(in_features=3)), "receives"),
@@ -383,6 +435,22 @@ def test_bad_files_are_named(name, tmp_path):
     assert re.search(message, library.last_error()), library.last_error()
     with pytest.raises(Rnn2binError):
         runtime.load(tmp_path, backend="native")
+
+
+@built
+@pytest.mark.parametrize("bound", [0.7, 3.0, 0.1, 1e-05, 12345.678, 0.30000001192092896, 1e-300, 2.5e20])
+def test_bounds_are_read_as_numbers_are_written(bound, tmp_path):
+    """A clip at a bound: a cell that grows to it has exactly its float32."""
+    network = network_of("lstm", head=False, clips={"cell_clip": bound})
+    with torch.no_grad():
+        for cell in network.cells().values():
+            cell.part("candidate").bias.fill_(50.0)
+            cell.part("gates").bias.fill_(50.0)
+    theirs, ours = both(network, tmp_path)
+    x = inputs_of(network, steps=1)
+    (_, state), (_, mine) = theirs(x), ours(x)
+    assert_close(mine[0][0][1], state[0][0][1])
+    assert bound > 0.6 or torch.equal(mine[0][0][1], torch.full((B, H), bound))
 
 
 @built
@@ -476,6 +544,9 @@ def exercise(tmp_path: Path, flags: list[str], *, compiler: str = "cc", make_fla
         "lstm": network_of("lstm", tokens="embedding", copies=3),
         "projection": network_of("lstm", proj=11),
         "gru": network_of("gru", hidden=130),
+        "kinds": network_of("lstm_peephole", tokens="embedding", copies=2, soft=("f",), clips=CLIPS),
+        "coupled": network_of("lstm_coupled", directions=2, proj=11),
+        "mixed": mixed_translator(),
         "both": network_of("gru_reset_before", directions=2, readout="final"),
         "words": translator(),
     }
@@ -517,7 +588,7 @@ def test_fuzzed_files_never_crash_the_reader(tmp_path):
     subprocess.run([*command, str(place / "librnn2bin.a"), "-o", str(program), "-lm"], check=True)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    for seed, network in enumerate((network_of("lstm", hidden=5, tokens="embedding"), translator())):
+    for seed, network in enumerate((network_of("lstm", hidden=5, tokens="embedding"), translator(), mixed_translator())):
         path = packed(network, tmp_path / str(seed))
         done = subprocess.run([str(program), str(path), str(scratch), "5000", str(seed)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -29,6 +29,8 @@ SPECS = {
     "lstm": RnnSpec({"main": section(LayerSpec("lstm", 4, 5), LayerSpec("lstm", 5, 6))}),
     "gru": RnnSpec({"main": section(LayerSpec("gru", 4, 5))}),
     "gru_reset_before": RnnSpec({"main": section(LayerSpec("gru_reset_before", 4, 5), LayerSpec("gru", 5, 3))}),
+    "peephole": RnnSpec({"main": section(LayerSpec("lstm_peephole", 4, 5), LayerSpec("lstm_peephole", 5, 6, cell_clip=0.5))}),
+    "coupled": RnnSpec({"main": section(LayerSpec("lstm_coupled", 4, 5), LayerSpec("lstm_coupled_peephole", 5, 6, proj_size=3))}),
     "projection": RnnSpec({"main": section(LayerSpec("lstm", 4, 6, proj_size=3), LayerSpec("lstm", 3, 5, proj_size=2))}),
     "bidirectional": RnnSpec({"main": section(LayerSpec("gru", 4, 3, directions=2), LayerSpec("lstm", 6, 3, directions=2), readout=FINAL)}),
     "tokens": RnnSpec({"main": section(LayerSpec("lstm", 4, 5), tokens=7, readout="mean")}),
@@ -80,7 +82,7 @@ def test_kernels_and_oracle_agree_on_copies(name):
     given_inputs = inputs(name)
     oracle, kernels = network(**given_inputs, mode=BINARY), network(**given_inputs, mode=BINARY, walk=run_cell)
     torch.testing.assert_close(kernels.y, oracle.y, rtol=1e-4, atol=1e-5)
-    if name in ("lstm", "gru", "gru_reset_before", "projection"):
+    if name in ("lstm", "gru", "gru_reset_before", "projection", "peephole", "coupled"):
         x = given_inputs["x"]
         first = network(x[:2], mode=BINARY)
         second = network(x[2:], first.state, mode=BINARY)
@@ -88,7 +90,7 @@ def test_kernels_and_oracle_agree_on_copies(name):
 
 
 @pytest.mark.parametrize("levels", ["learned", "strict"])
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "lstm_coupled", "lstm_peephole"])
 def test_calibration_sets_the_copies_thresholds_apart(kind, levels):
     """Copies that open together would stay equal for ever: their gradients are the same."""
     layer = LayerSpec(kind, 2, 4, copies=2)

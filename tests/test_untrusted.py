@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rnn2bin import pack, runtime
+from rnn2bin import cli, pack, runtime
 from rnn2bin.errors import DataError, Rnn2binError, UnsafeError, UnsupportedError, UsageError
 from rnn2bin.loaders import archive, inert, inspect, load, npz, pytorch, safetensors_file
 from rnn2bin.loaders.tensors import CALLS
@@ -655,6 +656,25 @@ def test_packed_configs_that_are_no_json(tmp_path: Path) -> None:
         (folder / "config.json").write_bytes(content)
         with pytest.raises((UnsupportedError, UnsafeError)):
             runtime.load(folder)
+
+
+@pytest.mark.parametrize("task", [["x"], {"vocabulary": "abc"}, {"vocabulary": [1, 2, 3]}, {"vocabulary": {"a": 0}}])
+def test_a_vocabulary_that_is_no_list_of_words(task: Any, tmp_path: Path) -> None:
+    folder = packed(tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "task": task}))
+    (tmp_path / "x.txt").write_text("ab")
+    for command in ("run", "bench"):
+        result = CliRunner().invoke(cli.main, [command, str(folder), "--data", str(tmp_path / "x.txt")])
+        assert (result.exit_code, "must be a list of words" in result.stderr) == (3, True)
+
+
+def test_text_that_is_none(tmp_path: Path) -> None:
+    folder = packed(tmp_path / "out")
+    (tmp_path / "x.txt").write_bytes(b"ab\xc3")
+    for command in ("run", "bench"):
+        result = CliRunner().invoke(cli.main, [command, str(folder), "--data", str(tmp_path / "x.txt")])
+        assert (result.exit_code, "not UTF-8 text" in result.stderr) == (2, True)
 
 
 # -- what is no file --

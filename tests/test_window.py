@@ -20,6 +20,18 @@ LAYERS = {
     "lstm-projection-copies": LayerSpec("lstm", I, H, proj_size=4, copies=2),
     "gru-copies": LayerSpec("gru", I, H, copies=3),
     "gru_reset_before-copies": LayerSpec("gru_reset_before", I, H, copies=2),
+    "lstm-clips": LayerSpec("lstm", I, H, proj_size=4, copies=2, clip=1.1, cell_clip=0.4, proj_clip=0.3),
+    "gru-clip": LayerSpec("gru", I, H, copies=2, clip=0.8),
+    "gru_reset_before-clip": LayerSpec("gru_reset_before", I, H, copies=2, clip=0.8),
+    **{
+        f"{cell}{name}": LayerSpec(cell, I, H, **options)
+        for cell in ("lstm_peephole", "lstm_coupled", "lstm_coupled_peephole")
+        for name, options in {
+            "": {},
+            "-copies": {"copies": 3},
+            "-clips": {"copies": 2, "proj_size": 4, "clip": 1.1, "cell_clip": 0.4, "proj_clip": 0.3},
+        }.items()
+    },
 }
 
 
@@ -34,8 +46,8 @@ def make_cell(layer: LayerSpec, binary: tuple[bool, ...], *, levels: str = "lear
 
 def outputs_and_gradients(walk, cell, x, state, mode, noise, monkeypatch):
     monkeypatch.setattr(window, "logistic_noise", lambda *a: noise)
-    steps = iter(noise)
-    monkeypatch.setattr("rnn2bin.cells.weights.logistic_noise", lambda *a: next(steps))
+    gates = iter(noise.transpose(1, 2).flatten(0, 1))  # step by step, gate by gate: peepholes ask for them in two calls
+    monkeypatch.setattr("rnn2bin.cells.weights.logistic_noise", lambda shape, *a: torch.stack([next(gates) for _ in range(shape[1])], 1))
     inputs = [t.clone().requires_grad_() for t in (x, *state)]
     trace = walk(cell, inputs[0], tuple(inputs[1:]), mode)
     outs = [*trace.states, trace.pre]

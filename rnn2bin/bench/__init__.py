@@ -232,7 +232,7 @@ def inputs_from(path: Path, spec: RnnSpec, vocabulary: Sequence[str] | None) -> 
     from rnn2bin import data
 
     if path.suffix.lower() in (".txt", ".text"):
-        return data.encode_text(path.read_text(encoding="utf-8"), vocabulary).numpy()
+        return data.encode_text(data.read_text(path), vocabulary).numpy()
     part = data.read_tensors(path)
     data.check_part(part, spec, where=str(path))
     lengths = [part.inputs.shape[1]] * len(part) if part.lengths is None else part.lengths.tolist()

@@ -25,14 +25,16 @@ NAMES = {"torch": "torch", "ort": "onnxruntime", "openvino": "openvino"}
 def contenders(spec: RnnSpec, against: tuple[str, ...], *, steps: int, batch: int = 1) -> dict[str, Steps]:
     """Name -> one call of `steps` steps of `batch` sequences.
 
-    Networks that the ONNX cells do not describe (a projection, the other reset form) are run by torch alone."""
+    Networks that the ONNX cells do not describe (a projection, the other reset form) are run by torch alone; cells that torch has not
+    (peepholes, coupled gates, clips) by no rival."""
     section = spec.entry
     found: dict[str, Steps] = {}
     installed = {name for name in against if importlib.util.find_spec(NAMES[name])}
     cells = {layer.cell for layer in section.layers}
-    if "torch" in installed and cells <= {"lstm", "gru"}:
+    clipped = any(layer.clip or layer.cell_clip or layer.proj_clip for layer in section.layers)
+    if "torch" in installed and cells <= {"lstm", "gru"} and not clipped:
         found |= _torch(section, steps, batch)
-    plain = all(not y.proj_size and y.directions == 1 for y in section.layers) and cells in ({"lstm"}, {"gru"})
+    plain = all(not y.proj_size and y.directions == 1 for y in section.layers) and cells in ({"lstm"}, {"gru"}) and not clipped
     if installed & {"ort", "openvino"} and plain and importlib.util.find_spec("onnx"):
         found |= _onnx(section, steps, batch, installed)
     return found

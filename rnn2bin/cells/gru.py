@@ -16,7 +16,7 @@ def step_reset_after(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate:
     r, z = gate(pre).unbind(1)
     assert w.candidate_bias_hh is not None  # spec.CellKind.candidate_bias_hh
     recurrent = read @ w.candidate_hh.t() + w.candidate_bias_hh
-    n = w.phi((x @ w.candidate_ih.t() + w.candidate_bias).repeat(1, copies) + r * recurrent.repeat(1, copies))
+    n = w.squash((x @ w.candidate_ih.t() + w.candidate_bias).repeat(1, copies) + r * recurrent.repeat(1, copies))
     return (z * h + (1 - z) * n,), pre
 
 
@@ -26,5 +26,5 @@ def step_reset_before(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate
     copies = h.shape[1] // w.candidate_hh.shape[0]
     pre = w.gate_pre(x, fold(h, copies))
     r, z = gate(pre).unbind(1)
-    n = w.phi(x @ w.candidate_ih.t() + fold(r * h, copies) @ w.candidate_hh.t() + w.candidate_bias).repeat(1, copies)
+    n = w.squash(x @ w.candidate_ih.t() + fold(r * h, copies) @ w.candidate_hh.t() + w.candidate_bias).repeat(1, copies)
     return (z * h + (1 - z) * n,), pre

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rnn2bin.cells.weights import CellWeights, Gate, fold
+from rnn2bin.cells.weights import CellWeights, Gate, clipped, fold
 
 
 def step(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate: Gate) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -13,9 +13,6 @@ def step(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate: Gate) -> tu
     pre = w.gate_pre(x, h)
     copies = c.shape[1] // w.candidate_hh.shape[0]
     i, f, o = gate(pre).unbind(1)
-    g = w.phi(x @ w.candidate_ih.t() + h @ w.candidate_hh.t() + w.candidate_bias)
-    c = f * c + i * g.repeat(1, copies)
-    h = fold(o * w.phi(c), copies)
-    if w.projection is not None:
-        h = h @ w.projection.t()
-    return (h, c), pre
+    g = w.squash(x @ w.candidate_ih.t() + h @ w.candidate_hh.t() + w.candidate_bias)
+    c = clipped(f * c + i * g.repeat(1, copies), w.cell_clip)
+    return (w.emit(fold(o * w.phi(c), copies)), c), pre

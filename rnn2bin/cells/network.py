@@ -14,14 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rnn2bin.cells import gru, lstm
-from rnn2bin.cells.ops import OPS
+from rnn2bin.cells import gru, lstm, lstm_coupled, lstm_peephole
+from rnn2bin.cells.ops import MISFITS, OPS
 from rnn2bin.cells.weights import Cell, Tensors, fold
 from rnn2bin.errors import UnsupportedError
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
-from rnn2bin.spec import DIRECTIONS, LayerSpec, RnnSpec, SectionSpec
+from rnn2bin.spec import DIRECTIONS, GraphSpec, LayerSpec, RnnSpec, SectionSpec
 
-STEPS = {"lstm": lstm.step, "gru": gru.step_reset_after, "gru_reset_before": gru.step_reset_before}
+STEPS = {
+    "lstm": lstm.step,
+    "lstm_peephole": lstm_peephole.step,
+    "lstm_coupled": lstm_coupled.step,
+    "lstm_coupled_peephole": lstm_coupled.step_peephole,
+    "gru": gru.step_reset_after,
+    "gru_reset_before": gru.step_reset_before,
+}
 
 CellState = tuple[Tensor, ...]  # (h,) or (h, c), each (B, ·)
 State = list[list[CellState]]  # [layer][direction]
@@ -161,12 +168,20 @@ def state_after(trace: Trace, start: CellState, lengths: Tensor | None) -> CellS
     return tuple(torch.where(any_step, end, before) for end, before in zip(ends, start, strict=True))
 
 
+def _ends(graph: GraphSpec) -> list[list[str]]:
+    """For each node the values that nobody reads behind it: kept until the end, they would add up."""
+    last = {name: at for at, node in enumerate(graph.nodes) for name in (*node.inputs, *node.outputs)}
+    names = [{*node.inputs, *node.outputs} - {graph.output} for node in graph.nodes]
+    return [[name for name in found if last[name] == at] for at, found in enumerate(names)]
+
+
 class Section(nn.Module):
     """embedding? -> layers -> readout -> head?."""
 
     def __init__(self, spec: SectionSpec, binary: Sequence[tuple[bool, ...]] | None, levels: str) -> None:
         super().__init__()
         self.spec = spec
+        self.ends = _ends(spec.graph) if spec.graph else []
         if spec.embedding and not spec.embedding.one_hot:
             self.embedding = Tensors()
             self.embedding.weight = nn.Parameter(torch.zeros(spec.embedding.num_embeddings, spec.embedding.embedding_dim))
@@ -245,14 +260,16 @@ class Section(nn.Module):
         values: dict[str, Tensor] = dict(self.graph.named_parameters()) if graph.tensors else {}
         lengths = run.lengths if run.lengths is not None else torch.full((x.shape[1],), len(x), device=x.device)
         values |= {"input": swap(rows), "tokens": swap(x), "lengths": lengths}
-        for node in graph.nodes:
+        for node, ends in zip(graph.nodes, self.ends, strict=True):
             operands = [values[name] if name else None for name in node.inputs]
             try:
                 made = run.recurrent(operands, **node.attributes) if node.op == "Recurrent" else OPS[node.op](operands, node.attributes)
-            except (RuntimeError, LookupError, ValueError, TypeError, AssertionError, ArithmeticError) as error:
+            except MISFITS as error:
                 shapes = ", ".join("-" if v is None else str(tuple(v.shape)) for v in operands)
                 raise UnsupportedError(f"{node.op} ({', '.join(node.outputs)}) does not run on ({shapes}): {error}") from None
             values |= zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False)
+            for name in ends:
+                values.pop(name, None)
         y = values[graph.output]
         y = swap(y) if graph.per_step else y
         return y if logits and graph.activation in LOGITS else activate(y, graph.activation)

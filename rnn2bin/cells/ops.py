@@ -20,6 +20,8 @@ Values = Sequence[Tensor | None]
 Result = Tensor | tuple[Tensor, ...]
 Operation = Callable[[Values, dict[str, Any]], Result]
 
+# What operations raise, of Python and of torch, on operands that do not fit.
+MISFITS = (RuntimeError, LookupError, ValueError, TypeError, AssertionError, ArithmeticError)
 MOST_ELEMENTS = ContextVar("MOST_ELEMENTS", default=2**28)  # of a tensor, a gigabyte of float32; less while a file is read
 OPS: dict[str, Operation] = {}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,11 @@ from torch.nn import functional
 from rnn2bin.gates.estimators import FLOAT, Discretize, Sample, logistic_noise, sample
 from rnn2bin.spec import LayerSpec
 
-Gate = Callable[[Tensor], Tensor]  # pre-activations (B,G,H) -> multipliers (B,G,H)
+
+class Gate(Protocol):
+    """Pre-activations (B,·,n·H) of the gates from `first` on -> multipliers of the same shape."""
+
+    def __call__(self, pre: Tensor, *, first: int = 0) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,11 @@ class CellWeights:
     candidate_bias: Tensor
     candidate_bias_hh: Tensor | None = None
     projection: Tensor | None = None
+    peephole: Tensor | None = None
     phi: Callable[[Tensor], Tensor] = torch.tanh
+    clip: float = 0.0
+    cell_clip: float = 0.0
+    proj_clip: float = 0.0
 
     def gate_pre(self, x: Tensor, h: Tensor) -> Tensor:
         """x (B,I), h (B,R) -> pre-activations (B,G,n·H): one product a unit, one threshold a copy."""
@@ -53,6 +62,25 @@ class CellWeights:
         hidden = self.candidate_hh.shape[0]
         gates = product.shape[1] // hidden
         return (product.view(-1, gates, 1, hidden) + self.gates_bias.view(gates, -1, hidden)).flatten(2)
+
+    def squash(self, pre: Tensor) -> Tensor:
+        """The candidate's pre-activation -> its value."""
+        return self.phi(clipped(pre, self.clip))
+
+    def peek(self, c: Tensor) -> Tensor:
+        """c (B,n·H) -> what each gate sees of it (B,G,n·H): every copy of a unit its own cell, through the unit's one weight."""
+        assert self.peephole is not None  # spec.CellKind.peepholes
+        hidden = self.candidate_hh.shape[0]
+        return (self.peephole.view(-1, 1, hidden) * c.view(len(c), 1, -1, hidden)).flatten(2)
+
+    def emit(self, h: Tensor) -> Tensor:
+        """An LSTM's o·φ(c), folded (B,H) -> what others read (B,R)."""
+        return h if self.projection is None else clipped(h @ self.projection.t(), self.proj_clip)
+
+
+def clipped(x: Tensor, bound: float) -> Tensor:
+    """x within [−bound, bound]; as it is where the bound is 0."""
+    return x.clamp(-bound, bound) if bound else x
 
 
 def fold(x: Tensor, copies: int) -> Tensor:
@@ -116,7 +144,11 @@ class Cell(nn.Module):
             candidate.bias,
             getattr(candidate, "bias_hh", None),
             self.part("projection").weight if self.layer.proj_size else None,
+            gates.peephole if self.layer.kind.peepholes else None,
             PHI[self.layer.activation].value,
+            self.layer.clip,
+            self.layer.cell_clip,
+            self.layer.proj_clip,
         )
 
     def level_values(self) -> tuple[Tensor, Tensor]:
@@ -139,20 +171,22 @@ class Cell(nn.Module):
     def modes(self, mode: Discretize) -> tuple[Discretize, ...]:
         """One mode for each gate: gates left soft are the float network's whatever the call asks."""
         soft = Discretize("hard-sigmoid", slope=self.layer.hard_sigmoid) if self.layer.hard_sigmoid else FLOAT
+        soft = replace(soft, clip=self.layer.clip)
         return tuple(mode if binary and mode.estimator != "float" else soft for binary in self.binary)
 
     def gate(self, mode: Discretize) -> Gate:
-        """The function the oracle's equations call: pre-activations (B,G,H) -> multipliers (B,G,H)."""
+        """The function the oracle's equations call."""
         lo, hi = self.level_values()
         modes = self.modes(mode)
 
-        def apply(pre: Tensor) -> Tensor:
+        def apply(pre: Tensor, *, first: int = 0) -> Tensor:
+            here = slice(first, first + pre.shape[1])
             noise = logistic_noise(pre.shape, mode, pre) if mode.draws and any(self.binary) else None
             if torch.is_grad_enabled():
-                bits = [Sample.apply(pre[:, k], None if noise is None else noise[:, k], m) for k, m in enumerate(modes)]
+                bits = [Sample.apply(pre[:, k], None if noise is None else noise[:, k], m) for k, m in enumerate(modes[here])]
             else:
-                bits = [sample(m, pre[:, k], None if noise is None else noise[:, k]) for k, m in enumerate(modes)]
-            return select(torch.stack(bits, 1), lo, hi)
+                bits = [sample(m, pre[:, k], None if noise is None else noise[:, k]) for k, m in enumerate(modes[here])]
+            return select(torch.stack(bits, 1), lo[here], hi[here])
 
         return apply
 

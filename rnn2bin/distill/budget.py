@@ -15,9 +15,9 @@ from torch import Tensor
 from rnn2bin import cost, tasks
 from rnn2bin.cells.network import Network, Output
 from rnn2bin.gates.estimators import Discretize, Sample
-from rnn2bin.recipe import Budget
+from rnn2bin.recipe import DENSITY_TOLERANCE, Budget
 
-TOLERANCE = 0.01  # a checkpoint at most this much above the wanted density may be chosen
+TOLERANCE = DENSITY_TOLERANCE
 MOST_SHIFT = 2 * TOLERANCE  # by which training may aim beside the wanted density to meet it on validation data
 FIRST_PRICE, LEAST_PRICE = 0.1, 1e-3  # in units of loss for the whole network's weights
 STEP = 0.03  # the share by which the price moves at a step, up while the density is off by more than half the tolerance, else down

@@ -2,7 +2,8 @@
 
 A two-level quantizer for every unit (Lloyd 1982), with the levels that a skip depends on held fixed: given the levels, the best
 threshold is their middle; given the threshold, the best level is the weighted mean of the values on its side. A value counts by the
-square of what it multiplies (the candidate for i, the old cell for f, φ(c) for o, h − n for z): its share of the error in the state.
+square of what it multiplies (the candidate for i, less the old cell where f = 1 − i; the old cell for f, φ(c) for o, h − n for z): its
+share of the error in the state.
 The threshold is folded into the gate's bias, so that a bit stays 1[pre > 0].
 """
 
@@ -53,10 +54,13 @@ def calibrate(student: Network, teacher: Network, task: tasks.Task, batches: Ite
 def importance(cell: Cell, values: Tensor, start: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> Tensor:
     """Square of what each gate multiplies, (T,B,G,H); 1 where the trace does not tell it."""
     before = [torch.cat([s[None], all_[:-1]]) for s, all_ in zip(start, states, strict=True)]
-    if cell.layer.cell == "lstm":
-        i, f, _ = values.unbind(2)
-        c_before, c = before[1], states[1]
-        parts = [(c - f * c_before) / i.clamp_min(1e-3), c_before, PHI[cell.layer.activation].value(c)]
+    if cell.layer.kind.has_cell:
+        (i, *forget, _), c_before, c = values.unbind(2), before[1], states[1]
+        out = PHI[cell.layer.activation].value(c)
+        if forget:
+            parts = [(c - forget[0] * c_before) / i.clamp_min(1e-3), c_before, out]
+        else:  # i = 1 overwrites: it multiplies candidate − c
+            parts = [(c - c_before) / i.clamp_min(1e-3), out]
     else:
         z = values[:, :, 1]
         parts = [torch.ones_like(z), (before[0] - states[0]) / (1 - z).clamp_min(1e-3)]

@@ -79,7 +79,7 @@ def takes(cell: Cell, x: Tensor, modes: tuple[Discretize, ...]) -> bool:
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and cell.layer.cell in _CELLS
-        and not cell.layer.proj_size
+        and not (cell.layer.proj_size or cell.layer.clip or cell.layer.cell_clip)
         and cell.layer.activation == "tanh"
         and all(m.estimator not in ("hard-sigmoid", "stochastic") for m in modes)
         and library() is not None

@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from rnn2bin import signals, storage, tasks
+from rnn2bin import processes, signals, storage, tasks
 from rnn2bin.cells.network import Network, Output, State, Walk
 from rnn2bin.cells.weights import Cell
-from rnn2bin.data import Batch, Batches, Part
+from rnn2bin.data import Batch, Batches, Part, share
 from rnn2bin.distill import budget as budgets
 from rnn2bin.distill import losses
 from rnn2bin.distill.window import run_cell
@@ -163,8 +163,8 @@ class AnnealTrainer(Trainer):
         return self.lr_scheduler
 
     def checked(self, total: Tensor) -> Tensor:
-        """The loss, noted; DivergedError where it is not finite."""
-        self.last_loss = float(total.detach())
+        """The loss, noted as the mean over processes; DivergedError, in all of them, where it is not finite."""
+        self.last_loss = processes.total(float(total.detach()))[0] / processes.count()
         if not math.isfinite(self.last_loss):
             raise self.diverged(f"the loss is {self.last_loss}")
         return total
@@ -193,7 +193,7 @@ class AnnealTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Hard and soft metric on the selection part."""
         soft_mode = FLOAT if self.float_student else soft_mode_at(self.recipe.gates, self.progress)
-        found = self.measure(FLOAT if self.float_student else BINARY, soft_mode)
+        found = processes.lead(lambda: self.measure(FLOAT if self.float_student else BINARY, soft_mode))
         if not (math.isfinite(found.hard) and math.isfinite(found.soft)):
             raise self.diverged(f"{self.metric} is {found.hard} with hard gates and {found.soft} with soft ones")
         at = (self.state.global_step, self.last_loss, found.hard, found.soft)
@@ -309,9 +309,10 @@ class DistillTrainer(AnnealTrainer):
             batch_size=recipe.train.batch_size,
             window=recipe.train.window,
             seed=recipe.seed,
-            # an index, not a store: long enough for any number of processes
+            # an index, not a store: longer than any run
             length=total_steps(recipe, float_student=float_student) * recipe.train.accumulation * 64,
             windowed=task.windowed,
+            processes=processes.count(),
         )
         super().__init__(
             student,
@@ -339,12 +340,18 @@ class DistillTrainer(AnnealTrainer):
         output = prepared.forward(model, mode=mode, walk=self.walk, state=self.carried[1])
         if self.task.windowed:
             self.carried = (target.state, detached(output))
-        self.tokens += prepared.steps
         total = losses.total(self.task, self.recipe, prepared, output, target, student=self.student(), mode=mode)
-        if self.recipe.budget.counts and not self.float_student:
-            found = budgets.density(self.student(), prepared, output)
+        wanted = self.recipe.budget.counts and not self.float_student
+        found = budgets.density(self.student(), prepared, output) if wanted else None
+        # The other processes have other rows of this batch: each counts by what its rows count, and the density is that of all.
+        own = float(prepared.mask.sum())
+        counted, steps, read = processes.total(own, prepared.steps, own * float(found.detach()) if found is not None else 0.0)
+        self.tokens += int(steps)
+        if found is not None:
+            if processes.count() > 1:
+                found = found + (read / max(counted, 1.0) - found.detach())  # the gradient stays that of these rows
             total = total + self.price.charge(found, self.recipe.budget, self.progress)
-        total = self.checked(total)
+        total = self.checked(total * (processes.count() * own / counted) if processes.count() > 1 and counted else total)
         return (total, output) if return_outputs else total
 
     def student(self) -> Network:
@@ -375,15 +382,21 @@ class DistillTrainer(AnnealTrainer):
             self.price.correct(dense, self.recipe.budget, self.progress)
         return Measured(found["hard"].value, found["soft"].value, sum(saturated) / len(saturated), dense)
 
+    def _save_checkpoint(self, model, trial):
+        self.all_carried = joined(processes.gathered(self.carried))
+        super()._save_checkpoint(model, trial)
+
     def save_more(self, folder: Path) -> None:
         super().save_more(folder)
-        save_file(flatten_state(self.carried), folder / "carried.safetensors")
+        save_file(flatten_state(self.all_carried), folder / "carried.safetensors")
         (folder / "price.json").write_text(json.dumps(asdict(self.price)))
 
     def restore(self, folder: Path) -> None:
         super().restore(folder)
         self.price = budgets.Price(**json.loads((folder / "price.json").read_text()))
-        self.carried = unflatten_state(load_file(folder / "carried.safetensors", device=str(self.args.device)), self.task.spec.entry.layers)
+        rows = load_file(folder / "carried.safetensors", device=str(self.args.device))
+        rows = {name: share(tensor, processes.rank(), processes.count()) for name, tensor in rows.items()}
+        self.carried = unflatten_state(rows, self.task.spec.entry.layers)
 
 
 def training_walk(recipe: Recipe) -> Walk:
@@ -412,12 +425,13 @@ class _Progress(TrainerCallback):
     """Reports every step to `report` and stops, with a checkpoint, when a signal came."""
 
     def __init__(self, trainer: AnnealTrainer, report: Callable[[dict[str, Any]], None] | None, stopped: list[int]) -> None:
-        self.trainer, self.report, self.stopped = trainer, report, stopped
+        self.trainer, self.report, self.stopped, self.stops = trainer, report, stopped, False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.report:
             self.report(self.now(state))
-        if self.stopped:
+        self.stops = processes.total(len(self.stopped))[0] > 0  # all at the same step, whoever the signal reached
+        if self.stops:
             control.should_save = control.should_training_stop = True
 
     def now(self, state: TrainerState) -> dict[str, Any]:
@@ -430,6 +444,7 @@ class _Progress(TrainerCallback):
             "metric": trainer.metric,
             "hard": last.hard if last else None,
             "soft": last.soft if last else None,
+            "measured": last.step if last else None,
             "temperature": mode.temperature,
             "slope": mode.slope,
             "progress": trainer.progress,
@@ -438,8 +453,11 @@ class _Progress(TrainerCallback):
 
 def arguments(recipe: Recipe, out: Path, *, steps: int) -> TrainingArguments:
     train = recipe.train
+    on_processors = processes.count() > 1 and not torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(out),
+        # Several processes on processors have to be asked for; one finds its device by itself.
+        **({"use_cpu": True, "ddp_backend": "gloo"} if on_processors else {}),  # type: ignore[arg-type]
         per_device_train_batch_size=1,  # one item is one batch already
         gradient_accumulation_steps=train.accumulation,
         max_steps=steps,
@@ -513,19 +531,28 @@ def train(
     return fit(trainer, resume=resume, report=report)
 
 
+def _begin(out: Path, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from; those behind it are removed."""
+    checkpoint = newest_checkpoint(out) if resume else None
+    discard_newer(out, checkpoint)
+    return checkpoint
+
+
 def fit(trainer: AnnealTrainer, *, resume: bool = False, report: Callable[[dict[str, Any]], None] | None = None) -> Trained:
     """Trains; afterwards the trainer's model holds the weights with the best hard metric. Raises as `train` does."""
     out = Path(str(trainer.args.output_dir))
-    checkpoint = newest_checkpoint(out) if resume else None
-    discard_newer(out, checkpoint)
+    checkpoint = processes.lead(lambda: _begin(out, resume=resume))
     if checkpoint:
         trainer.restore(checkpoint)
     if not trainer.ended:
+        if processes.count() > 1:
+            torch.manual_seed(trainer.recipe.seed * 1_000_003 + processes.rank())  # noise of its own for other rows
         with signals.noted() as stopped:
-            trainer.add_callback(_Progress(trainer, report, stopped))
+            watch = _Progress(trainer, report, stopped)
+            trainer.add_callback(watch)
             trainer.model.train()  # type: ignore[union-attr]
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if stopped:
+        if watch.stops:
             raise InterruptedRunError(f"interrupted at step {trainer.state.global_step}; the same command with --resume goes on from there")
     trainer.choose_best()
     at = next(p for p in trainer.history if p.step == trainer.best_step)
@@ -547,6 +574,22 @@ def flatten_state(carried: tuple[State | None, State | None]) -> dict[str, Tenso
         for direction, states in enumerate(directions)
         for k, tensor in enumerate(states)
     }
+
+
+def joined(carried: list[tuple[State | None, State | None]]) -> tuple[State | None, State | None]:
+    """The states of all processes' rows, in their order."""
+    if len(carried) == 1:
+        return carried[0]
+
+    def of(states: list[Any]) -> State | None:
+        if states[0] is None:
+            return None
+        return [
+            [tuple(torch.cat(parts) for parts in zip(*one, strict=True)) for one in zip(*layer, strict=True)]
+            for layer in zip(*states, strict=True)
+        ]
+
+    return of([one[0] for one in carried]), of([one[1] for one in carried])
 
 
 def unflatten_state(tensors: dict[str, Tensor], layers: tuple[Any, ...]) -> tuple[State | None, State | None]:

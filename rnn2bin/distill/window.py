@@ -6,6 +6,7 @@ product or one elementwise pass over the whole window. Gradients are written by 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rnn2bin.cells.network import CellState, Lookup, Trace
-from rnn2bin.cells.weights import PHI, Cell, fold
+from rnn2bin.cells.weights import PHI, Cell, clipped, fold
 from rnn2bin.distill import native
 from rnn2bin.gates.estimators import Discretize, derivative, logistic_noise, sample
 
@@ -45,6 +46,14 @@ def _tanh(x: Tensor, out: Tensor) -> Tensor:
     return torch.sigmoid(torch.mul(x, 2, out=out), out=out).mul_(2).sub_(1)
 
 
+def _squash(phi: str, pre: Tensor, out: Tensor, clip: float, inside: Tensor | None) -> Tensor:
+    """A candidate of its pre-activation, which is clipped in place; `inside`: where that changes nothing, None where nothing is clipped."""
+    if inside is not None:
+        torch.le(pre.abs(), clip, out=inside)
+        pre.clamp_(-clip, clip)
+    return _phi(phi, pre, out)
+
+
 def _rows(bias: Tensor, product: Tensor, out: Tensor) -> Tensor:
     """product (B,G,H) + a threshold for each copy, bias (G,n·H) -> out (B,G,n·H)."""
     batch, gates, hidden = product.shape
@@ -62,91 +71,142 @@ def _gather(x: Tensor, copies: int) -> Tensor:
     return x if copies == 1 else x.unflatten(-1, (copies, -1)).sum(-2)
 
 
+@dataclass(frozen=True)
+class Clips:
+    """What an LSTM clips, 0 where it does not: the candidate's pre-activation, its cell, what it projects."""
+
+    candidate: float
+    cell: float
+    projection: float
+
+
 class LstmWindow(torch.autograd.Function):
-    """x_pre (T,B,4,H) in the order i,f,o,g, the gates' without their bias -> h (T,B,R), c (T,B,n·H), gate pre-activations (T,B,3,n·H)."""
+    """x_pre (T,B,G+1,H) in the order i,f,o,g, or i,o,g where f = 1 − i; the gates' without their bias -> h (T,B,R), c (T,B,n·H), gate
+    pre-activations (T,B,G,n·H)."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         x_pre: Tensor,
-        weight_hh: Tensor,  # (4H,R)
-        gates_bias: Tensor,  # (3,n·H)
+        weight_hh: Tensor,  # ((G+1)H,R)
+        gates_bias: Tensor,  # (G,n·H)
+        peephole: Tensor | None,  # (G,H)
         projection: Tensor | None,  # (R,H)
         h0: Tensor,
         c0: Tensor,
-        lo: Tensor,  # (3,n·H)
+        lo: Tensor,  # (G,n·H)
         hi: Tensor,
-        noise: Tensor | None,  # (T,B,3,n·H)
+        noise: Tensor | None,  # (T,B,G,n·H)
         modes: Modes,
         phi: str,
+        clips: Clips,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        steps, batch, _, hidden = x_pre.shape
-        width = gates_bias.shape[1]
-        copies = width // hidden
+        steps, batch, blocks, hidden = x_pre.shape
+        gates, width = gates_bias.shape
+        copies, coupled = width // hidden, gates == 2
+        peep = None if peephole is None else _spread(peephole, copies)
         recurrent, x_flat = weight_hh.t().contiguous(), x_pre.flatten(2)
-        product = x_pre.new_empty(batch, 4, hidden)
-        pre, bits = (x_pre.new_empty(steps, batch, 3, width) for _ in range(2))
+        product = x_pre.new_empty(batch, blocks, hidden)
+        pre, bits = (x_pre.new_empty(steps, batch, gates, width) for _ in range(2))
         g = x_pre.new_empty(steps, batch, hidden)
+        inside = torch.empty_like(g, dtype=torch.bool) if clips.candidate else None
         c, phi_c = (x_pre.new_empty(steps, batch, width) for _ in range(2))
+        within = torch.empty_like(c, dtype=torch.bool) if clips.cell else None
         h = x_pre.new_empty(steps, batch, h0.shape[1])
         last_h, last_c = h0, c0
+        # Gates that see the cell after its update are decided behind it: all others at once, before.
+        early, late = (slice(gates), None) if peep is None else (slice(gates - 1), slice(gates - 1, gates))
+
+        def decide(t: int, at: slice) -> Tensor:
+            return _sample(modes[at], pre[t][:, at], None if noise is None else noise[t][:, at])
+
         for t in range(steps):
-            torch.addmm(x_flat[t], last_h, recurrent, out=product.view(batch, 4 * hidden))
-            bits[t] = _sample(modes, _rows(gates_bias, product[:, :3], pre[t]), None if noise is None else noise[t])
-            i, f, o = torch.lerp(lo, hi, bits[t]).unbind(1)
-            _phi(phi, product[:, 3], g[t])
-            torch.mul(f, last_c, out=c[t]).addcmul_(i, _spread(g[t], copies))
+            torch.addmm(x_flat[t], last_h, recurrent, out=product.view(batch, blocks * hidden))
+            _rows(gates_bias, product[:, :gates], pre[t])
+            if peep is not None:
+                pre[t][:, early].addcmul_(peep[early], last_c.unsqueeze(1))
+            bits[t][:, early] = decide(t, early)
+            admit = torch.lerp(lo[0], hi[0], bits[t][:, 0])
+            keep = 1 - admit if coupled else torch.lerp(lo[1], hi[1], bits[t][:, 1])
+            _squash(phi, product[:, gates], g[t], clips.candidate, None if inside is None else inside[t])
+            torch.mul(keep, last_c, out=c[t]).addcmul_(admit, _spread(g[t], copies))
+            if within is not None:
+                torch.le(c[t].abs(), clips.cell, out=within[t])  # a cell that is kept may lie on the bound: it passes its gradient on
+                c[t].clamp_(-clips.cell, clips.cell)
+            if peep is not None and late is not None:
+                pre[t][:, late].addcmul_(peep[late], c[t].unsqueeze(1))
+                bits[t][:, late] = decide(t, late)
             _phi(phi, c[t], phi_c[t])
-            read = fold(o * phi_c[t], copies)
-            h[t] = read if projection is None else read @ projection.t()
+            read = fold(torch.lerp(lo[-1], hi[-1], bits[t][:, -1]) * phi_c[t], copies)
+            h[t] = read if projection is None else clipped(read @ projection.t(), clips.projection)
             last_h, last_c = h[t], c[t]
-        ctx.save_for_backward(weight_hh, projection, h0, c0, lo, hi, noise, pre, bits, g, c, phi_c, h)
-        ctx.modes, ctx.phi = modes, phi
+        ctx.save_for_backward(weight_hh, peep, projection, h0, c0, lo, hi, noise, pre, bits, g, inside, c, within, phi_c, h)
+        ctx.modes, ctx.phi, ctx.clips = modes, phi, clips
         ctx.set_materialize_grads(False)
         return h, c, pre
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
-        weight_hh, projection, h0, c0, lo, hi, noise, pre, bits, g, c, phi_c, h = ctx.saved_tensors
+        weight_hh, peep, projection, h0, c0, lo, hi, noise, pre, bits, g, inside, c, within, phi_c, h = ctx.saved_tensors
         steps, batch, hidden = g.shape
-        copies = c.shape[2] // hidden
-        i, f, o = torch.lerp(lo, hi, bits).unbind(2)
+        gates, width = lo.shape
+        copies, coupled, clips = width // hidden, gates == 2, ctx.clips
+        values = torch.lerp(lo, hi, bits)
+        i, o = values[:, :, 0], values[:, :, -1]
+        f = 1 - i if coupled else values[:, :, 1]
         c_before, h_before = torch.cat([c0[None], c[:-1]]), torch.cat([h0[None], h[:-1]])
         through = _derivative(ctx.modes, pre, bits, noise).mul_(hi - lo)
         # What the gates receive per unit of d c (i, f) or of d(o·φ(c)) (o), and the candidate per unit of d c.
         every_g, dphi = _spread(g, copies), PHI[ctx.phi].slope
-        slope = through[:, :, :2] * torch.stack([every_g, c_before], 2)
-        slope_o, slope_c, slope_g = through[:, :, 2] * phi_c, o * dphi(phi_c), i * dphi(every_g)
-        grad, d_pre = g.new_empty(steps, batch, 4, hidden), torch.empty_like(pre)
-        all_dc, all_dm, all_dh = torch.empty_like(c), torch.empty_like(c), torch.empty_like(h)
+        moved = (every_g - c_before).unsqueeze(2) if coupled else torch.stack([every_g, c_before], 2)
+        slope = through[:, :, :-1] * moved
+        slope_o, slope_c, slope_g = through[:, :, -1] * phi_c, o * dphi(phi_c), i * dphi(every_g)
+        if inside is not None:
+            slope_g = slope_g * _spread(inside, copies)
+        grad, d_pre = g.new_empty(steps, batch, gates + 1, hidden), torch.empty_like(pre)
+        all_dc, all_dm, all_dy = torch.empty_like(c), torch.empty_like(c), torch.empty_like(h)
         dh, dc = torch.zeros_like(h0), torch.zeros_like(c0)
         for t in reversed(range(steps)):
             if grad_h is not None:
                 dh = dh + grad_h[t]
             if grad_c is not None:
                 dc = dc + grad_c[t]
-            all_dh[t] = dh
+            if clips.projection:
+                dh = dh * (h[t].abs() < clips.projection)
+            all_dy[t] = dh
             dm = _spread((dh if projection is None else dh @ projection) / copies, copies)  # d(o·φ(c))
-            dc = torch.addcmul(dc, dm, slope_c[t])
-            all_dm[t], all_dc[t] = dm, dc
-            torch.mul(dc.unsqueeze(1), slope[t], out=d_pre[t, :, :2])
-            torch.mul(dm, slope_o[t], out=d_pre[t, :, 2])
+            torch.mul(dm, slope_o[t], out=d_pre[t, :, -1])
             if grad_pre is not None:
-                d_pre[t] += grad_pre[t]
-            grad[t, :, :3] = _gather(d_pre[t], copies)
-            grad[t, :, 3] = _gather(dc * slope_g[t], copies)
+                d_pre[t, :, -1] += grad_pre[t, :, -1]
+            dc = torch.addcmul(dc, dm, slope_c[t])
+            if peep is not None:
+                dc = dc.addcmul_(d_pre[t, :, -1], peep[-1])
+            if within is not None:
+                dc = dc * within[t]
+            all_dm[t], all_dc[t] = dm, dc
+            torch.mul(dc.unsqueeze(1), slope[t], out=d_pre[t, :, :-1])
+            if grad_pre is not None:
+                d_pre[t, :, :-1] += grad_pre[t, :, :-1]
+            grad[t, :, :-1] = _gather(d_pre[t], copies)
+            grad[t, :, -1] = _gather(dc * slope_g[t], copies)
             dh = grad[t].flatten(1) @ weight_hh
             dc = dc * f[t]
+            if peep is not None:
+                dc = dc + (d_pre[t, :, :-1] * peep[:-1]).sum(1)
         d_weight = grad.flatten(2).flatten(0, 1).t() @ h_before.flatten(0, 1)
+        d_peephole = None
+        if peep is not None:
+            seen = [*[c_before] * (gates - 1), c]
+            d_peephole = _gather(torch.stack([(d_pre[:, :, k] * one).sum((0, 1)) for k, one in enumerate(seen)]), copies)
         read = fold(o * phi_c, copies)
-        d_projection = None if projection is None else all_dh.flatten(0, 1).t() @ read.flatten(0, 1)
+        d_projection = None if projection is None else all_dy.flatten(0, 1).t() @ read.flatten(0, 1)
         d_lo = d_hi = None
-        if ctx.needs_input_grad[6] or ctx.needs_input_grad[7]:
-            d_value = torch.stack([all_dc * every_g, all_dc * c_before, all_dm * phi_c], 2)
+        if ctx.needs_input_grad[7] or ctx.needs_input_grad[8]:
+            d_value = torch.cat([all_dc.unsqueeze(2) * moved, (all_dm * phi_c).unsqueeze(2)], 2)
             d_hi = (d_value * bits).sum((0, 1))
             d_lo = d_value.sum((0, 1)) - d_hi
-        return grad, d_weight, d_pre.sum((0, 1)), d_projection, dh, dc, d_lo, d_hi, None, None, None
+        return grad, d_weight, d_pre.sum((0, 1)), d_peephole, d_projection, dh, dc, d_lo, d_hi, None, None, None, None
 
 
 class GruWindow(torch.autograd.Function):
@@ -166,6 +226,7 @@ class GruWindow(torch.autograd.Function):
         noise: Tensor | None,
         modes: Modes,
         phi: str,
+        clip: float,
     ) -> tuple[Tensor, Tensor]:
         steps, batch, _, hidden = x_pre.shape
         width = gates_bias.shape[1]
@@ -174,6 +235,7 @@ class GruWindow(torch.autograd.Function):
         product = x_pre.new_empty(batch, 3, hidden)
         pre, bits = (x_pre.new_empty(steps, batch, 2, width) for _ in range(2))
         h, n = (x_pre.new_empty(steps, batch, width) for _ in range(2))
+        inside = torch.empty_like(n, dtype=torch.bool) if clip else None
         u = x_pre.new_empty(steps, batch, hidden)  # U_n h + b_hn
         last = h0
         for t in range(steps):
@@ -181,10 +243,11 @@ class GruWindow(torch.autograd.Function):
             torch.add(product[:, 2], bias_hh, out=u[t])
             bits[t] = _sample(modes, _rows(gates_bias, x_pre[t, :, :2] + product[:, :2], pre[t]), None if noise is None else noise[t])
             r, z = torch.lerp(lo, hi, bits[t]).unbind(1)
-            _phi(phi, torch.addcmul(_spread(x_pre[t, :, 2], copies), r, _spread(u[t], copies), out=n[t]), n[t])
+            torch.addcmul(_spread(x_pre[t, :, 2], copies), r, _spread(u[t], copies), out=n[t])
+            _squash(phi, n[t], n[t], clip, None if inside is None else inside[t])
             torch.lerp(n[t], last, z, out=h[t])
             last = h[t]
-        ctx.save_for_backward(weight_hh, h0, lo, hi, noise, pre, bits, h, n, u)
+        ctx.save_for_backward(weight_hh, h0, lo, hi, noise, pre, bits, h, n, inside, u)
         ctx.modes, ctx.phi = modes, phi
         ctx.set_materialize_grads(False)
         return h, pre
@@ -192,13 +255,15 @@ class GruWindow(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor | None, grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
-        weight_hh, h0, lo, hi, noise, pre, bits, h, n, u = ctx.saved_tensors
+        weight_hh, h0, lo, hi, noise, pre, bits, h, n, inside, u = ctx.saved_tensors
         steps, batch, hidden = u.shape
         copies = h.shape[2] // hidden
         r, z = torch.lerp(lo, hi, bits).unbind(2)
         before, every_u = torch.cat([h0[None], h[:-1]]), _spread(u, copies)
         through = _derivative(ctx.modes, pre, bits, noise).mul_(hi - lo)
         slope_n = (1 - z) * PHI[ctx.phi].slope(n)
+        if inside is not None:
+            slope_n = slope_n * inside
         slope_r, slope_z = through[:, :, 0] * every_u, through[:, :, 1] * (before - n)
         grad, d_product = u.new_empty(steps, batch, 3, hidden), u.new_empty(steps, batch, 3, hidden)
         d_pre, all_dh, all_dn = torch.empty_like(pre), torch.empty_like(h), torch.empty_like(h)
@@ -218,7 +283,7 @@ class GruWindow(torch.autograd.Function):
         grad[:, :, :2], grad[:, :, 2] = d_product[:, :, :2], _gather(all_dn, copies)
         d_weight = d_product.flatten(2).flatten(0, 1).t() @ fold(before, copies).flatten(0, 1)
         d_lo, d_hi = _gru_level_grads(ctx, 5, bits, all_dn * every_u, all_dh * (before - n))
-        return grad, d_weight, d_pre.sum((0, 1)), d_product[:, :, 2].sum((0, 1)), dh, d_lo, d_hi, None, None, None
+        return grad, d_weight, d_pre.sum((0, 1)), d_product[:, :, 2].sum((0, 1)), dh, d_lo, d_hi, None, None, None, None
 
 
 class GruBeforeWindow(torch.autograd.Function):
@@ -238,6 +303,7 @@ class GruBeforeWindow(torch.autograd.Function):
         noise: Tensor | None,
         modes: Modes,
         phi: str,
+        clip: float,
     ) -> tuple[Tensor, Tensor]:
         steps, batch, _, hidden = x_pre.shape
         width = gates_bias.shape[1]
@@ -246,16 +312,18 @@ class GruBeforeWindow(torch.autograd.Function):
         product = x_pre.new_empty(batch, 2, hidden)
         pre, bits = (x_pre.new_empty(steps, batch, 2, width) for _ in range(2))
         h, n, read = x_pre.new_empty(steps, batch, width), x_pre.new_empty(steps, batch, hidden), x_pre.new_empty(steps, batch, hidden)
+        inside = torch.empty_like(n, dtype=torch.bool) if clip else None
         last = h0
         for t in range(steps):
             torch.addmm(x_pre[t, :, :2].flatten(1), fold(last, copies), gates, out=product.view(batch, 2 * hidden))
             bits[t] = _sample(modes, _rows(gates_bias, product, pre[t]), None if noise is None else noise[t])
             r, z = torch.lerp(lo, hi, bits[t]).unbind(1)
             read[t] = fold(r * last, copies)
-            _phi(phi, torch.addmm(x_pre[t, :, 2], read[t], candidate, out=n[t]), n[t])
+            torch.addmm(x_pre[t, :, 2], read[t], candidate, out=n[t])
+            _squash(phi, n[t], n[t], clip, None if inside is None else inside[t])
             torch.lerp(_spread(n[t], copies), last, z, out=h[t])
             last = h[t]
-        ctx.save_for_backward(gates_hh, candidate_hh, h0, lo, hi, noise, pre, bits, h, n, read)
+        ctx.save_for_backward(gates_hh, candidate_hh, h0, lo, hi, noise, pre, bits, h, n, inside, read)
         ctx.modes, ctx.phi = modes, phi
         ctx.set_materialize_grads(False)
         return h, pre
@@ -263,13 +331,15 @@ class GruBeforeWindow(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor | None, grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
-        gates_hh, candidate_hh, h0, lo, hi, noise, pre, bits, h, n, read = ctx.saved_tensors
+        gates_hh, candidate_hh, h0, lo, hi, noise, pre, bits, h, n, inside, read = ctx.saved_tensors
         steps, batch, hidden = n.shape
         copies = h.shape[2] // hidden
         r, z = torch.lerp(lo, hi, bits).unbind(2)
         before = torch.cat([h0[None], h[:-1]])
         through = _derivative(ctx.modes, pre, bits, noise).mul_(hi - lo)
         slope_n, moved = PHI[ctx.phi].slope(n), before - _spread(n, copies)
+        if inside is not None:
+            slope_n = slope_n * inside
         slope_r, slope_z = through[:, :, 0] * before, through[:, :, 1] * moved
         grad, d_pre = n.new_empty(steps, batch, 3, hidden), torch.empty_like(pre)
         all_dh, all_dread = torch.empty_like(h), torch.empty_like(h)
@@ -289,7 +359,7 @@ class GruBeforeWindow(torch.autograd.Function):
         d_gates = grad[:, :, :2].flatten(2).flatten(0, 1).t() @ fold(before, copies).flatten(0, 1)
         d_candidate = grad[:, :, 2].flatten(0, 1).t() @ read.flatten(0, 1)
         d_lo, d_hi = _gru_level_grads(ctx, 5, bits, all_dread * before, all_dh * moved)
-        return grad, d_gates, d_candidate, d_pre.sum((0, 1)), dh, d_lo, d_hi, None, None, None
+        return grad, d_gates, d_candidate, d_pre.sum((0, 1)), dh, d_lo, d_hi, None, None, None, None
 
 
 def _gru_level_grads(ctx: Any, lo_at: int, bits: Tensor, d_r: Tensor, d_z: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -349,19 +419,22 @@ def run_cell(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize,
     precision = precision if fast and native.has_bfloat16() else "float32"
     x_pre = input_product(x, weight_ih, bias, precision).unflatten(2, (gates + 1, hidden))
     noise = logistic_noise((*x_pre.shape[:2], gates, width), mode, x_pre) if mode.draws and any(cell.binary) else None
-    weight_hh, phi = torch.cat([w.gates_hh, w.candidate_hh]), cell.layer.activation
+    weight_hh, phi, clip = torch.cat([w.gates_hh, w.candidate_hh]), cell.layer.activation, cell.layer.clip
     if fast:
-        c0 = state[1] if kind.name == "lstm" else None
+        c0 = state[1] if kind.has_cell else None
         h, c, products = native.NativeWindow.apply(
             x_pre, weight_hh, gates_bias, w.candidate_bias_hh, state[0], c0, lo, hi, noise, kind.name, modes, precision
         )
         return Trace((h,) if c0 is None else (h, c), products, gates_bias)
-    match kind.name:
-        case "lstm":
-            h, c, pre = LstmWindow.apply(x_pre, weight_hh, gates_bias, w.projection, state[0], state[1], lo, hi, noise, modes, phi)
-            return Trace((h, c), pre)
-        case "gru":
-            h, pre = GruWindow.apply(x_pre, weight_hh, gates_bias, w.candidate_bias_hh, state[0], lo, hi, noise, modes, phi)
-        case _:
-            h, pre = GruBeforeWindow.apply(x_pre, w.gates_hh, w.candidate_hh, gates_bias, state[0], lo, hi, noise, modes, phi)
+    if kind.has_cell:
+        peephole = None if w.peephole is None else w.peephole.view(gates, hidden)
+        clips = Clips(clip, w.cell_clip, w.proj_clip)
+        h, c, pre = LstmWindow.apply(
+            x_pre, weight_hh, gates_bias, peephole, w.projection, state[0], state[1], lo, hi, noise, modes, phi, clips
+        )
+        return Trace((h, c), pre)
+    if kind.name == "gru":
+        h, pre = GruWindow.apply(x_pre, weight_hh, gates_bias, w.candidate_bias_hh, state[0], lo, hi, noise, modes, phi, clip)
+    else:
+        h, pre = GruBeforeWindow.apply(x_pre, w.gates_hh, w.candidate_hh, gates_bias, state[0], lo, hi, noise, modes, phi, clip)
     return Trace((h,), pre)

@@ -8,7 +8,7 @@ from torch import Tensor
 from rnn2bin import student as students
 from rnn2bin.cells.network import STEPS, CellState, Lookup, Network, Trace
 from rnn2bin.cells.weights import Cell, select
-from rnn2bin.gates.estimators import BINARY, Discretize
+from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
 from rnn2bin.measure import Candidate
 from rnn2bin.recipe import Gates
 
@@ -33,12 +33,13 @@ def random_walk(student: Network, open_rates: dict[str, list[float]], *, seed: i
 
     def walk(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize) -> Trace:
         rates = torch.tensor(open_rates[names[id(cell)]])[:, None]
-        lo, hi = cell.level_values()
+        (lo, hi), soft = cell.level_values(), cell.gate(FLOAT)
         binary = torch.tensor(cell.binary)[:, None]
 
-        def gate(pre: Tensor) -> Tensor:
-            bits = (torch.rand(pre.shape, generator=generator) < rates).to(pre.dtype)
-            return torch.where(binary, select(bits, lo, hi), torch.sigmoid(pre))
+        def gate(pre: Tensor, *, first: int = 0) -> Tensor:
+            here = slice(first, first + pre.shape[1])
+            bits = (torch.rand(pre.shape, generator=generator) < rates[here]).to(pre.dtype)
+            return torch.where(binary[here], select(bits, lo[here], hi[here]), soft(pre, first=first))
 
         states, pres = [], []
         for x_t in x.rows(cell.weights().gates_ih.dtype) if isinstance(x, Lookup) else x:

@@ -60,6 +60,7 @@ class DensityCounter:
             "columns": _share("columns", "columns_dense", cells),
             "candidate_rows": _share("rows", "rows_dense", cells),
             "incremental": _share("incremental", "dense", both),
+            "read": _share("incremental", "dense", cells),  # what budget.density counts: the layers alone
             "bytes_per_step": _total("touched", both) * per_step,
             "dense_bytes_per_step": _total("dense", both) * per_step,
             "layers": {name: {"weights_touched": _share("touched", "dense", [c])} for name, c in {**self.cells, **self.heads}.items()},

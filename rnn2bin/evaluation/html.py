@@ -103,7 +103,7 @@ def _words(name: str) -> str:
     return LABELS.get(name, name.replace("_", " "))
 
 
-def _significant(value: float, digits: int = 4) -> str:
+def significant(value: float, digits: int = 4) -> str:
     """1234.5 -> 1234, 0.00012 -> 0.00012, 1.2e-07 -> 1.2e-7; never an exponent where plain digits are as short."""
     text = f"{value:.{digits}g}"
     if "e" not in text:
@@ -131,7 +131,7 @@ def _size(count: Any) -> str:
         return NONE
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
-            return f"{_significant(count / size, 3)} {unit}"
+            return f"{significant(count / size, 3)} {unit}"
     return f"{count:.0f} bytes"
 
 
@@ -143,7 +143,7 @@ def _duration(seconds: Any) -> str:
     if not _finite(seconds):
         return NONE
     if seconds < 90:
-        return f"{_significant(seconds, 2)} s"
+        return f"{significant(seconds, 2)} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
@@ -174,7 +174,7 @@ class _Scale:
         """A value or difference without its unit."""
         if not _finite(value):
             return NONE
-        return _significant(value, 3) if self.decimals is None else _fixed(self.factor * value, self.decimals)
+        return significant(value, 3) if self.decimals is None else _fixed(self.factor * value, self.decimals)
 
     def value(self, value: Any) -> str:
         return self.number(value) + ("%" if self.factor == 100 and _finite(value) else "")
@@ -241,7 +241,7 @@ def _extras(networks: dict[str, Report]) -> list[str]:
 def _extra(name: str, value: Any) -> str:
     if not _finite(value):
         return NONE if value is None else str(value)
-    return f"{_fixed(100 * value, 1)}%" if _is_share(name) else _significant(value)
+    return f"{_fixed(100 * value, 1)}%" if _is_share(name) else significant(value)
 
 
 def _lost(report: Report, network: Report) -> float | None:
@@ -274,10 +274,10 @@ def _rows(report: Report) -> list[_Row]:
                 name=name,
                 about=about,
                 metric=scale.value(network.get("metric")),
-                loss=_significant(network["loss"]) if _finite(network.get("loss")) else NONE,
+                loss=significant(network["loss"]) if _finite(network.get("loss")) else NONE,
                 lost=NONE if key == "teacher" else scale.number(lost),
                 interval=f"{scale.number(ends[0])} to {scale.number(ends[1])}" if ends else "",
-                relative=f"{_significant(100 * relative, 2)}% of the teacher’s" if _finite(relative) else "",
+                relative=f"{significant(100 * relative, 2)}% of the teacher’s" if _finite(relative) else "",
                 extra=tuple(_extra(extra, (network.get("extra") or {}).get(extra)) for extra in extras),
                 n=_whole(network.get("n")),
             )
@@ -294,7 +294,7 @@ FRAME = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": 
 
 
 @dataclass(frozen=True)
-class _Axis:
+class Axis:
     """A linear or logarithmic range and where it lies in the drawing."""
 
     lo: float
@@ -370,7 +370,7 @@ def _chart(
     *,
     log: bool = False,
     guide: tuple[float, str] | None = None,
-    text: Callable[[float], str] = _significant,
+    text: Callable[[float], str] = significant,
 ) -> _Chart | None:
     """Lines over training steps; None where nothing was logged. `guide` is a level worth reaching."""
     lines = [line for line in lines if line.points]
@@ -378,8 +378,8 @@ def _chart(
         return None
     steps = [x for line in lines for x, _ in line.points]
     lo, hi, cut = _range(lines, guide[0] if guide else None, log=log)
-    across = _Axis(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1, LEFT, WIDTH - RIGHT)
-    up = _Axis(lo, hi, HEIGHT - BOTTOM, TOP, log)
+    across = Axis(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1, LEFT, WIDTH - RIGHT)
+    up = Axis(lo, hi, HEIGHT - BOTTOM, TOP, log)
     drawn = [
         {
             "label": line.label,
@@ -405,14 +405,14 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
     return "M" + " ".join(f"{x:g},{y:g}" for x, y in points)
 
 
-def _last(line: _Line, across: _Axis, up: _Axis) -> tuple[float, float] | None:
+def _last(line: _Line, across: Axis, up: Axis) -> tuple[float, float] | None:
     """Where the line ends; nowhere when that is off the panel."""
     x, y = line.points[-1]
     return (across.at(x), up.at(y)) if up.lo <= y <= up.hi else None
 
 
 def _steps(step: float) -> str:
-    return f"{_significant(step / 1000)}k" if step >= 1000 else f"{step:.0f}"
+    return f"{significant(step / 1000)}k" if step >= 1000 else f"{step:.0f}"
 
 
 def _charts(report: Report) -> list[_Chart]:
@@ -423,7 +423,7 @@ def _charts(report: Report) -> list[_Chart]:
         scale.label[:1].upper() + scale.label[1:],
         [_Line("soft gates", "soft", _points(training, "soft")), _Line("hard gates", "hard", _points(training, "hard"))],
         guide=(teacher, "teacher") if _finite(teacher) else None,
-        text=lambda value: _significant(scale.factor * value) + unit,
+        text=lambda value: significant(scale.factor * value) + unit,
     )
     annealing = [_Line(key, style, _points(training, key, positive=True)) for key, style in (("temperature", "first"), ("slope", "second"))]
     saturation = [_Line("share of gates near 0 or 1", "third", _points(training, "saturation"))]
@@ -431,7 +431,7 @@ def _charts(report: Report) -> list[_Chart]:
         metric,
         _chart("Temperature and slope (log scale)", annealing, log=True),
         _chart("Training loss", [_Line("loss", "first", _points(training, "loss"))]),
-        _chart("Saturation", saturation, text=lambda value: _significant(100 * value) + "%"),
+        _chart("Saturation", saturation, text=lambda value: significant(100 * value) + "%"),
     )
     return [chart for chart in charts if chart]
 
@@ -447,7 +447,7 @@ def _level(quantiles: Any) -> str:
     """ "0.72 (0.41 to 0.93)": the median unit and the 10th and 90th percentile; one number where they agree."""
     if not isinstance(quantiles, (list, tuple)) or not quantiles or not all(map(_finite, quantiles)):
         return NONE
-    lo, middle, hi = (_significant(q, 2) for q in (quantiles[0], quantiles[len(quantiles) // 2], quantiles[-1]))
+    lo, middle, hi = (significant(q, 2) for q in (quantiles[0], quantiles[len(quantiles) // 2], quantiles[-1]))
     return middle if lo == hi else f"{middle} ({lo} to {hi})"
 
 
@@ -566,7 +566,7 @@ def _density(report: Report) -> list[dict[str, Any]]:
 
 
 def _ratio(part: Any, whole: Any) -> str:
-    return f" ({_significant(part / whole, 2)} × the source)" if _finite(part) and _finite(whole) and whole else ""
+    return f" ({significant(part / whole, 2)} × the source)" if _finite(part) and _finite(whole) and whole else ""
 
 
 def _cost(report: Report) -> list[tuple[str, str]]:
@@ -582,7 +582,7 @@ def _cost(report: Report) -> list[tuple[str, str]]:
         ("Tokens or time steps seen", _whole(cost.get("tokens"))),
         ("Training speed, per second", _whole(cost.get("tokens_per_second"))),
         ("The teacher alone, per second", _whole(cost.get("teacher_tokens_per_second"))),
-        ("C kernel against torch, largest difference", _significant(parity["max_abs"], 2) if _finite(parity.get("max_abs")) else NONE),
+        ("C kernel against torch, largest difference", significant(parity["max_abs"], 2) if _finite(parity.get("max_abs")) else NONE),
         ("Steps compared", _whole(parity.get("steps"))),
         ("Decisions that flipped within rounding of 0", _whole(parity.get("flips_in_margin"))),
     ]

@@ -399,33 +399,40 @@ class _Step(_Block):
 
     def step(self, gates: str, candidate: str, states: Sequence[str]) -> list[str]:
         """Products of the input (B,G·H) and (B,H), states -> new states."""
-        match self.cell.layer.cell:
-            case "lstm":
-                return self._lstm(gates, candidate, *states)
-            case "gru":
-                return self._gru(gates, candidate, states[0], reset_after=True)
-        return self._gru(gates, candidate, states[0], reset_after=False)
+        if self.cell.layer.kind.has_cell:
+            return self._lstm(gates, candidate, *states)
+        return self._gru(gates, candidate, states[0], reset_after=self.cell.layer.cell == "gru")
 
-    def _gates(self, product: str, h: str) -> list[str]:
-        """Each gate's multipliers (B,n·H)."""
-        layer, cell, w = self.cell.layer, self.cell, self.cell.weights()
+    def _pre(self, product: str, h: str) -> str:
+        """Pre-activations (B,G,n·H), but for what peepholes add."""
+        layer, w = self.cell.layer, self.cell.weights()
         count, hidden, copies = len(layer.kind.gates), layer.hidden_size, layer.copies
         whole = self.op("Add", product, self.op("MatMul", h, self.weight("gates.weight_hh", w.gates_hh.t())))
         bias = self.weight("gates.bias", w.gates_bias.view(count, copies, hidden))
         pre = self.op("Add", self.op("Reshape", whole, self.constant([-1, count, 1, hidden])), bias)
-        pre = self.op("Reshape", pre, self.constant([-1, count, layer.width]))
-        lo, hi = cell.level_values()
-        made = []
-        for k, (gate, binary) in enumerate(zip(layer.kind.gate_names, cell.binary, strict=True)):
-            one = self.op("Gather", pre, self.constant(k), axis=1)
-            if binary:
-                levels = [self.weight(f"levels.{gate}.{side}", t[k]) for side, t in (("hi", hi), ("lo", lo))]
-                made.append(self.op("Where", self.op("Greater", one, self.number(0)), *levels))
-            elif layer.hard_sigmoid:
-                made.append(self.op("HardSigmoid", one, alpha=layer.hard_sigmoid / 2, beta=0.5))
-            else:
-                made.append(self.op("Sigmoid", one))
-        return made
+        return self.op("Reshape", pre, self.constant([-1, count, layer.width]))
+
+    def _gate(self, pre: str, k: int, c: str = "") -> str:
+        """The multipliers (B,n·H) of gate `k`. `c`: the cell that it sees, where it has a peephole."""
+        layer, cell, gate = self.cell.layer, self.cell, self.cell.layer.kind.gate_names[k]
+        one = self.op("Gather", pre, self.constant(k), axis=1)
+        if layer.kind.peepholes:
+            peephole = cell.part("gates").peephole.view(-1, layer.hidden_size)[k].repeat(layer.copies)
+            one = self.op("Add", one, self.op("Mul", self.weight(f"gates.peephole.{gate}", peephole), c))
+        if cell.binary[k]:
+            lo, hi = cell.level_values()
+            levels = [self.weight(f"levels.{gate}.{side}", t[k]) for side, t in (("hi", hi), ("lo", lo))]
+            return self.op("Where", self.op("Greater", one, self.number(0)), *levels)
+        one = self._clipped(one, layer.clip)
+        if layer.hard_sigmoid:
+            return self.op("HardSigmoid", one, alpha=layer.hard_sigmoid / 2, beta=0.5)
+        return self.op("Sigmoid", one)
+
+    def _clipped(self, x: str, bound: float) -> str:
+        return self.op("Clip", x, self.number(-bound), self.number(bound)) if bound else x
+
+    def _squash(self, x: str) -> str:
+        return self._phi(self._clipped(x, self.cell.layer.clip))
 
     def _phi(self, x: str) -> str:
         return self.op(PHI[self.cell.layer.activation], x)
@@ -436,28 +443,31 @@ class _Step(_Block):
         return x if copies == 1 else self.op("Tile", x, self.constant([1, copies]))
 
     def _lstm(self, gates: str, candidate: str, h: str, c: str) -> list[str]:
-        w = self.cell.weights()
-        i, f, o = self._gates(gates, h)
+        w, layer = self.cell.weights(), self.cell.layer
+        pre, last = self._pre(gates, h), len(layer.kind.gates) - 1
+        i = self._gate(pre, 0, c)
+        f = self._gate(pre, 1, c) if last == 2 else self.op("Sub", self.number(1), i)
         recurrent = self.op("MatMul", h, self.weight("candidate.weight_hh", w.candidate_hh.t()))
-        g = self._phi(self.op("Add", self.op("Add", candidate, recurrent), self.weight("candidate.bias", w.candidate_bias)))
-        c = self.op("Add", self.op("Mul", f, c), self.op("Mul", i, self._wide(g)))
-        h = _fold(self, self.cell.layer, self.op("Mul", o, self._phi(c)))
+        g = self._squash(self.op("Add", self.op("Add", candidate, recurrent), self.weight("candidate.bias", w.candidate_bias)))
+        c = self._clipped(self.op("Add", self.op("Mul", f, c), self.op("Mul", i, self._wide(g))), layer.cell_clip)
+        h = _fold(self, layer, self.op("Mul", self._gate(pre, last, c), self._phi(c)))
         if w.projection is not None:
-            h = self.op("MatMul", h, self.weight("projection.weight", w.projection.t()))
+            h = self._clipped(self.op("MatMul", h, self.weight("projection.weight", w.projection.t())), layer.proj_clip)
         return [h, c]
 
     def _gru(self, gates: str, candidate: str, h: str, *, reset_after: bool) -> list[str]:
         w = self.cell.weights()
         read = _fold(self, self.cell.layer, h)
-        r, z = self._gates(gates, read)
+        pre = self._pre(gates, read)
+        r, z = (self._gate(pre, k) for k in range(2))
         matrix, bias = self.weight("candidate.weight_hh", w.candidate_hh.t()), self.weight("candidate.bias", w.candidate_bias)
         if reset_after:
             assert w.candidate_bias_hh is not None
             recurrent = self.op("Add", self.op("MatMul", read, matrix), self.weight("candidate.bias_hh", w.candidate_bias_hh))
             reset = self.op("Mul", r, self._wide(recurrent))
-            n = self._phi(self.op("Add", self._wide(self.op("Add", candidate, bias)), reset))
+            n = self._squash(self.op("Add", self._wide(self.op("Add", candidate, bias)), reset))
         else:
             recurrent = self.op("MatMul", _fold(self, self.cell.layer, self.op("Mul", r, h)), matrix)
-            n = self._wide(self._phi(self.op("Add", self.op("Add", candidate, recurrent), bias)))
+            n = self._wide(self._squash(self.op("Add", self.op("Add", candidate, recurrent), bias)))
         rest = self.op("Sub", self.number(1), z)
         return [self.op("Add", self.op("Mul", z, h), self.op("Mul", rest, n))]

@@ -45,6 +45,10 @@ def _reasons(section: Section) -> list[str]:
         reasons.append("its reset gate multiplies h before U_n, which nn.GRU cannot; export --to onnx")
     if any(one.activation != "tanh" or one.hard_sigmoid for one in spec.layers):
         reasons.append("its cells have other activations than nn.LSTM and nn.GRU; export --to onnx")
+    if any(one.cell.startswith("lstm_") for one in spec.layers):
+        reasons.append("its LSTM has peepholes, or one decision for its input and forget gate, which nn.LSTM has not; export --to onnx")
+    if any(one.clip or one.cell_clip or one.proj_clip for one in spec.layers):
+        reasons.append("its cells are clipped, and nn.LSTM and nn.GRU clip nothing; export --to onnx")
     if any(one.copies > 1 for one in spec.layers):
         reasons.append(f"its gates take {first.copies} decisions a unit, and PyTorch's take one; {STRICT}")
         return reasons

@@ -30,7 +30,8 @@ class Discretize:
     """What happens to a binary gate in this call: the estimator and its values now. Gates left soft stay σ(pre).
 
     `float`: σ(pre), the teacher's gate. `binary`: 1[pre > 0], what ships.
-    `temperature` τ > 0 and `slope` s > 0; `noise` is the share of gates that receive noise.
+    `temperature` τ > 0 and `slope` s > 0; `noise` is the share of gates that receive noise. `clip` > 0: pre is brought into [−clip, clip]
+    first; only gates left soft are (no bit changes by it).
     """
 
     estimator: Name = "binary"
@@ -38,6 +39,7 @@ class Discretize:
     slope: float = 1.0
     backward: Backward = "hard-sigmoid"
     noise: float = 1.0
+    clip: float = 0.0
     generator: torch.Generator | None = None
 
     @property
@@ -70,6 +72,8 @@ def hard_sigmoid(x: Tensor, slope: float) -> Tensor:
 
 def sample(mode: Discretize, pre: Tensor, noise: Tensor | None = None) -> Tensor:
     """The gate's sample in [0, 1], of the shape of `pre`; `noise` is logistic, for the estimators that draw."""
+    if mode.clip:
+        pre = pre.clamp(-mode.clip, mode.clip)
     match mode.estimator:
         case "float":
             return torch.sigmoid(pre)
@@ -107,6 +111,9 @@ def _bernoulli(mode: Discretize, pre: Tensor, noise: Tensor | None) -> Tensor:
 
 def derivative(mode: Discretize, pre: Tensor, value: Tensor, noise: Tensor | None = None) -> Tensor:
     """d sample / d pre as training sees it; `value` is what `sample` returned for the same arguments."""
+    if mode.clip:
+        inside = pre.abs() < mode.clip
+        return derivative(replace(mode, clip=0.0), pre, value, noise).mul_(inside)
     match mode.estimator:
         case "float":
             return value * (1 - value)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rnn2bin import spec as spec_module
 from rnn2bin.errors import ResourceError, UnsupportedError, UsageError
 from rnn2bin.files import READ_NOW, fingerprint, regular_file
-from rnn2bin.loaders import huggingface, keras_file, npz, onnx_file, pytorch, recognise, safetensors_file, tensorflow_graph
-from rnn2bin.loaders.assemble import Assembly, build, leftovers
+from rnn2bin.loaders import graph_source, huggingface, keras_file, npz, onnx_file, pytorch, recognise, safetensors_file, tensorflow_graph
+from rnn2bin.loaders.assemble import Assembly, build, leftovers, unused
 from rnn2bin.loaders.render import parts, source_yaml, spec_parts, text
 from rnn2bin.recipe import Source
 from rnn2bin.spec import RnnSpec
@@ -105,6 +105,7 @@ class _Resolved:
     reasons: list[str]
     readout_stated: bool
     ignore: Sequence[str] = ()
+    unused: Sequence[str] = ()
 
 
 def load(path: str | Path, *, source: Source | None = None) -> Loaded:
@@ -141,12 +142,15 @@ def inspect(path: str | Path, *, source: Source | None = None) -> Inspection:
     resolved = _resolved(path, name, source)
     tensors, spec = resolved.tensors, resolved.assembly.spec
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    graph, ignored = name in GRAPH_READERS, [*(source.ignore if source else []), *resolved.ignore]
+    graph = name in GRAPH_READERS or (source is not None and source.has_graph)
+    ignored = [*(source.ignore if source else []), *resolved.ignore]
     return Inspection(
         format=name,
         tensors=[(key, shapes[key], str(tensor.dtype).removeprefix("torch.")) for key, tensor in tensors.items()],
         recognised=None if resolved.reasons else resolved.assembly.spec,
-        source="" if graph and not resolved.draft else source_yaml(resolved.draft, resolved.reasons, ignored),
+        source=""
+        if name in GRAPH_READERS and not resolved.draft
+        else source_yaml(resolved.draft, resolved.reasons, ignored, resolved.unused),
         reasons=resolved.reasons,
         readout_stated=resolved.readout_stated,
         parts=[*resolved.assembly.notes, *(spec_parts(spec) if spec else [])] if graph else parts(resolved.draft, shapes),
@@ -157,7 +161,8 @@ def inspect(path: str | Path, *, source: Source | None = None) -> Inspection:
 def _resolved(path: Path, name: str, source: Source | None) -> _Resolved:
     try:
         if name in READERS:
-            if source and (extra := sorted(source.model_fields_set & {"inputs", "input_shape", "keras", "output"})):
+            own = {"inputs", "keras", "output"} | (set() if source and source.has_graph else {"input_shape"})
+            if source and (extra := sorted(source.given & own)):
                 raise UsageError(f"source: {', '.join(extra)}: for files that hold a graph; {path.name} holds named tensors")
             return _resolve(_read(path, name, source), source)
         built = GRAPH_READERS[name](path, source or Source())
@@ -203,9 +208,9 @@ def _resolve(tensors: dict[str, torch.Tensor], source: Source | None) -> _Resolv
     """Recognise where the source leaves it open, then assemble; all reasons of both, each once."""
     source = source or Source()
     if not source.automatic:
-        built = build(source, tensors)
+        built = graph_source.build(source, tensors) if source.has_graph else build(source, tensors)
         section = source.main or source.decoder
-        stated = section is not None and "readout" in section.model_fields_set
+        stated = source.has_graph or (section is not None and "readout" in section.model_fields_set)
         return _Resolved(tensors, built, source.model_dump(exclude_defaults=True, exclude={"ignore"}), built.reasons, stated)
     wanted = {name: tensor for name, tensor in tensors.items() if not _matches(name, source.ignore)}
     proposal = recognise.recognise({name: tuple(tensor.shape) for name, tensor in wanted.items()}, hints=source)
@@ -215,7 +220,8 @@ def _resolve(tensors: dict[str, torch.Tensor], source: Source | None) -> _Resolv
     else:
         built = build(complete, wanted)
     reasons = list(dict.fromkeys([*proposal.reasons, *built.reasons]))
-    return _Resolved(tensors, built, proposal.draft, reasons, source.readout is not None, proposal.ignore)
+    left = unused(wanted, proposal.uses(), proposal.ignore) if proposal.draft else []
+    return _Resolved(tensors, built, proposal.draft, reasons, source.readout is not None, proposal.ignore, left)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -1,6 +1,7 @@
 """Source + tensors -> (RnnSpec, canonical weights). The one place where gates are permuted.
 
-PyTorch's row blocks are i,f,g,o (LSTM) and r,z,n (GRU); the canonical order is spec.py's, with the candidate in tensors of its own.
+PyTorch's row blocks are i,f,g,o (LSTM; i,g,o where f = 1 − i) and r,z,n (GRU); the canonical order is spec.py's, with the candidate in
+tensors of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 CANDIDATE = "candidate"
 BLOCKS = {
     "lstm": ("i", "f", CANDIDATE, "o"),
+    "lstm_peephole": ("i", "f", CANDIDATE, "o"),
+    "lstm_coupled": ("i", CANDIDATE, "o"),
+    "lstm_coupled_peephole": ("i", CANDIDATE, "o"),
     "gru": ("r", "z", CANDIDATE),
     "gru_reset_before": ("r", "z", CANDIDATE),
 }
@@ -68,7 +72,7 @@ def assemble(source: Source, tensors: Mapping[str, torch.Tensor]) -> tuple[RnnSp
 
 def build(source: Source, tensors: Mapping[str, torch.Tensor]) -> Assembly:
     """Like `assemble`, but the reasons are returned instead of raised."""
-    work = _Work(tensors)
+    work = Work(tensors)
     named = {"main": source.main, "encoder": source.encoder, "decoder": source.decoder}
     sections = {name: work.section(name, section) for name, section in named.items() if section is not None}
     decode = DecodeSpec(source.decode.start, source.decode.end, source.decode.max_length) if source.decode else None
@@ -83,13 +87,17 @@ def build(source: Source, tensors: Mapping[str, torch.Tensor]) -> Assembly:
 
 def leftovers(tensors: Mapping[str, torch.Tensor], used: Iterable[str], ignore: Sequence[str]) -> list[str]:
     """One reason for every tensor that is neither used nor listed in `ignore` (names or glob patterns)."""
-    used = set(used)
-    left = [name for name in tensors if name not in used and not any(name == p or fnmatchcase(name, p) for p in ignore)]
     return [
-        f"{name} {tuple(tensors[name].shape)}: {_guess(name)}no part of a network that rnn2bin runs; where the network "
-        f'gives the same outputs without it, list it in the recipe\'s `source: {{ignore: ["{name}"]}}`'
-        for name in left
+        f"{name} {tuple(tensors[name].shape)}: {_guess(name)}no part of what was recognised; where the network gives the same outputs "
+        f'without it, list it in the recipe\'s `source: {{ignore: ["{name}"]}}`, else say what it does in a `graph` (docs/graphs.md)'
+        for name in unused(tensors, used, ignore)
     ]
+
+
+def unused(names: Iterable[str], used: Iterable[str], ignore: Sequence[str]) -> list[str]:
+    """The tensors that are neither used nor listed in `ignore` (names or glob patterns)."""
+    used = set(used)
+    return [name for name in names if name not in used and not any(name == p or fnmatchcase(name, p) for p in ignore)]
 
 
 def _guess(name: str) -> str:
@@ -132,7 +140,7 @@ def split_direction(cell: str, ih: torch.Tensor, hh: torch.Tensor, b_ih: torch.T
     return {**found, "candidate.bias": candidate_ih + candidate_hh}
 
 
-class _Work:
+class Work:
     """Takes tensors by name, collecting reasons instead of stopping at the first."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -229,7 +237,7 @@ class _Work:
     def direction(self, prefix: str, cell: str, source: LayerSource) -> LayerSpec | None:
         """weight_ih (G*H, I), weight_hh (G*H, R), biases (G*H,), weight_hr (R, H); G counts the candidate block too."""
         blocks = len(BLOCKS[cell])
-        if source.weight_hr and cell != "lstm":
+        if source.weight_hr and not CELLS[cell].has_cell:
             self.reasons.append(f"{source.weight_hr}: only an LSTM has a projection")
         projection = self.take(source.weight_hr, "the projection", (None, None)) if source.weight_hr else None
         size = self.tensors[source.weight_hh].shape if source.weight_hh in self.tensors else ()
@@ -242,6 +250,7 @@ class _Work:
         if projection is not None and hidden is not None and projection.shape[1] != hidden:
             self.reasons.append(f"{source.weight_hr}: shape {tuple(projection.shape)}, but (any, {hidden}) is wanted for the projection")
             return None
+        peephole = self.peephole(cell, source, hidden)
         incomplete = (source.weight_hr and projection is None) or any(bias is None for bias in biases.values())
         if hh is None or ih is None or hidden is None or incomplete:
             return None
@@ -250,7 +259,22 @@ class _Work:
         self.permute(prefix, cell, ih, hh, zeros if b_ih is None else b_ih, zeros if b_hh is None else b_hh)
         if projection is not None:
             self.keep(f"{prefix}.projection.weight", projection)
+        if peephole is not None:
+            self.keep(f"{prefix}.gates.peephole", peephole)
         return LayerSpec(cell, ih.shape[1], hidden, 1, projection.shape[0] if projection is not None else 0)
+
+    def peephole(self, cell: str, source: LayerSource, hidden: int | None) -> torch.Tensor | None:
+        """(G·H,), in the canonical order of gates."""
+        import torch
+
+        kind, names = CELLS[cell], source.peephole or []
+        if len(names) != len(kind.gates) * kind.peepholes:
+            wanted = f"a tensor for each of {', '.join(kind.gate_names)}" if kind.peepholes else "none"
+            self.reasons.append(f"{source.weight_hh}: {len(names)} peepholes given; {cell} has {wanted}")
+            return None
+        found = [self.take(name, f"the peephole of {gate}", (hidden,)) for name, gate in zip(names, kind.gate_names, strict=False)]
+        whole = [one for one in found if one is not None]
+        return torch.cat(whole) if whole else None
 
     def permute(self, prefix: str, cell: str, ih: torch.Tensor, hh: torch.Tensor, b_ih: torch.Tensor, b_hh: torch.Tensor) -> None:
         for name, values in split_direction(cell, ih, hh, b_ih, b_hh).items():

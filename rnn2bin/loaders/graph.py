@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rnn2bin.errors import UnsupportedError
-from rnn2bin.loaders.assemble import Assembly, split_direction
+from rnn2bin.loaders.assemble import BLOCKS, Assembly, split_direction
 from rnn2bin.spec import EmbeddingSpec, GraphSpec, LayerSpec, LinearSpec, Node, RnnSpec, SectionSpec
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 INLINE = 16  # numbers: constants up to here are written out exactly; larger float ones are weights
 MOST_LITERALS = 65536
+MOST_ELEMENTS = 2**24  # of a value while a file is read, and as many as the file's tensors have
 STEPS = (29, 17, 64, 128, 400)  # tried in turn: convolutions and pools need some length
 BATCH = 3
 TOLERANCE = 1e-6  # of outputs against their own scale; float64 sums in another order stay far below
@@ -32,13 +33,15 @@ PEELED = {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Sigmoid": "sigmoid
 
 @dataclass(frozen=True)
 class Direction:
-    """One direction's tensors in PyTorch's gate order (LSTM i,f,g,o; GRU r,z,n): weight_ih (G·H,I), weight_hh (G·H,R), biases (G·H,)."""
+    """One direction's tensors in PyTorch's gate order (LSTM i,f,g,o, or i,g,o where f = 1 − i; GRU r,z,n): weight_ih (G·H,I),
+    weight_hh (G·H,R), biases (G·H,)."""
 
     weight_ih: Tensor
     weight_hh: Tensor
     bias_ih: Tensor
     bias_hh: Tensor
     projection: Tensor | None = None  # (R,H)
+    peephole: Tensor | None = None  # of the gates alone, in their order: i,f,o or i,o, one behind the other
 
 
 @dataclass
@@ -103,20 +106,22 @@ class GraphBuilder:
         h0: str = "",
         c0: str = "",
         lengths: str = "",
-        activation: str = "tanh",
-        hard_sigmoid: float = 0.0,
         hint: str = "layer",
+        **options: Any,
     ) -> tuple[str, str, str]:
-        """A layer over x (T,B,I): names of outputs (T,B,D·R), last h (D,B,R) and an LSTM's last c (D,B,H). h0, c0, lengths: values."""
+        """A layer over x (T,B,I): names of outputs (T,B,D·R), last h (D,B,R) and an LSTM's last c (D,B,H). h0, c0, lengths: values;
+        `options`: the LayerSpec's activations and clips."""
         first = directions[0]
-        hidden = first.weight_hh.shape[0] // (4 if cell == "lstm" else 3)
+        hidden = first.weight_hh.shape[0] // len(BLOCKS[cell])
         proj = first.projection.shape[0] if first.projection is not None else 0
-        layer = LayerSpec(cell, first.weight_ih.shape[1], hidden, len(directions), proj, 1, activation, hard_sigmoid)
+        layer = LayerSpec(cell, first.weight_ih.shape[1], hidden, len(directions), proj, **options)
         tensors: dict[str, Tensor] = {}
         for way, one in zip(("fwd", "bwd"), directions, strict=False):
             found = split_direction(cell, one.weight_ih, one.weight_hh, one.bias_ih, one.bias_hh)
             if one.projection is not None:
                 found["projection.weight"] = one.projection
+            if one.peephole is not None:
+                found["gates.peephole"] = one.peephole
             for name, shape in layer.tensors().items():
                 if tuple(found[name].shape) != shape:
                     raise UnsupportedError(f"{hint}: {name} has shape {tuple(found[name].shape)}, wanted {shape}")
@@ -189,6 +194,16 @@ def _weight(values: Tensor, hint: str) -> Tensor:
 
 def settle(section: SectionSpec, weights: dict[str, Tensor], *, layouts: Sequence[bool], steps: int | None) -> Assembly:
     """The section with everything that running it tells; as a plain chain where it is one."""
+    from rnn2bin.cells import ops
+
+    limit = ops.MOST_ELEMENTS.set(MOST_ELEMENTS + sum(values.numel() for values in weights.values()))
+    try:
+        return _first_settled(section, weights, layouts, steps)
+    finally:
+        ops.MOST_ELEMENTS.reset(limit)
+
+
+def _first_settled(section: SectionSpec, weights: dict[str, Tensor], layouts: Sequence[bool], steps: int | None) -> Assembly:
     problems: list[str] = []
     for batch_first in layouts:
         graph = section.graph

@@ -121,7 +121,7 @@ def fields(data: memoryview) -> Iterator[tuple[int, Any]]:
     """(field number, value) of one message: an int for numbers, the bytes for everything else. ValueError where it is none."""
     at = 0
     while at < len(data):
-        key, at = _varint(data, at)
+        key, at = (data[at], at + 1) if data[at] < 128 else _varint(data, at)
         number, kind = key >> 3, key & 7
         if number == 0:
             raise ValueError("field number 0")
@@ -159,8 +159,15 @@ def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def _text(value: memoryview) -> str:
-    return bytes(value).decode()
+def _bytes(value: Any) -> bytes:
+    """A field that should be bytes: of a number, Python would make that many zeros."""
+    if isinstance(value, int):
+        raise ValueError("a number where bytes are due")
+    return bytes(value)
+
+
+def _text(value: Any) -> str:
+    return _bytes(value).decode()
 
 
 # --- messages ------------------------------------------------------------------------------------------------------------------
@@ -199,7 +206,7 @@ def _attribute(data: memoryview) -> Any:
 def _value(number: int, value: Any) -> Any:
     """One member of AttrValue (its list has the same numbers). Functions and placeholders are not read."""
     floats: Callable[[memoryview], float] = lambda v: struct.unpack("<f", v)[0]
-    readers: dict[int, Callable[[Any], Any]] = {2: bytes, 3: _signed, 4: floats, 5: bool, 6: int, 7: _shape, 8: _tensor}
+    readers: dict[int, Callable[[Any], Any]] = {2: _bytes, 3: _signed, 4: floats, 5: bool, 6: int, 7: _shape, 8: _tensor}
     return readers[number](value) if number in readers else None
 
 
@@ -244,7 +251,7 @@ def _tensor(data: memoryview) -> Stored:
         elif number == 2:
             shape = _shape(value) or ()
         elif number == 4:
-            content = bytes(value)
+            content = _bytes(value)
         else:
             given.append((number, value))
     if any(n < 0 for n in shape):
@@ -271,6 +278,13 @@ def tensor(stored: Stored) -> Tensor:
 
     UnsupportedError where bytes and shape do not fit, or the values are no numbers.
     """
+    try:
+        return _read_tensor(stored)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UnsupportedError(f"a constant of shape {stored.shape} is damaged ({error})") from None
+
+
+def _read_tensor(stored: Stored) -> Tensor:
     import numpy as np
     import torch
 

@@ -52,10 +52,11 @@ def read(stream: IO[bytes], size: int, *, where: str) -> Contents:
         raise UnsafeError(f"{where}: reading it does not end; refused") from None
     if done.returncode:
         raise UnsupportedError(f"{where}: the HDF5 library failed on it (exit {done.returncode}); truncated or corrupt, copy it again")
-    return _parsed(done.stdout, where)
+    return parsed(done.stdout, where)
 
 
-def _parsed(data: bytes, where: str) -> Contents:
+def parsed(data: bytes, where: str) -> Contents:
+    """The answer of the reading process. Raises what it says."""
     import numpy as np
 
     at = 8 + int.from_bytes(data[:8], "little")

@@ -36,7 +36,11 @@ def main() -> None:
     budget, image = int(sys.argv[1]), sys.stdin.buffer.read()
     _rehearse(h5py, numpy)
     _limit(len(image), budget)
-    out = sys.stdout.buffer
+    answer(h5py, numpy, image, budget, sys.stdout.buffer)
+
+
+def answer(h5py: Any, numpy: Any, image: bytes, budget: int, out: Any) -> None:
+    """Writes what the file holds, or the one line why not."""
     try:
         header, parts = _contents(h5py, numpy, image, budget)
         _send(out, header)

@@ -57,9 +57,13 @@ def read(path: Path) -> KerasFile:
 
 def _plain(path: Path) -> KerasFile:
     with path.open("rb") as stream:
-        contents = hdf5.read(stream, path.stat().st_size, where=str(path))
+        return file_of(hdf5.read(stream, path.stat().st_size, where=str(path)), str(path))
+
+
+def file_of(contents: hdf5.Contents, where: str) -> KerasFile:
+    """Of an HDF5 file that holds config and weights, or weights alone."""
     top = contents.attributes.get("", {})
-    config = _json(str(top["model_config"]).encode(), f"{path}: model_config") if "model_config" in top else None
+    config = _json(str(top["model_config"]).encode(), f"{where}: model_config") if "model_config" in top else None
     return _file(contents, config, str(top.get("keras_version", "")))
 
 

@@ -12,13 +12,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rnn2bin.errors import UnsupportedError, UsageError
 from rnn2bin.loaders.assemble import Assembly
-from rnn2bin.loaders.graph import SINGLE, GraphBuilder, close
+from rnn2bin.loaders.graph import MOST_ELEMENTS, SINGLE, GraphBuilder, close
+from rnn2bin.loaders.onnx_open import Widths, Windows, WindowTracer, compared, widths
 from rnn2bin.loaders.onnx_proto import Graph, Input, read_graph
-from rnn2bin.loaders.onnx_trace import MOST_ELEMENTS, Tracer, Value
+from rnn2bin.loaders.onnx_trace import Tracer, Value
 from rnn2bin.recipe import Source
 
 if TYPE_CHECKING:
@@ -67,14 +68,74 @@ class _NotRead(UnsupportedError):
 
 def read(path: Path, source: Source) -> Assembly:
     """Raises what `onnx_proto.read_graph` raises; a network that is not recognised comes back with the reasons and the file's tensors."""
-    others = sorted(source.model_fields_set - KNOWN)
+    others = sorted(source.given - KNOWN)
     if others:
         raise UsageError(f"source: {', '.join(others)}: an ONNX file says itself how its parts join; it takes {', '.join(sorted(KNOWN))}")
     graph = read_graph(path)
     try:
         return replace(_read(graph, source), files=list(graph.files))
     except UnsupportedError as error:
-        return Assembly(None, graph.tensors, list(dict.fromkeys(error.reasons)))
+        found = _closed(graph, source)
+        if isinstance(found, Assembly):
+            return replace(found, files=list(graph.files))
+        draft, reasons = found or (None, error.reasons)
+        return Assembly(None, graph.tensors, list(dict.fromkeys(reasons)), draft=draft, tensors=graph.tensors)
+
+
+def _closed(graph: Graph, source: Source) -> Assembly | tuple[dict[str, Any], list[str]] | None:
+    """What the file itself tells of what it leaves open: the network, where only one value fits; else the `source:` to start from, which
+    reads the file, and a line for each knob in it. None where nothing was found, or it does not read the file."""
+    draft: dict[str, Any] = {}
+    reasons: list[str] = []
+    for one in graph.inputs:
+        numbers = compared(graph, one.name) if one.integer and not one.dims and one.name not in source.inputs else []
+        if len(numbers) == 1:
+            draft.setdefault("inputs", {})[one.name] = numbers[0]
+            reasons.append(
+                f"the network depends on the input {one.name!r}, which the file compares with {numbers[0]}; where that is its value, give "
+                f"--set source.inputs.{one.name}={numbers[0]}"
+            )
+    known = source.model_copy(update={"inputs": {**source.inputs, **draft.get("inputs", {})}})
+    main = next((one for one in graph.inputs if not one.integer and len(one.dims) > 1 and one.dims[-1] is None), None)
+    fit = _widths(graph, known, main) if main is not None and source.input_shape is None else None
+    if fit is not None and main is not None:
+        draft["input_shape"] = [fit.fitting]
+        reasons.append(
+            f"the input {main.name!r} {_written(main)} leaves open how wide one step is: {fit.least} to {fit.most} run, and {fit.fitting} "
+            "is the least that its convolutions read as often as the most; where the model's description says so too, give "
+            f"--set source.input_shape=[{fit.fitting}]"
+        )
+    if not draft:
+        return None
+    try:
+        whole = _read(graph, known.model_copy(update={"input_shape": draft.get("input_shape", source.input_shape)}))
+    except UnsupportedError:
+        return None
+    if fit is not None and main is not None and fit.only and list(draft) == ["input_shape"]:
+        note = f"file: one step of {main.name} is {fit.least} wide, the only width that fits"
+        return replace(whole, notes=[*whole.notes, note])
+    return draft, reasons
+
+
+def _widths(graph: Graph, source: Source, main: Input) -> Widths | None:
+    sizes = {n for tensor in graph.tensors.values() for n in tensor.shape}
+    return widths(lambda width: _windows(graph, source.model_copy(update={"input_shape": [width]}), main), sizes)
+
+
+def _windows(graph: Graph, source: Source, main: Input) -> Windows | None:
+    """What convolutions give where the file runs on steps of that shape, each call or sequence one step or many."""
+    for layout in _layouts(main, source, carried=len(graph.inputs) > 1):
+        if isinstance(layout, str):
+            return None
+        reading = _Reading(graph, source, main, layout, LENGTHS[0])
+        tracer = WindowTracer(**vars(reading.tracer()))
+        try:
+            outputs = tracer.run(graph, reading.feeds(tracer))
+        except UnsupportedError:
+            continue
+        if any(one.recurrent for one in outputs) and not (tracer.states and any(steps != 1 for steps, _ in tracer.steps) and layout.rows):
+            return tuple(tracer.windows)
+    return None
 
 
 def _read(graph: Graph, source: Source) -> Assembly:
@@ -85,7 +146,7 @@ def _read(graph: Graph, source: Source) -> Assembly:
     if source.output is not None and source.output not in graph.outputs:
         raise UnsupportedError(f"source: no output {source.output!r}; outputs: {', '.join(graph.outputs)}")
     open_inputs = [one for one in graph.inputs if one.name not in source.inputs]
-    mains = [one for one in open_inputs if len(one.dims) > 1 or len(open_inputs) == 1]
+    mains = [one for one in open_inputs if len(one.dims) > 1 or (one.dims and len(open_inputs) == 1)]
     if not mains:
         raise UnsupportedError("no input of two or more axes: no sequence to read")
     problems: list[str] = []

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rnn2bin.errors import UnsupportedError
-from rnn2bin.loaders.graph import Direction, GraphBuilder
+from rnn2bin.loaders.assemble import BLOCKS, CANDIDATE, split_direction
+from rnn2bin.loaders.graph import MOST_ELEMENTS, Direction, GraphBuilder
 from rnn2bin.loaders.onnx_proto import STANDARD, Graph, Operation
+from rnn2bin.spec import CELLS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_ELEMENTS = 2**26  # of a value while a file is read
+MOST_HELD = 2**27  # bytes of all values that are still to be read, and twice the file's tensors
 # What only moves numbers about: a state input stays one behind these.
 MOVES = ("Identity", "Cast", "Gather", "Slice", "Split", "Squeeze", "Unsqueeze", "Reshape", "Transpose", "Flatten")
 CASTS = {1: "float32", 10: "float32", 11: "float32", 16: "float32", 9: "bool", **dict.fromkeys((2, 3, 4, 5, 6, 7, 12, 13), "int64")}
@@ -69,13 +71,19 @@ class Tracer:
     unknown: list[str] = field(default_factory=list)  # operations that are not run
     read: list[frozenset[str]] = field(default_factory=list)  # what the layers' inputs depend on
     steps: list[tuple[int, int]] = field(default_factory=list)  # (T, B) of every layer at the first probe
+    _most: int = MOST_ELEMENTS
+    _most_held: int = MOST_HELD
+    _held: int = 0
+    _kept: int = 0  # bytes of constants that the builder has
     _emitted: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
 
     def run(self, graph: Graph, feeds: Mapping[str, Value]) -> list[Value]:
         """The graph's outputs."""
         from rnn2bin.cells import ops
 
-        limit = ops.MOST_ELEMENTS.set(MOST_ELEMENTS)
+        self._most = MOST_ELEMENTS + sum(t.numel() for t in graph.tensors.values())
+        self._most_held = MOST_HELD + 2 * sum(t.nbytes for t in graph.tensors.values())
+        limit = ops.MOST_ELEMENTS.set(self._most)
         try:
             values = self._graph(graph, ChainMap(dict(feeds)))
             return [self._find(values, name) for name in graph.outputs]
@@ -85,13 +93,22 @@ class Tracer:
     def _graph(self, graph: Graph, values: ChainMap[str, Value]) -> MutableMapping[str, Value]:
         inside = values.new_child({name: Value((tensor,), label=name) for name, tensor in graph.tensors.items()})
         made: set[str] = set(inside.maps[0]) | {one.name for one in graph.inputs}
-        for node in graph.nodes:
+        ends = _ends(graph)
+        begun = self._held
+        for at, node in enumerate(graph.nodes):
             twice = [name for name in node.outputs if name in made]
             if twice:
                 raise UnsupportedError(f"{node.op} makes {twice[0]!r}, which is there already; the file is damaged")
             made |= {name for name in node.outputs if name}
             operands = [self._find(inside, name) if name else None for name in node.inputs]
-            inside |= zip(node.outputs, self._node(node, operands, inside, graph.opset), strict=False)
+            found = dict(zip(node.outputs, self._node(node, operands, inside, graph.opset), strict=False))
+            self._held += sum(map(_bytes, found.values()))
+            inside |= found
+            for name in ends.get(at, ()):
+                self._held -= _bytes(inside.maps[0].pop(name, None))
+            if self._held + self._kept > self._most_held:
+                raise UnsupportedError(f"makes more than {self._most_held} bytes from a short input; refused, it would exhaust the memory")
+        self._held = begun
         return inside
 
     def _find(self, values: Mapping[str, Value], name: str) -> Value:
@@ -140,8 +157,8 @@ class Tracer:
         for probe in range(1 if constant else self.probes(operands)):
             made = OPS[op]([None if one is None else one.data[probe % len(one.data)] for one in operands], attributes)
             ran.append(made if isinstance(made, tuple) else (made,))
-        if any(t.numel() > MOST_ELEMENTS for made in ran for t in made):
-            raise UnsupportedError(f"makes more than {MOST_ELEMENTS} numbers from a short input; refused, it would exhaust the memory")
+        if any(t.numel() > self._most for made in ran for t in made):
+            raise UnsupportedError(f"makes more than {self._most} numbers from a short input; refused, it would exhaust the memory")
         results = list(zip(*ran, strict=True))[: max(count, 1)]
         if constant:
             return [Value(data) for data in results]
@@ -181,6 +198,7 @@ class Tracer:
             return value.name
         tensor = value.data[0]
         if id(tensor) not in self._emitted:
+            self._kept += 2 * tensor.nbytes
             self._emitted[id(tensor)] = (tensor, self.builder.constant(tensor, value.label or "constant"))
         return self._emitted[id(tensor)][1]
 
@@ -418,9 +436,35 @@ class _Layer:
     w: Tensor  # (D, G·H, I)
     r: Tensor  # (D, G·H, H)
     b: Tensor  # (D, 2·G·H)
+    p: Tensor | None  # (D, 3·H): peepholes of i,o,f
     lengths: Value | None
     h0: Value | None
     c0: Value | None
+
+
+def _bytes(value: Value | None) -> int:
+    return sum(t.nbytes for t in value.data) if value is not None else 0
+
+
+def _ends(graph: Graph) -> dict[int, list[str]]:
+    """The values that nobody reads behind a node, by the node's place: kept until the end, they would add up."""
+    last: dict[str, int] = {}
+    for at, node in enumerate(graph.nodes):
+        last |= dict.fromkeys((*node.outputs, *_reads(node)), at)
+    ends: dict[int, list[str]] = {}
+    for name in last.keys() - {*graph.outputs, *graph.tensors}:
+        ends.setdefault(last[name], []).append(name)
+    return ends
+
+
+def _reads(node: Operation) -> Iterator[str]:
+    """What a node reads, its branches too."""
+    yield from node.inputs
+    for branch in node.attributes.values():
+        if isinstance(branch, Graph):
+            yield from branch.outputs
+            for inner in branch.nodes:
+                yield from _reads(inner)
 
 
 @special("LSTM", "GRU", "RNN")
@@ -439,7 +483,6 @@ def _recurrent(tracer: Tracer, node: Operation, operands: list[Value | None], va
     wanted = ((len(ways), gates * hidden, w.shape[-1]), (len(ways), gates * hidden, hidden), (len(ways), 2 * gates * hidden))
     if (tuple(w.shape), tuple(r.shape), tuple(b.shape)) != wanted or set(ways) - {"forward", "reverse"} or hidden < 1:
         raise UnsupportedError(f"weights of shapes {tuple(w.shape)}, {tuple(r.shape)}, {tuple(b.shape)}; wanted {wanted} for {direction}")
-    _no_extras(node, operands)
     layer = _Layer(
         node.op,
         hidden,
@@ -448,6 +491,7 @@ def _recurrent(tracer: Tracer, node: Operation, operands: list[Value | None], va
         w,
         r,
         b,
+        _peepholes(node, operands, (len(ways), 3 * hidden)),
         _lengths(tracer, operands[4], layout, operands[0]),
         turn(operands[5]),
         turn(operands[6]),
@@ -458,14 +502,22 @@ def _recurrent(tracer: Tracer, node: Operation, operands: list[Value | None], va
     return [one for one in (y, turn(h), turn(c)) if one is not None][: max(len(node.outputs), 1)]
 
 
-def _no_extras(node: Operation, operands: Sequence[Value | None]) -> None:
-    reasons = []
-    if node.attributes.get("clip"):
-        reasons.append(f"clips its pre-activations at {node.attributes['clip']}, which no cell here does")
-    if node.op == "LSTM" and operands[7] is not None and bool(_fixed(operands, 7).any()):
-        reasons.append("peepholes (P), which no cell here has")
-    if reasons:
-        raise UnsupportedError(*reasons)
+def _peepholes(node: Operation, operands: Sequence[Value | None], wanted: tuple[int, int]) -> Tensor | None:
+    """P; None where it is not given, or nothing but zeros."""
+    if node.op != "LSTM" or operands[7] is None:
+        return None
+    p = _fixed(operands, 7)
+    if tuple(p.shape) != wanted:
+        raise UnsupportedError(f"peepholes of shape {tuple(p.shape)}; wanted {wanted}")
+    return p if bool(p.any()) else None
+
+
+def _clip(node: Operation) -> float:
+    """What pre-activations are clipped to, 0 where they are not."""
+    clip = float(node.attributes.get("clip") or 0.0)
+    if not 0 <= clip < math.inf:
+        raise UnsupportedError(f"clips its pre-activations at {clip}; wanted a positive number")
+    return clip
 
 
 def _lengths(tracer: Tracer, value: Value | None, layout: int, x: Value | None) -> Value | None:
@@ -507,10 +559,9 @@ def _gated(tracer: Tracer, node: Operation, layer: _Layer) -> tuple[Value, Value
         raise UnsupportedError(f"gates with activation {gate}{list(slope) or ''}; known: Sigmoid, and HardSigmoid with beta 0.5")
     if len(phis) > 1:
         raise UnsupportedError(f"two activations, {' and '.join(sorted(phis))}, for candidate and cell; wanted the same")
-    cell = "lstm" if lstm else "gru" if node.attributes.get("linear_before_reset") else "gru_reset_before"
-    options = {"activation": phis.pop(), "hard_sigmoid": 2 * slope[0] if gate == "hardsigmoid" else 0.0}
-    coupled = bool(node.attributes.get("input_forget"))
-    directions = [_direction(layer.op, layer.w[k], layer.r[k], layer.b[k], coupled=coupled) for k in range(len(layer.ways))]
+    cell = _lstm_kind(node, layer) if lstm else "gru" if node.attributes.get("linear_before_reset") else "gru_reset_before"
+    options = {"activation": phis.pop(), "hard_sigmoid": 2 * slope[0] if gate == "hardsigmoid" else 0.0, "clip": _clip(node)}
+    directions = [_direction(cell, layer, k) for k in range(len(layer.ways))]
     x = _backwards(tracer, layer.x, layer) if layer.ways == ("reverse",) else layer.x
     y, h, c = _walk(tracer, cell, replace(layer, x=x), directions, options, hint=node.outputs[0] or node.op)
     if layer.ways == ("reverse",):
@@ -521,21 +572,24 @@ def _gated(tracer: Tracer, node: Operation, layer: _Layer) -> tuple[Value, Value
     return tracer.one("Transpose", parted, perm=[0, 2, 1, 3]), h, c
 
 
-def _direction(op: str, w: Tensor, r: Tensor, b: Tensor, *, coupled: bool) -> Direction:
-    """ONNX's row blocks i,o,f,c and z,r,h -> PyTorch's i,f,g,o and r,z,n."""
+def _lstm_kind(node: Operation, layer: _Layer) -> str:
+    """With input_forget, f = 1 − i, whatever the file has as weights of f."""
+    return f"lstm{'_coupled' if node.attributes.get('input_forget') else ''}{'' if layer.p is None else '_peephole'}"
+
+
+def _direction(cell: str, layer: _Layer, k: int) -> Direction:
+    """ONNX's row blocks i,o,f,c and z,r,h (peepholes: i,o,f) -> PyTorch's."""
     import torch
 
-    hidden = r.shape[1]
-    if op == "GRU":
-        order = lambda t: torch.cat([t.split(hidden)[k] for k in (1, 0, 2)])
-    else:
+    theirs = ("i", "o", "f", CANDIDATE) if layer.op == "LSTM" else ("z", "r", CANDIDATE)
 
-        def order(t: Tensor) -> Tensor:
-            i, o, f, g = t.split(hidden)
-            return torch.cat([i, -i if coupled else f, g, o])  # coupled: f = 1 − σ(pre of i) = σ(−pre of i)
+    def order(t: Tensor, wanted: Sequence[str] = BLOCKS[cell]) -> Tensor:
+        blocks = dict(zip(theirs, t.split(layer.hidden), strict=False))
+        return torch.cat([blocks[name] for name in wanted])
 
-    b_ih, b_hh = b.chunk(2)
-    return Direction(order(w), order(r), order(b_ih), order(b_hh))
+    b_ih, b_hh = layer.b[k].chunk(2)
+    peephole = None if layer.p is None else order(layer.p[k], CELLS[cell].gate_names)
+    return Direction(order(layer.w[k]), order(layer.r[k]), order(b_ih), order(b_hh), peephole=peephole)
 
 
 def _backwards(tracer: Tracer, x: Value, layer: _Layer) -> Value:
@@ -552,7 +606,7 @@ def _walk(
     x, hidden = layer.x, layer.hidden
     tracer.read.append(x.deps)
     tracer.steps.append((x.data[0].shape[0], x.data[0].shape[1]))
-    starts = [_start(tracer, one) for one in (layer.h0, layer.c0 if cell == "lstm" else None)]
+    starts = [_start(tracer, one) for one in (layer.h0, layer.c0 if layer.op == "LSTM" else None)]
     lengths = layer.lengths if layer.lengths is not None and not layer.lengths.origin else None
     emittable = all(one is None or one.name is not None for one in (x, lengths, *starts))
     names: tuple[str | None, ...] = (None, None, None)
@@ -611,7 +665,6 @@ def _ran(tracer: Tracer, cell: str, layer: _Layer, directions: Sequence[Directio
 
     from rnn2bin.cells.network import Section
     from rnn2bin.gates.estimators import FLOAT
-    from rnn2bin.loaders.assemble import split_direction
     from rnn2bin.spec import LayerSpec, SectionSpec
 
     spec = LayerSpec(cell, layer.w.shape[2], layer.hidden, len(directions), **options)
@@ -619,12 +672,14 @@ def _ran(tracer: Tracer, cell: str, layer: _Layer, directions: Sequence[Directio
     weights: dict[str, Tensor] = {}
     for way, one in zip(("fwd", "bwd"), directions, strict=False):
         parts = split_direction(cell, one.weight_ih, one.weight_hh, one.bias_ih, one.bias_hh)
+        if one.peephole is not None:
+            parts["gates.peephole"] = one.peephole
         weights |= {f"layers.0.{way}.{name}": values for name, values in parts.items()}
     section.load_state_dict(weights)
     results = []
     for probe, x in enumerate(layer.x.data):
         at = lambda value, probe=probe: value.data[probe % len(value.data)]  # type: ignore[misc]
-        began = [at(one) if one is not None else x.new_zeros(1) for one in (layer.h0, layer.c0)][: 2 if cell == "lstm" else 1]
+        began = [at(one) if one is not None else x.new_zeros(1) for one in (layer.h0, layer.c0)][: 2 if layer.op == "LSTM" else 1]
         wide = [
             (s[:, :1] if s.ndim == 3 and s.shape[1] != x.shape[1] else s).expand(len(directions), x.shape[1], layer.hidden) for s in began
         ]
@@ -640,6 +695,8 @@ def _plain_rnn(tracer: Tracer, node: Operation, layer: _Layer) -> tuple[Value, V
     ((name, parameters),) = _functions(node, 1, len(layer.ways))
     if name not in ("tanh", "relu"):
         raise UnsupportedError(f"activation {name}{list(parameters) or ''} of a layer without gates; known: Tanh, Relu")
+    if _clip(node):
+        raise UnsupportedError(f"clips its pre-activations at {_clip(node)}, which a layer without gates does not here")
     if layer.h0 is not None and layer.h0.origin:
         raise UnsupportedError("a state that is carried from call to call, in a layer without gates")
     made = []

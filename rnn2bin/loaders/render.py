@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rnn2bin.loaders.assemble import BLOCKS
 from rnn2bin.spec import GraphSpec, RnnSpec
 
 MOST_ROWS = 200
@@ -19,7 +21,7 @@ def _plain(line: str) -> str:
 BY_HAND = """\
 source:
   main:
-    cell: lstm  # or gru, gru_reset_before
+    cell: lstm  # or lstm_peephole, lstm_coupled, gru, gru_reset_before …
     embedding: null  # tensor (vocabulary, width); or `one_hot: true`; neither for float inputs
     layers:
     - {weight_ih: unknown, weight_hh: unknown, bias_ih: unknown, bias_hh: unknown}
@@ -53,7 +55,9 @@ def spec_parts(spec: RnnSpec) -> list[str]:
             lines.append(f"{name}: embedding {section.embedding.num_embeddings}x{section.embedding.embedding_dim}")
         for index, layer in enumerate(section.layers):
             ways = "both directions" if layer.directions == 2 else "one direction"
-            lines.append(f"{name}: layer {index}: {layer.cell} {layer.input_size} -> {layer.hidden_size}, {ways}")
+            clips = {"pre-activations": layer.clip, "cells": layer.cell_clip, "projections": layer.proj_clip}
+            clipped = "".join(f", {what} clipped to ±{bound:g}" for what, bound in clips.items() if bound)
+            lines.append(f"{name}: layer {index}: {layer.cell} {layer.input_size} -> {layer.hidden_size}, {ways}{clipped}")
         if section.graph is None:
             lines.append(f"{name}: reads out {section.readout}")
             lines += [f"{name}: linear {one.in_features} -> {one.out_features}, then {one.activation}" for one in section.head]
@@ -75,15 +79,16 @@ def around(graph: GraphSpec) -> list[str]:
 
 def _layer(cell: str, layer: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
     ih, hh = shapes.get(layer["weight_ih"]), shapes.get(layer["weight_hh"])
-    hidden = hh[0] // (4 if cell == "lstm" else 3) if hh else "?"
+    hidden = hh[0] // len(BLOCKS[cell]) if hh else "?"
     ways = "both directions" if layer.get("reverse") else "one direction"
     projected = f", projected to {shapes[layer['weight_hr']][0]}" if layer.get("weight_hr") in shapes else ""
     bias = "" if layer.get("bias_ih") or layer.get("bias_hh") else ", no bias"
     return f"{cell} {ih[1] if ih and len(ih) == 2 else '?'} -> {hidden}, {ways}{projected}{bias} ({layer['weight_ih']})"
 
 
-def source_yaml(draft: Mapping[str, Any] | None, reasons: Sequence[str], ignore: Sequence[str]) -> str:
-    """The `source:` section to paste into a recipe; `unknown` stands where the file does not say, and no recipe accepts it."""
+def source_yaml(draft: Mapping[str, Any] | None, reasons: Sequence[str], ignore: Sequence[str], unused: Sequence[str] = ()) -> str:
+    """The `source:` section to paste into a recipe; `unknown` stands where the file does not say, and no recipe accepts it. `unused`:
+    tensors that the draft leaves over, which the file alone does not place."""
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
     comments = "".join(f"# open: {_plain(line)}\n" for line in reasons)
@@ -92,8 +97,23 @@ def source_yaml(draft: Mapping[str, Any] | None, reasons: Sequence[str], ignore:
     data = {"source": {**draft, **({"ignore": list(ignore)} if ignore else {})}}
     body = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, allow_unicode=True, width=1000)
     notes = "# where it applies, add to a section: `readout: last` (or final, mean, max); `one_hot: true` for tokens without a table\n"
-    notes = "" if "keras" in draft else notes
-    return comments + notes + str(body)
+    notes = notes if {"main", "encoder"} & draft.keys() and not draft.get("main", {}).get("graph") else ""
+    return comments + notes + str(body) + _left(unused, ignore)
+
+
+def _left(unused: Sequence[str], ignore: Sequence[str]) -> str:
+    """Both ways to settle tensors that are left over, to be uncommented."""
+    if not unused:
+        return ""
+    listed = json.dumps([*ignore, *unused])  # on one line, whatever the names hold
+    operations = "".join(f"#    - {{op: unknown, inputs: [y, {json.dumps(name)}], outputs: [unknown]}}\n" for name in unused)
+    return (
+        "# what is left over, where the outputs are the same without it:\n"
+        f"#  ignore: {listed}\n"
+        "# where it takes part (docs/graphs.md), in `main`:\n"
+        "#    graph:\n"
+        "#    - {op: Recurrent, inputs: [input], outputs: [y]}\n" + operations
+    )
 
 
 def text(

@@ -1,20 +1,21 @@
 """Recurrent cells in a TensorFlow 1 graph: anchored at their kernels, then proven by value.
 
 A cell's part of the graph is run on random input, and the nodes that equal our equations are its new state. What computes something else
-(peepholes, clipping, layer normalisation) is refused.
+(layer normalisation, other gate activations) is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rnn2bin.errors import UnsupportedError
+from rnn2bin.loaders.assemble import BLOCKS, split_direction
 from rnn2bin.loaders.graph import Direction
 from rnn2bin.loaders.graphdef import GraphNode
 from rnn2bin.loaders.tensorflow_ops import FREEZE, SAME, NotConstantError, Ref, Value, Values
-from rnn2bin.spec import CELL_ACTIVATIONS
+from rnn2bin.spec import CELL_ACTIVATIONS, LayerSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,7 @@ BORDER = frozenset({"NextIteration", "Exit", "TensorArrayWriteV3", "TensorArrayW
 class Cell:
     """A recurrent cell found in the graph, by what it reads and makes in one step (or, `whole`, in all of them).
 
-    `kernels`: the constants it multiplies by; cells of one unrolled layer share them.
+    `kernels`: the constants it multiplies by; cells of one unrolled layer share them. `options`: the LayerSpec's activation and clips.
     """
 
     kind: str
@@ -39,12 +40,12 @@ class Cell:
     c: Ref | None
     new_h: Ref
     new_c: Ref | None
-    activation: str = "tanh"
+    options: dict[str, Any] = field(default_factory=dict)
     whole: bool = False
 
     @property
     def sizes(self) -> tuple[Any, ...]:
-        return (self.kind, self.activation, self.whole, self.direction.weight_ih.shape, self.direction.weight_hh.shape)
+        return (self.kind, self.options, self.whole, self.direction.weight_ih.shape, self.direction.weight_hh.shape)
 
 
 @dataclass(frozen=True)
@@ -127,36 +128,69 @@ class Cells:
         return node.inputs[1] if node.inputs[0] == ref else node.inputs[0]
 
     def lstm(self, node: GraphNode) -> Cell | None:
-        """BasicLSTMCell and LSTMCell: [x, h] K + b, split into i, j (candidate), f, o; f + forget bias."""
+        """BasicLSTMCell and LSTMCell: [x, h] K + b, split into i, j (candidate), f, o; f + forget bias; with peepholes i, f, o + w·c."""
         operands, product = self.joined(node.inputs[0]), self.product(node)
         parts = self.split(product[2], 4) if product else None
         if operands is None or product is None or parts is None:
             return None
         kernel, bias, _ = product
         (x, h), hidden = operands, kernel.shape[1] // 4
-        forget, extra = (parts.name, 2), 0.0
-        if added := self.next(forget, "Add", "AddV2"):
-            number = self.values.constant(self.other(added, forget))
-            if number is None or number.numel() != 1:
-                raise self.unknown("LSTM", node)
-            forget, extra = (added.name, 0), float(number)
+        gates = [self.added((parts.name, k), hidden) for k in (0, 2, 3)]
+        forget = gates[1][0]
         opened = self.next(forget, "Sigmoid")
         kept = self.next((opened.name, 0), "Mul") if opened else None
-        if opened is None or kept is None:
+        if opened is None or kept is None or gates[0][1] or gates[2][1]:
             raise self.unknown("LSTM", node)
         c = self.skip(self.other(kept, (opened.name, 0)))
-        recurrent, projection = self.projection(h, hidden)
-        direction = _lstm_direction(kernel, bias, kernel.shape[0] - recurrent, "ijfo", extra, projection)
-        return self.proven("lstm", node, direction, x, h, c, (node.inputs[1],))
+        updated = self.next((kept.name, 0), "Add", "AddV2")
+        recurrent, projection, proj_clip = self.projection(h, hidden)
+        direction = _lstm_direction(
+            kernel, bias, kernel.shape[0] - recurrent, "ijfo", gates[1][1], projection, [peephole for _, _, peephole in gates]
+        )
+        clips = {"cell_clip": self.clip((updated.name, 0)) if updated else 0.0, "proj_clip": proj_clip}
+        return self.proven(_kind(direction), node, direction, x, h, c, (node.inputs[1],), clips)
 
-    def projection(self, h: Ref, hidden: int) -> tuple[int, Tensor | None]:
-        """The width of what a loop carries as h, and the (R,H) matrix that makes it of the cell's output, where there is one."""
+    def added(self, ref: Ref, hidden: int) -> tuple[Ref, float, Tensor | None]:
+        """What is added to a gate's pre-activation: the sum, a number, and what multiplies the cell (H,), where there is such."""
+        number, peephole = 0.0, None
+        while (node := self.next(ref, "Add", "AddV2")) is not None:
+            other = self.other(node, ref)
+            constant, product = self.values.constant(other), self.nodes.get(self.skip(other)[0])
+            if constant is not None and constant.numel() == 1:
+                number += float(constant)
+            elif product is not None and product.op == "Mul":
+                weights = [w for w in map(self.values.constant, product.inputs) if w is not None and w.shape == (hidden,)]
+                peephole = weights[0] if len(weights) == 1 and peephole is None else None
+            ref = (node.name, 0)
+        return ref, number, peephole
+
+    def clip(self, ref: Ref) -> float:
+        """n where a value is clipped to [−n, n] by the one node that reads it, as tf.clip_by_value writes it; else 0."""
+        least = self.next(ref, "Minimum")
+        most = self.next((least.name, 0), "Maximum") if least else None
+        return self.clipped_by(most)[1] if most else 0.0
+
+    def clipped_by(self, node: GraphNode) -> tuple[Ref, float]:
+        """What Maximum(Minimum(value, n), −n) clips, and n; the node's own value and 0 where it is something else."""
+        inner = self.nodes.get(self.skip(node.inputs[0])[0])
+        if node.op != "Maximum" or inner is None or inner.op != "Minimum":
+            return (node.name, 0), 0.0
+        high, low = self.values.constant(inner.inputs[1]), self.values.constant(node.inputs[1])
+        if high is None or low is None or high.numel() != 1 or float(low) != -float(high) or float(high) <= 0:
+            return (node.name, 0), 0.0
+        return self.skip(inner.inputs[0]), float(high)
+
+    def projection(self, h: Ref, hidden: int) -> tuple[int, Tensor | None, float]:
+        """The width of what a loop carries as h; the (R,H) matrix that makes it of the cell's output, where there is one; what clips it."""
         carried = self.variable(h)
-        node = self.values.node(self.before_end(carried.after)[0]) if carried else None
-        matrix = self.values.constant(node.inputs[1]) if node is not None and node.op == "MatMul" else None
+        if carried is None:
+            return hidden, None, 0.0
+        ref, clip = self.clipped_by(self.values.node(self.before_end(carried.after)[0]))
+        node = self.values.node(ref)
+        matrix = self.values.constant(node.inputs[1]) if node.op == "MatMul" else None
         if matrix is None or matrix.ndim != 2 or matrix.shape[0] != hidden:
-            return hidden, None
-        return matrix.shape[1], matrix.t().contiguous()
+            return hidden, None, 0.0
+        return matrix.shape[1], matrix.t().contiguous(), clip
 
     def gru(self, node: GraphNode) -> Cell | None:
         """GRUCell: σ([x, h] K + b) split into r, u; tanh([x, r⊙h] K' + b'); u⊙h + (1−u)⊙c."""
@@ -186,18 +220,19 @@ class Cells:
         whole = node.op != "LSTMBlockCell"
         x, c, h, w, wci, wcf, wco, b = node.inputs[1:] if whole else node.inputs
         kernel, bias = self.values.constant(w), self.values.constant(b)
-        peepholes = [self.values.constant(one) for one in (wci, wcf, wco)]
-        given = node.attributes.get("use_peephole") and any(p is None or bool(p.any()) for p in peepholes)
+        peepholes = [self.values.constant(one) for one in (wci, wcf, wco)] if node.attributes.get("use_peephole") else []
         if kernel is None or bias is None or kernel.ndim != 2:
             raise UnsupportedError(f"{node.op} ({node.name}): its kernel is no constant of the file; {FREEZE}")
-        if given or node.attributes.get("cell_clip", 3.0) > 0:
-            raise UnsupportedError(f"{node.op} ({node.name}): peepholes and clipped cells are not converted")
+        if any(one is None for one in peepholes):
+            raise UnsupportedError(f"{node.op} ({node.name}): its peepholes are no constants of the file; {FREEZE}")
         order = "ifjo" if node.op == "BlockLSTMV2" else "ijfo"
         extra = 0.0 if node.op == "BlockLSTMV2" else node.attributes.get("forget_bias", 1.0)
-        direction = _lstm_direction(kernel, bias, kernel.shape[0] - kernel.shape[1] // 4, order, extra, None)
+        direction = _lstm_direction(kernel, bias, kernel.shape[0] - kernel.shape[1] // 4, order, extra, None, peepholes)
+        clip = node.attributes.get("cell_clip", 0.0 if node.op == "BlockLSTMV2" else 3.0)  # their defaults
         kernels = (self.skip(w)[0],)
         skipped = (self.skip(x), self.skip(h), self.skip(c))
-        return Cell("lstm", node.name, kernels, direction, *skipped, (node.name, 6), (node.name, 1), whole=whole)
+        options = {"cell_clip": float(max(clip, 0.0))}
+        return Cell(_kind(direction), node.name, kernels, direction, *skipped, (node.name, 6), (node.name, 1), options, whole)
 
     def gru_block(self, node: GraphNode) -> Cell:
         x, h, *rest = node.inputs
@@ -256,32 +291,44 @@ class Cells:
             found += [r.name for r in front]
         return found
 
-    def proven(self, kind: str, node: GraphNode, direction: Direction, x: Ref, h: Ref, c: Ref | None, kernels: tuple[Ref, ...]) -> Cell:
+    def proven(
+        self,
+        kind: str,
+        node: GraphNode,
+        direction: Direction,
+        x: Ref,
+        h: Ref,
+        c: Ref | None,
+        kernels: tuple[Ref, ...],
+        clips: dict[str, float] | None = None,
+    ) -> Cell:
         """The cell, with the nodes whose values equal its new state on random input."""
         import torch
 
-        generator = torch.Generator().manual_seed(0)
+        generator, clips = torch.Generator().manual_seed(0), clips or {}
         rows, columns = direction.weight_hh.shape
-        hidden = rows // (4 if kind == "lstm" else 3)
+        hidden = rows // len(BLOCKS[kind])
         draw = lambda size: torch.randn(4, size, generator=generator)
         inputs = {x: draw(direction.weight_ih.shape[1]), h: draw(columns)}
         if c is not None:
-            inputs[c] = draw(hidden) * torch.tensor([0.3, 1.0, 1.0, 100.0])[:, None]  # a cell that is clipped shows it
+            most = max(100.0, 10 * clips["cell_clip"])
+            inputs[c] = draw(hidden) * torch.tensor([0.3, 1.0, 1.0, most])[:, None]  # a cell that is clipped shows it
         values = Values(self.nodes, {ref: Value(constant=t) for ref, t in inputs.items()})
         here = [found for name in self.behind(node) if (found := _constant_of(values, (name, 0))) is not None]
         for activation in CELL_ACTIVATIONS:
-            wanted = _step(kind, direction, inputs[x], inputs[h], inputs[c] if c else None, activation)
+            options = {"activation": activation, **clips}
+            wanted = _step(kind, direction, inputs[x], (inputs[h], *([inputs[c]] if c else [])), options)
             states = [next((ref for ref, t in here if _equal(t, want)), None) for want in wanted]
             if all(states):
                 new_h, new_c = [*states, None][:2]
                 assert new_h is not None
-                return Cell(kind, node.name, tuple(self.skip(k)[0] for k in kernels), direction, x, h, c, new_h, new_c, activation)
-        raise self.unknown("LSTM" if kind == "lstm" else "GRU", node)
+                return Cell(kind, node.name, tuple(self.skip(k)[0] for k in kernels), direction, x, h, c, new_h, new_c, options)
+        raise self.unknown("LSTM" if c else "GRU", node)
 
     def unknown(self, kind: str, node: GraphNode) -> UnsupportedError:
         return UnsupportedError(
             f"{node.name}: looks like an {kind} cell, but does not compute what TensorFlow's {kind} cells compute; "
-            "peepholes, clipping, layer normalisation and other gate activations are not converted"
+            "layer normalisation, other gate activations and the like are not converted"
         )
 
 
@@ -299,25 +346,31 @@ def _equal(found: Tensor, wanted: Tensor) -> bool:
     return found.shape == wanted.shape and found.is_floating_point() and torch.allclose(found, wanted, atol=1e-4, rtol=1e-4)
 
 
-def _step(kind: str, d: Direction, x: Tensor, h: Tensor, c: Tensor | None, activation: str) -> tuple[Tensor, ...]:
-    """One step of the equations: the new h, and an LSTM's new c."""
+def _step(kind: str, d: Direction, x: Tensor, state: tuple[Tensor, ...], options: dict[str, Any]) -> tuple[Tensor, ...]:
+    """One step of the oracle with float gates: the new h, and an LSTM's new c."""
     import torch
 
-    from rnn2bin.cells.weights import PHI
+    from rnn2bin.cells import network
+    from rnn2bin.gates.estimators import FLOAT
 
-    phi = PHI[activation].value
-    if c is not None:
-        i, f, g, o = (x @ d.weight_ih.t() + h @ d.weight_hh.t() + d.bias_ih).chunk(4, 1)
-        new = torch.sigmoid(f) * c + torch.sigmoid(i) * phi(g)
-        out = torch.sigmoid(o) * phi(new)
-        return (out if d.projection is None else out @ d.projection.t(), new)
-    (w_r, w_z, w_n), (u_r, u_z, u_n), (b_r, b_z, b_n) = (t.chunk(3) for t in (d.weight_ih, d.weight_hh, d.bias_ih))
-    r, z = torch.sigmoid(x @ w_r.t() + h @ u_r.t() + b_r), torch.sigmoid(x @ w_z.t() + h @ u_z.t() + b_z)
-    return (z * h + (1 - z) * phi(x @ w_n.t() + (r * h) @ u_n.t() + b_n),)
+    projected = 0 if d.projection is None else len(d.projection)
+    layer = LayerSpec(kind, d.weight_ih.shape[1], len(d.weight_hh) // len(BLOCKS[kind]), proj_size=projected, **options)
+    cell, parts = network.Cell(layer), split_direction(kind, d.weight_ih, d.weight_hh, d.bias_ih, d.bias_hh)
+    more = {"projection.weight": d.projection, "gates.peephole": d.peephole}
+    cell.load_state_dict(parts | {name: values for name, values in more.items() if values is not None})
+    with torch.no_grad():
+        return network.STEPS[kind](x, state, cell.weights(), cell.gate(FLOAT))[0]
 
 
-def _lstm_direction(kernel: Tensor, bias: Tensor, width: int, order: str, extra: float, projection: Tensor | None) -> Direction:
-    """Kernel (I+R,4H) with blocks in `order` of i, j (the candidate), f, o -> PyTorch's i, f, g, o; the forget bias added."""
+def _kind(direction: Direction) -> str:
+    return "lstm" if direction.peephole is None else "lstm_peephole"
+
+
+def _lstm_direction(
+    kernel: Tensor, bias: Tensor, width: int, order: str, extra: float, projection: Tensor | None, peepholes: Sequence[Tensor | None]
+) -> Direction:
+    """Kernel (I+R,4H) with blocks in `order` of i, j (the candidate), f, o -> PyTorch's i, f, g, o; the forget bias added. `peepholes`: of
+    i, f, o."""
     import torch
 
     if width <= 0 or kernel.shape[1] % 4:
@@ -326,7 +379,9 @@ def _lstm_direction(kernel: Tensor, bias: Tensor, width: int, order: str, extra:
     biases = dict(zip(order, bias.chunk(4), strict=True))
     biases["f"] = biases["f"] + extra
     weight, bias = torch.cat([blocks[g] for g in "ifjo"]), torch.cat([biases[g] for g in "ifjo"])
-    return Direction(weight[:, :width], weight[:, width:], bias, torch.zeros_like(bias), projection)
+    given = [one for one in peepholes if one is not None]
+    peephole = torch.cat(given) if len(given) == 3 and any(bool(one.any()) for one in given) else None
+    return Direction(weight[:, :width], weight[:, width:], bias, torch.zeros_like(bias), projection, peephole)
 
 
 def _gru_direction(gates: Tensor, candidate: Tensor, bias: Tensor, bias_candidate: Tensor, width: int) -> Direction:

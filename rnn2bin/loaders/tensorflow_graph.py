@@ -44,11 +44,15 @@ def read(path: Path, source: Source) -> Assembly:
 
     `source.ignore` may name outputs that do not count.
     """
+    from rnn2bin.cells.ops import MISFITS
+
     nodes = graphdef.read(path)
     try:
         return _Importer(nodes, source.ignore).network()
     except RecursionError:
         raise UnsupportedError("the graph is too deep to be followed") from None
+    except (*MISFITS, AttributeError) as error:  # inputs and attributes are taken as there
+        raise UnsupportedError(f"a node is not as TensorFlow writes it ({type(error).__name__}: {error}); freeze the graph again") from None
 
 
 class _Importer(Values):
@@ -412,7 +416,7 @@ class _Importer(Values):
         h0, c0 = [*starts, "", ""][:2]
         cell = cells[0]
         directions = [one.direction for one in cells]
-        return self.builder.recurrent(cell.kind, x, directions, h0=h0, c0=c0, lengths=lengths, activation=cell.activation, hint=cell.name)
+        return self.builder.recurrent(cell.kind, x, directions, h0=h0, c0=c0, lengths=lengths, hint=cell.name, **cell.options)
 
     def settle(self, cells: Sequence[Cell], y: str, h: str, c: str) -> None:
         """Names what a layer's cells have made; the second reads backward, and the file has its output in that order."""

@@ -344,6 +344,8 @@ class Values:
         return self.nodes[ref[0]]
 
     def of(self, node: GraphNode, ref: Ref) -> Value | tuple[Value, ...]:
+        from rnn2bin.cells.ops import MISFITS
+
         if node.op == "Const":
             stored = node.attributes.get("value")
             if not isinstance(stored, graphdef.Stored):
@@ -356,7 +358,7 @@ class Values:
         values = [self.value(one) for one in node.inputs]
         try:
             return HANDLERS[node.op](self, node, values) if node.op in HANDLERS else self(ALIKE[node.op], *values)
-        except (IndexError, KeyError, ValueError, TypeError) as error:
+        except MISFITS as error:
             raise UnsupportedError(f"{node.op} ({node.name}) is not as TensorFlow writes it ({error})") from None
 
     def other(self, node: GraphNode, ref: Ref) -> Value | tuple[Value, ...]:
@@ -386,7 +388,7 @@ class Values:
 
     def many(self, op: str, values: Sequence[Value], count: int, **attributes: Any) -> tuple[Value, ...]:
         """An operation under ONNX's name, computed at once where all its operands are constant."""
-        from rnn2bin.cells.ops import OPS
+        from rnn2bin.cells.ops import MISFITS, OPS
 
         constants = [v.constant for v in values if v.constant is not None]
         if len(constants) == len(values):
@@ -395,7 +397,7 @@ class Values:
                 if self.folded > MOST_FOLDED:
                     raise UnsafeError("the file's constants compute to more than 2^30 numbers; refused, it would exhaust the memory")
                 made = OPS[op](constants, attributes)
-            except (RuntimeError, IndexError, KeyError, ValueError, TypeError, AssertionError) as error:
+            except MISFITS as error:
                 raise UnsupportedError(f"{op} does not run on the file's constants ({error})") from None
             return tuple(Value(constant=t) for t in (made if isinstance(made, tuple) else (made,)))
         return self.add(op, values, count, attributes)

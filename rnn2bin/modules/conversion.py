@@ -104,7 +104,7 @@ def convert(
             folder,
             packed=sum(t.nbytes for t in student.state_dict().values() if isinstance(t, Tensor)),
             checkpoint=plan.checkpoint_bytes(student, recipe),
-            control=recipe.report.float_same_compute,
+            beside=int(recipe.report.float_same_compute),
         )
     )
     work = pipeline.check_work(folder, _key(job, provenance, batches), resume=resume, force=force)

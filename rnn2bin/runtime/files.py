@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rnn2bin import data
+from rnn2bin import data, packed
 from rnn2bin.errors import DataError, UsageError
 from rnn2bin.runtime import native_backend, torch_backend
 
@@ -42,10 +42,7 @@ def run_file(model: Model, path: Path, target: Path | None) -> dict[str, Any]:
 
 
 def _text(model: Model, path: Path) -> data.Part:
-    vocabulary = (model.config.get("task") or {}).get("vocabulary")
-    text = path.read_text(encoding="utf-8")
-    tokens = data.encode_text(text, vocabulary)
-    return data.Part(tokens[None])
+    return data.Part(data.encode_text(data.read_text(path), packed.vocabulary(model.config))[None])
 
 
 def _joined(pieces: list[torch.Tensor], *, fill: int) -> torch.Tensor:

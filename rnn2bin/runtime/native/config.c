@@ -1,6 +1,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include "config.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,10 +11,10 @@
 
 enum { MOST_CONFIG = 64 << 20 };
 
-static const char *const CELLS[] = {"lstm", "gru", "gru_reset_before"};
+static const char *const CELLS[] = {"lstm", "gru", "gru_reset_before", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole"};
 static const char *const READOUTS[] = {"all", "last", "final", "mean", "max"};
 static const char *const ACTIVATIONS[] = {"none", "relu", "tanh", "sigmoid", "softmax", "log_softmax", "l2", "relu_l2"};
-static const char *const GATES[][MOST_GATES] = {{"i", "f", "o"}, {"r", "z"}, {"r", "z"}};
+static const char *const GATES[][MOST_GATES] = {{"i", "f", "o"}, {"r", "z"}, {"r", "z"}, {"i", "f", "o"}, {"i", "o"}, {"i", "o"}};
 static const char *const DIRECTIONS[] = {"fwd", "bwd"};
 
 #define COUNT(names) (int)(sizeof(names) / sizeof((names)[0]))
@@ -41,6 +42,30 @@ static bool is_zero(const json *number) {
   return true;
 }
 
+/* A bound of what is clipped; 0, or none in directories from before there were any, is no bound. */
+static int read_bound(const json *layer, const char *name, float *bound, const char *where) {
+  const json *found = json_get(layer, name);
+  double value = 0.0;
+  if (found && (!json_real(found, &value) || !(value >= 0.0 && value < 1e38)))
+    return fail("config.json: %s: %s must be a number from 0 on", where, name);
+  *bound = value > 0.0 ? (float)value : INFINITY;
+  return 0;
+}
+
+static int read_kind(const json *found, layer_config *layer, const char *where) {
+  layer->peepholes = layer->cell == CELL_LSTM_PEEPHOLE || layer->cell == CELL_LSTM_COUPLED_PEEPHOLE;
+  layer->coupled = layer->cell == CELL_LSTM_COUPLED || layer->cell == CELL_LSTM_COUPLED_PEEPHOLE;
+  layer->has_cell = layer->cell == CELL_LSTM || layer->peepholes || layer->coupled;
+  layer->gates = layer->has_cell && !layer->coupled ? 3 : 2;
+  if (read_bound(found, "clip", &layer->clip, where) || read_bound(found, "cell_clip", &layer->cell_clip, where) ||
+      read_bound(found, "proj_clip", &layer->proj_clip, where))
+    return -1;
+  bool clips = isfinite(layer->clip) || isfinite(layer->cell_clip) || isfinite(layer->proj_clip);
+  layer->step = !layer->has_cell ? STEP_GRU : layer->cell == CELL_LSTM && !clips ? STEP_LSTM : STEP_LSTM_KINDS;
+  layer->wide_pre = layer->step == STEP_LSTM_KINDS;
+  return 0;
+}
+
 static int read_layer(const json *found, layer_config *layer, const char *where) {
   int cell;
   const json *phi = json_get(found, "activation"), *hard = json_get(found, "hard_sigmoid");
@@ -55,8 +80,8 @@ static int read_layer(const json *found, layer_config *layer, const char *where)
       size_of(found, "proj_size", 0, MOST_SIZE, &layer->projection, where) ||
       (json_get(found, "copies") && size_of(found, "copies", 1, MOST_COPIES, &layer->copies, where)))
     return -1;
-  if (layer->projection && layer->cell != CELL_LSTM) return fail("config.json: %s: only an LSTM has a projection", where);
-  layer->gates = layer->cell == CELL_LSTM ? 3 : 2;
+  if (read_kind(found, layer, where)) return -1;
+  if (layer->projection && !layer->has_cell) return fail("config.json: %s: only an LSTM has a projection", where);
   layer->recurrent = layer->projection ? layer->projection : layer->hidden;
   layer->width = layer->copies * layer->hidden;
   return 0;
@@ -153,7 +178,8 @@ static int read_section(const json *found, section_config *section) {
 
 /* The encoder's last states start the decoder; a decoder reads the tokens it writes. */
 static int read_decoder(const json *decode, network_config *config) {
-  const section_config *encoder = &config->section[0], *decoder = &config->section[1];
+  section_config *encoder = &config->section[0];
+  const section_config *decoder = &config->section[1];
   int start, end, longest;
   if (!decoder->vocabulary) return fail("config.json: decoder: needs an embedding, or one-hot tokens");
   int outputs = decoder->linears ? decoder->linear[decoder->linears - 1].out
@@ -168,7 +194,9 @@ static int read_decoder(const json *decode, network_config *config) {
   config->max_length = longest;
   bool same = encoder->layers == decoder->layers;
   for (int k = 0; same && k < encoder->layers; k++) {
-    const layer_config *a = &encoder->layer[k], *b = &decoder->layer[k];
+    layer_config *a = &encoder->layer[k];
+    const layer_config *b = &decoder->layer[k];
+    a->wide_pre |= b->wide_pre; /* they share states */
     same = a->cell == b->cell && a->width == b->width && a->hidden == b->hidden && a->recurrent == b->recurrent && a->directions == b->directions;
   }
   return same ? 0 : fail("config.json: decoder: its layers must have the cells and sizes of the encoder's");

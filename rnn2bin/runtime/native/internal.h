@@ -69,6 +69,7 @@ typedef struct {
   row_matrix candidate_by_row, gates_by_row; /* gates_by_row where they are screened */
   screen screen;
   float *gate_bias, *lo, *hi; /* (G, width) */
+  float *peephole;            /* (G, H), or NULL */
   float *bias, *bias_hh;      /* (H); bias_hh NULL but for a reset-after GRU */
   float *table;               /* (V, gate_rows + candidate_rows): W * embedding, or NULL */
 } cell;

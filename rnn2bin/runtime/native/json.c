@@ -1,5 +1,6 @@
 #include "json.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -196,5 +197,31 @@ bool json_integer(const json *number, int64_t *value) {
     found = 10 * found + digit;
   }
   *value = negative ? -found : found;
+  return true;
+}
+
+/* By hand: strtod reads another decimal point where a program has set its locale. */
+bool json_real(const json *number, double *value) {
+  if (!number || number->kind != JSON_NUMBER) return false;
+  const char *at = number->text, *end = at + number->length;
+  bool negative = at < end && *at == '-', fraction = false;
+  double digits = 0.0;
+  long scale = 0, exponent = 0;
+  for (at += negative; at < end && *at != 'e' && *at != 'E'; at++) {
+    if (*at == '.') {
+      fraction = true;
+      continue;
+    }
+    digits = 10.0 * digits + (*at - '0');
+    scale -= fraction;
+  }
+  if (at < end) {
+    bool down = *++at == '-';
+    for (at += down || *at == '+'; at < end && exponent < 10000; at++) exponent = 10 * exponent + (*at - '0');
+    scale += down ? -exponent : exponent;
+  }
+  double power = pow(10.0, (double)(scale < 0 ? -scale : scale));
+  *value = digits == 0.0 ? 0.0 : scale < 0 ? digits / power : digits * power;
+  if (negative) *value = -*value;
   return true;
 }

@@ -30,5 +30,6 @@ void json_free(json_document *document);
 const json *json_get(const json *object, const char *name); /* NULL: no such member, or no object */
 bool json_is(const json *string, const char *value);        /* a string, and equal */
 bool json_integer(const json *number, int64_t *value);      /* a whole number without exponent that fits */
+bool json_real(const json *number, double *value);          /* any number; what is too large is infinite */
 
 #endif

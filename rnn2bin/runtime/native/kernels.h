@@ -29,6 +29,7 @@ typedef struct {
   float *h, *c;      /* the state, updated; c only of an LSTM */
   float *read;       /* (R): what others read of h, before the step and after it */
   float *products;   /* (gate_rows): written */
+  float *pre;        /* (G, width): written by lstm_kinds.h alone */
   screen_row screen; /* where the cell is screened */
 } step_row;
 
@@ -60,7 +61,7 @@ typedef struct kernels {
   const char *name;
   int (*list)(const float *values, int n, int offset, int32_t *index, float *value); /* non-zero values; how many */
   void (*product)(const matrix *m, const product_row *rows, int count, r2b_counters *counters);
-  void (*step[3])(const cell *cell, step_row *rows, product_row *products, int count, scratch *work); /* by cell_kind */
+  void (*step[STEPS])(const cell *cell, step_row *rows, product_row *products, int count, scratch *work);
   void (*activate)(activation kind, float *y, int n);
   uint64_t (*read)(const uint64_t *memory, uint64_t words);
   int screens; /* whether gates can be screened in integers */

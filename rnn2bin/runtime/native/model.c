@@ -124,18 +124,21 @@ static int find_weights(loader *l, const layer_config *y, const char *prefix, so
 static int load_vectors(loader *l, cell *c, const char *prefix) {
   const layer_config *y = c->layer;
   size_t hidden = (size_t)y->hidden, wide = (size_t)y->gates * (size_t)y->width, room = (size_t)c->candidate_rows;
-  c->gate_bias = floats(l, find(l, (int64_t)wide, 0, "%s.gates.bias", prefix), wide, wide);
+  c->gate_bias = floats(l, find(l, (int64_t)wide, 0, "%s.gates.bias", prefix), wide, wide + room); /* the last unit's group is read whole */
   c->bias = floats(l, find(l, y->hidden, 0, "%s.candidate.bias", prefix), hidden, room);
   if (!c->gate_bias || !c->bias) return -1;
+  if (y->peepholes && !(c->peephole = floats(l, find(l, y->gates * y->hidden, 0, "%s.gates.peephole", prefix), y->gates * hidden, y->gates * hidden)))
+    return -1;
   if (y->cell != CELL_GRU) return 0;
   c->bias_hh = floats(l, find(l, y->hidden, 0, "%s.candidate.bias_hh", prefix), hidden, room);
   return c->bias_hh ? 0 : -1;
 }
 
 /* Levels that a skip depends on are exactly 0 and 1, and so are all where they were not learned (spec.GateSpec). */
-static bool learns(cell_kind kind, int gate, int side) {
+static bool learns(const layer_config *y, int gate, int side) {
   static const bool lstm[MOST_GATES][2] = {{false, true}, {true, true}, {false, true}}, gru[MOST_GATES][2] = {{false, true}, {true, false}};
-  return kind == CELL_LSTM ? lstm[gate][side] : gru[gate][side];
+  if (y->coupled) return side == 1;
+  return y->has_cell ? lstm[gate][side] : gru[gate][side];
 }
 
 static int load_levels(loader *l, cell *c, const char *prefix) {
@@ -149,7 +152,7 @@ static int load_levels(loader *l, cell *c, const char *prefix) {
     float *values = *levels[side] = floats(l, find(l, y->gates, y->width, "%s.levels.%s", prefix, names[side]), wide, wide);
     if (!values) return -1;
     for (int g = 0; g < y->gates; g++)
-      for (int j = 0; j < y->width && !(l->model->config.learned && c->binary[g] && learns(y->cell, g, side)); j++)
+      for (int j = 0; j < y->width && !(l->model->config.learned && c->binary[g] && learns(y, g, side)); j++)
         values[g * y->width + j] = (float)side;
   }
   return 0;
@@ -250,7 +253,7 @@ static int make_screen(r2b_model *model, cell *c) {
   screen *s = &c->screen;
   const layer_config *y = c->layer;
   int rows = y->gates * y->hidden, cols = c->gates_by_row.cols;
-  s->keeps = y->cell != CELL_LSTM;
+  s->keeps = !y->has_cell;
   s->planes = s->keeps ? 2 : 1;
   s->blocks = padded(rows, 128) / 64; /* whole tiles */
   s->room = 64 * s->blocks;
@@ -267,11 +270,12 @@ static int make_screen(r2b_model *model, cell *c) {
 /* A GRU reads what has changed only where it is screened. An LSTM's gates gain where they do not fit into the second cache. */
 static bool is_wanted(const r2b_model *model, const cell *c) {
   if (model->compute != R2B_AUTO) return model->compute == R2B_INT8;
-  return c->layer->cell != CELL_LSTM || sizeof(uint16_t) * (size_t)c->gates.rows * (size_t)c->gates.cols >= SECOND_CACHE;
+  return !c->layer->has_cell || sizeof(uint16_t) * (size_t)c->gates.rows * (size_t)c->gates.cols >= SECOND_CACHE;
 }
 
+/* Not with peepholes: what they add is in no bound of the screen's. */
 static bool screens(const r2b_model *model, const cell *c) {
-  bool all = is_wanted(model, c) && model->kernels->screens && c->gates.cols <= MOST_SCREENED;
+  bool all = is_wanted(model, c) && !c->layer->peepholes && model->kernels->screens && c->gates.cols <= MOST_SCREENED;
   for (int g = 0; g < c->layer->gates; g++) all &= c->binary[g];
   return all;
 }

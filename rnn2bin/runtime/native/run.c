@@ -81,6 +81,7 @@ static int fill_rows(r2b_state *s, const call *c, int index, int direction, int 
         .c = state->c + (size_t)b * (size_t)state->c_size,
         .read = state->read + (size_t)b * (size_t)state->read_size,
         .products = state->products + (size_t)b * (size_t)state->product_size,
+        .pre = state->pre ? state->pre + (size_t)b * (size_t)(cell->layer->gates * cell->layer->width) : NULL,
         .screen = s->screen,
     };
     if (cell->screen.keeps) {
@@ -115,7 +116,7 @@ static void run_layer(r2b_state *s, const call *c, int index, const float *below
     if (in_advance(c, cell)) make_in_advance(s, c, cell);
     for (int t = 0; t < c->count; t++) {
       int rows = fill_rows(s, c, index, d, t, out);
-      s->model->kernels->step[y->cell](cell, s->rows, s->product_rows, rows, &s->work);
+      s->model->kernels->step[y->step](cell, s->rows, s->product_rows, rows, &s->work);
       for (int k = 0; k < rows; k++) memcpy(s->outs[k], s->rows[k].read, sizeof(float) * (size_t)y->recurrent);
     }
   }

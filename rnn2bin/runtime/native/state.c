@@ -22,7 +22,7 @@ static void *carve(arena *a, size_t count, size_t size) {
 static float *carve_floats(arena *a, size_t count) { return carve(a, count, sizeof(float)); }
 
 static void carve_cell(arena *a, cell_state *to, const layer_config *y, size_t batch, bool screened) {
-  bool lstm = y->cell == CELL_LSTM;
+  bool lstm = y->has_cell;
   to->h_size = lstm ? y->recurrent : y->width;
   to->c_size = lstm ? y->width : 0;
   to->read_size = y->recurrent;
@@ -31,6 +31,7 @@ static void carve_cell(arena *a, cell_state *to, const layer_config *y, size_t b
   to->c = carve_floats(a, batch * (size_t)to->c_size);
   to->read = lstm || y->copies == 1 ? to->h : carve_floats(a, batch * (size_t)to->read_size);
   to->products = carve_floats(a, batch * (size_t)to->product_size);
+  to->pre = y->wide_pre ? carve_floats(a, batch * (size_t)(y->gates * y->width)) : NULL;
   to->sum_size = 4 * padded(y->gates * y->hidden, 128);
   to->before_size = padded(y->input + y->recurrent, STRIP);
   to->of = NULL;
@@ -151,8 +152,8 @@ static const layer_config *layer_at(const r2b_model *model, int64_t layer, int64
 int64_t r2b_state_size(const r2b_model *model, int64_t layer, int64_t direction, int64_t which) {
   const layer_config *y = layer_at(model, layer, direction);
   if (!y || which < 0 || which > 1) return 0;
-  if (which == 1) return y->cell == CELL_LSTM ? y->width : 0;
-  return y->cell == CELL_LSTM ? y->recurrent : y->width;
+  if (which == 1) return y->has_cell ? y->width : 0;
+  return y->has_cell ? y->recurrent : y->width;
 }
 
 int r2b_get_state(const r2b_state *state, int64_t layer, int64_t direction, int64_t which, float *values) {
@@ -187,6 +188,7 @@ int r2b_get_gates(const r2b_state *state, int64_t layer, int64_t direction, floa
   const cell_state *c = &state->cells[layer][direction];
   const cell *cell = c->ran;
   if (!cell) return fail("no step has run");
+  if (cell->layer->step == STEP_LSTM_KINDS) return memcpy(pre, c->pre, sizeof(float) * (size_t)state->batch * (size_t)(y->gates * y->width)), 0;
   for (int b = 0; b < state->batch; b++)
     for (int g = 0; g < y->gates; g++)
       for (int j = 0; j < y->width; j++)

@@ -8,6 +8,7 @@
 typedef struct {
   float *h, *c, *read; /* read is h itself where others read h as it is */
   float *products;
+  float *pre; /* (B, G * width), or NULL: see layer_config.wide_pre */
   int h_size, c_size, read_size, product_size;
   int32_t *sums, *before; /* of a screened GRU: (B, ·) each */
   int sum_size, before_size;

@@ -17,6 +17,7 @@
 #include "screen.h"
 #endif
 #include "lstm.h"
+#include "lstm_kinds.h"
 #include "gru.h"
 
 static uint64_t read_all(const uint64_t *memory, uint64_t words) {
@@ -31,7 +32,7 @@ const kernels NAME(kernels) = {
     .name = ISA,
     .list = list,
     .product = whole_product,
-    .step = {lstm, gru, gru},
+    .step = {lstm, gru, lstm_kinds},
     .activate = activate,
     .read = read_all,
 #if defined(R2B_VNNI)

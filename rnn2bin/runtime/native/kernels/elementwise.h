@@ -51,6 +51,9 @@ INLINE float tanh_of(float x) {
   return x * p / q;
 }
 
+/* x in [-most, most]; NaN stays NaN. */
+INLINE float bounded(float x, float most) { return x > most ? most : x < -most ? -most : x; }
+
 static void normalize(float *y, int n) {
   float sum = 0.0f;
   for (int j = 0; j < n; j++) sum += y[j] * y[j];

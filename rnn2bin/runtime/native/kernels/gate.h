@@ -10,11 +10,12 @@ static void gate(const cell *cell, int g, const float *products, float *out) {
     if (cell->binary[g])
       for (int j = 0; j < hidden; j++) to[j] = product[j] + bias[j] > 0.0f ? hi[j] : lo[j];
     else
-      for (int j = 0; j < hidden; j++) to[j] = sigmoid_of(product[j] + bias[j]);
+      for (int j = 0; j < hidden; j++) to[j] = sigmoid_of(bounded(product[j] + bias[j], cell->layer->clip));
   }
 }
 
-static inline int groups_in(const cell *cell) { return cell->candidate_rows / GROUP; }
+/* Not those of padded rows: reading them would go beyond the last copy of the last gate by more than there is room. */
+static inline int groups_in(const cell *cell) { return padded(cell->layer->hidden, GROUP) / GROUP; }
 
 /* The units of group `i` that there are. */
 static inline unsigned real_units(int hidden, int i) {

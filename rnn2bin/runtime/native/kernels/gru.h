@@ -23,7 +23,7 @@ INLINE void gru_update(const cell *cell, const float *r, const float *z, const f
   for (int k = 0; k < layer->width; k += layer->hidden) {
     for (int j = 0; j < count; j++) {
       int at = k + first + j;
-      float candidate = tanh_of(n[first + j] + cell->bias[first + j] + r[at] * inner[first + j]);
+      float candidate = tanh_of(bounded(n[first + j] + cell->bias[first + j] + r[at] * inner[first + j], layer->clip));
       h[at] = z[at] * h[at] + (1.0f - z[at]) * candidate;
       sum[j] += h[at];
     }
