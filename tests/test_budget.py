@@ -19,6 +19,7 @@ from rnn2bin.distill.window import run_cell
 from rnn2bin.evaluation.density import DensityCounter
 from rnn2bin.gates.estimators import BINARY, Discretize, Sample
 from rnn2bin.recipe import Budget, parse
+from rnn2bin.spec import CELLS
 
 
 def prepared_of(network, part):
@@ -42,6 +43,21 @@ def test_the_density_trained_is_the_density_reported(cell, copies):
     wanted = sum(float(c.incremental) for c in cells) / sum(float(c.dense) for c in cells)
     for learn in (True, False):
         assert float(budget.density(network, prepared, out, learn=learn).detach()) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_whether_any_copy_opens_is_said_without_making_all_of_them(cell):
+    """Bit for bit, by the largest bias where copies share their product; peepholes give each copy its own, which are compared."""
+    teacher = teacher_of(cell)
+    network = student.student(teacher, recipe_of(gates={"copies": 3}).gates)
+    generator = torch.Generator().manual_seed(5)
+    for one in network.cells().values():
+        bias = one.part("gates").bias
+        bias.data += torch.randn(bias.shape, generator=generator)
+    out = prepared_of(teacher, stream()).forward(network, mode=BINARY, walk=run_cell)
+    for trace, one in zip(out.traces, network.cells().values(), strict=True):
+        for gate in range(len(one.binary)):
+            assert torch.equal(trace.highest(gate, 3), trace.pre[:, :, gate].unflatten(-1, (3, -1)).amax(-2))
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "lstm_coupled_peephole"])
