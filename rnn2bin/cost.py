@@ -15,17 +15,17 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from rnn2bin.cells.network import Lookup, Network, Output, reverse, valid_steps
+from rnn2bin.cells.network import Lookup, Network, Output, Trace, reverse, valid_steps
 from rnn2bin.cells.weights import Cell
-from rnn2bin.spec import DIRECTIONS, LayerSpec, SectionSpec
+from rnn2bin.spec import DIRECTIONS, SectionSpec
 from rnn2bin.tasks import Prepared
 
 Bits = Callable[[Tensor], Tensor]  # pre-activations -> 1[pre > 0]
 
 
 def bits(pre: Tensor) -> Tensor:
-    """1[pre > 0] in float64: sums over a whole part stay exact."""
-    return (pre > 0).double()
+    """1[pre > 0] in the dtype of `pre`."""
+    return (pre > 0).to(pre.dtype)
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Count:
 
 @dataclass(frozen=True)
 class Read:
-    """One cell over one batch: `pre` (T,B,G,n·H) and `inputs` in the cell's own order of time; `inputs` (T,B) counts non-zero values of x,
+    """One cell over one batch, its trace and `inputs` in the cell's own order of time; `inputs` (T,B) counts non-zero values of x,
     None for tokens. `rested`: the state before the first step is zero."""
 
     name: str
     cell: Cell
-    pre: Tensor
+    trace: Trace
     inputs: Tensor | None
     lengths: Tensor | None
     rested: bool
@@ -62,18 +62,29 @@ class Read:
     @property
     def mask(self) -> Tensor:
         """(T,B) float64, 1 on real steps."""
-        steps, rows = self.pre.shape[:2]
+        steps, rows = self.trace.products.shape[:2]
         if self.lengths is None:
-            mask = self.pre.new_ones(steps, rows, dtype=torch.float64)
+            mask = self.trace.products.new_ones(steps, rows, dtype=torch.float64)
         else:
             mask = valid_steps(self.lengths, steps)[..., 0].double()
         mask[: self.start] = 0
         return mask
 
+    def opened(self, gate: int, bit: Bits) -> Tensor:
+        """Units (T,B) of which any copy opens this gate: their row or column is read, once for all copies. Float64: sums over a whole
+        part stay exact."""
+        return bit(self.trace.highest(gate, self.cell.layer.copies)).sum(-1).double()
+
+    def each(self, gate: int, bit: Bits) -> Tensor:
+        """Every copy's bits (T,B,n,H)."""
+        trace, copies = self.trace, self.cell.layer.copies
+        pre = trace.products[:, :, gate] if trace.biases is None else trace.products[:, :, gate].repeat(1, 1, copies) + trace.biases[gate]
+        return bit(pre.unflatten(-1, (copies, -1)))
+
 
 def cells(network: Network, prepared: Prepared, output: Output, *, bit: Bits = bits) -> Iterator[Read]:
     """Every cell of the network on this batch."""
-    pre, reads, real = iter(output.pre), iter(output.inputs), iter(output.lengths)
+    traces, reads, real = iter(output.traces), iter(output.inputs), iter(output.lengths)
     for section, spec in network.spec.sections.items():
         below: Tensor | None = None
         for index, layer in enumerate(spec.layers):
@@ -82,7 +93,7 @@ def cells(network: Network, prepared: Prepared, output: Output, *, bit: Bits = b
             for direction in DIRECTIONS[: layer.directions]:
                 name, backward, lengths = f"{section}.layers.{index}.{direction}", direction == "bwd", next(real)
                 cell = network.cells()[name]
-                read = Read(name, cell, next(pre), _inputs(x, below, lengths, backward), lengths, rested)
+                read = Read(name, cell, next(traces), _inputs(x, below, lengths, backward), lengths, rested)
                 opened.append(_emitted(read, bit, backward=backward))
                 yield read
             below = None if spec.graph or any(o is None for o in opened) else torch.stack([o for o in opened if o is not None]).sum(0)
@@ -108,7 +119,7 @@ def _emitted(read: Read, bit: Bits, *, backward: bool) -> Tensor | None:
     layer = read.cell.layer
     if not layer.kind.has_cell or layer.proj_size or not read.cell.binary[-1]:
         return None
-    count = _any(read.pre[:, :, -1], layer, bit).sum(-1)
+    count = read.opened(-1, bit)
     return reverse(count.unsqueeze(-1), read.lengths).squeeze(-1) if backward else count
 
 
@@ -131,11 +142,6 @@ def count(read: Read, *, bit: Bits = bits) -> Count:
     return (_lstm if read.cell.layer.kind.has_cell else _gru)(read, bit)
 
 
-def _any(pre: Tensor, layer: LayerSpec, bit: Bits) -> Tensor:
-    """pre (T,B,n·H) -> (T,B,H), 1 where any of a unit's copies is open: its row or column is read once for all of them."""
-    return bit(pre.unflatten(-1, (layer.copies, layer.hidden_size)).amax(-2))
-
-
 def _before(values: Tensor, start: float) -> Tensor:
     """values (T,B) one step later, `start` before the first."""
     return torch.cat([torch.full_like(values[:1], start), values[:-1]])
@@ -147,8 +153,8 @@ def _lstm(read: Read, bit: Bits) -> Count:
     layer, mask = read.cell.layer, read.mask
     hidden, steps = layer.hidden_size, mask.sum()
     full, blocks = torch.full_like(mask, hidden), len(layer.kind.gates) * hidden
-    reads = _any(read.pre[:, :, -1], layer, bit).sum(-1) if read.cell.binary[-1] else full
-    rows = _any(read.pre[:, :, 0], layer, bit).sum(-1) if read.cell.binary[0] else full
+    reads = read.opened(-1, bit) if read.cell.binary[-1] else full
+    rows = read.opened(0, bit) if read.cell.binary[0] else full
     recurrent_size = layer.recurrent_size
     columns = _before(torch.full_like(mask, recurrent_size) if layer.proj_size else reads, 0 if read.rested else recurrent_size)
     recurrent = ((blocks + rows) * columns * mask).sum()
@@ -167,17 +173,16 @@ def _lstm(read: Read, bit: Bits) -> Count:
 def _gru(read: Read, bit: Bits) -> Count:
     """Per step: 2H gate rows over all of h; candidate rows of units that are updated (z = 0), their recurrent half only where r = 1."""
     layer, mask = read.cell.layer, read.mask
-    hidden, copies, steps = layer.hidden_size, layer.copies, mask.sum()
-    each = lambda pre: bit(pre).unflatten(-1, (copies, hidden))
+    hidden, steps = layer.hidden_size, mask.sum()
     binary_r, binary_z = read.cell.binary
-    updated = 1 - each(read.pre[:, :, 1]) if binary_z else torch.ones_like(each(read.pre[:, :, 1]))
-    reads = each(read.pre[:, :, 0]) if binary_r else torch.ones_like(updated)
-    rows = updated.amax(-2).sum(-1)
+    updated = 1 - read.each(1, bit) if binary_z else torch.ones_like(read.each(1, bit))
+    reads = read.each(0, bit) if binary_r else torch.ones_like(updated)
+    rows = updated.amax(-2).sum(-1).double()
     state = _before(torch.ones_like(mask), 0 if read.rested else 1)  # 0 where the state before the step is zero
     if layer.cell == "gru":
-        candidate = (updated * reads).amax(-2).sum(-1) * hidden * state
+        candidate = (updated * reads).amax(-2).sum(-1).double() * hidden * state
     else:
-        candidate = rows * reads.amax(-2).sum(-1) * state
+        candidate = rows * reads.amax(-2).sum(-1).double() * state
     before = _before(rows, 0 if read.rested else hidden)  # units that changed in the step before
     recurrent = ((2 * hidden * hidden * state + candidate) * mask).sum()
     incremental = ((2 * hidden * before + candidate) * mask).sum()

@@ -25,7 +25,7 @@ from rnn2bin.gates.estimators import FLOAT
 from rnn2bin.measure import Candidate
 from rnn2bin.packed import read_config
 from rnn2bin.packed import vocabulary as vocabulary_of
-from rnn2bin.recipe import Recipe
+from rnn2bin.recipe import Budget, Recipe
 from rnn2bin.spec import RnnSpec
 
 Report = dict[str, Any]
@@ -362,7 +362,7 @@ def made(folder: Path, recipe: Recipe) -> dict[str, Any]:
 
 def _float_control(job: Job, work: Path, *, steps: int, resume: bool) -> Network:
     """The float network, fine-tuned with the same data, losses and steps: what of the student's metric is plain further training."""
-    recipe = job.recipe
+    recipe = job.recipe.model_copy(update={"budget": Budget()})  # nor the rate that a budget brings: it would only harm
     if recipe.searched:  # as long as all the trainings behind the student together
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})})
     network = Network(job.teacher.spec)

@@ -283,7 +283,7 @@ def probe_training(job: Any, network: Network) -> tuple[int, float]:
     half straight-through. The student is not changed: its copy is trained."""
     recipe, task = job.recipe, job.task
     trained = student.student(job.teacher, recipe.gates)
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=recipe.train.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=recipe.learning_rate, fused=True)
     train = recipe.train
     feed = data.Batches(
         job.parts.train,

@@ -335,7 +335,12 @@ class Budget(Closed):
         None,
         description="wanted share of the layers' weights read at a step, about 0.01 is missed; a GRU's is counted by its changed units",
     )
-    until: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of the run after which `density` is reached")
+    until: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="share of the run after which `density` is reached")
+    price: NotNegative = Field(
+        0.0,
+        description="without `density`: what reading all of the layers' weights costs, in units of the loss. More: fewer are read, "
+        "and at most so much more may be lost for it",
+    )
     open: dict[str, Share] = Field(default_factory=dict, description="gate name -> wanted open rate, e.g. {i: 0.15, o: 0.1}")
     weight: NotNegative = Field(1.0, description="of `open`. More: these rates are kept at more cost in accuracy")
 
@@ -345,6 +350,17 @@ class Budget(Closed):
         open_rates = data.get("open") if isinstance(data, dict) else None
         given = open_rates if isinstance(open_rates, dict) else ()
         return _check_gates(((("open", gate), gate) for gate in given), lambda: handler(data))
+
+    @model_validator(mode="after")
+    def _one_price(self) -> Budget:
+        if self.density is not None and self.price:
+            raise ValueError("give `density` or `price`: a density finds its price by itself")
+        return self
+
+    @property
+    def counts(self) -> bool:
+        """Whether training counts the weights read."""
+        return self.density is not None or self.price > 0
 
 
 class Loss(Closed):
@@ -369,7 +385,9 @@ class Train(Closed):
     batch_size: Count = 64
     window: Count = Field(64, description="steps of truncated backpropagation; longer inputs carry their state")
     accumulation: Count = Field(1, description="batches a weight update is averaged over")
-    learning_rate: Positive = 2e-3
+    learning_rate: Positive | Literal["auto"] = Field(
+        "auto", description="auto: 0.002; 0.016 with a density budget, which moves gates far from where the teacher has them"
+    )
     final_learning_rate: Share = Field(0.02, description="share of the learning rate left at the end (cosine)")
     warmup: Share = Field(0.02, description="share of the steps over which the learning rate rises")
     clip: Positive = Field(1.0, description="largest norm of the gradient")
@@ -412,6 +430,13 @@ class Recipe(Closed):
     loss: Loss = Loss()
     train: Train = Train()
     report: Report = Report()
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest rate of the run; docs/decisions/014-density-rate.md."""
+        if self.train.learning_rate != "auto":
+            return self.train.learning_rate
+        return 2e-3 if self.budget.density is None else 1.6e-2
 
     @property
     def max_steps(self) -> int:

@@ -403,7 +403,8 @@ def test_a_copy_of_a_student_is_a_student() -> None:
     assert torch.equal(copy.deepcopy(student)(x), student(x))
 
 
-def test_a_density_budget_is_refused_for_a_module(tmp_path: Path) -> None:
+@pytest.mark.parametrize("budget", [{"density": 0.2}, {"price": 0.1}])
+def test_a_density_budget_is_refused_for_a_module(budget: dict[str, float]) -> None:
     """What the parts around its layers read is not counted: the budget would be passed over in silence."""
-    with pytest.raises(RecipeError, match=r"budget.density: .* give budget.open"):
-        modules.binarize(nn.LSTM(3, 4), recipe=recipe(budget={"density": 0.2}))
+    with pytest.raises(RecipeError, match=r"budget.density, budget.price: .* give budget.open"):
+        modules.binarize(nn.LSTM(3, 4), recipe=recipe(budget=budget))

@@ -296,7 +296,8 @@ def test_closed_loop_waits_while_the_hard_metric_lags(tmp_path):
     assert moved == [not w for w in worse[:-1]]
 
 
-def test_selection_sees_a_share_of_the_validation_part_and_nothing_else(tmp_path, monkeypatch):
+@pytest.mark.parametrize("budget", [{}, {"density": 0.2}])
+def test_selection_sees_a_share_of_the_validation_part_and_nothing_else(budget, tmp_path, monkeypatch):
     """Every part that is measured during training is the validation part: train and test tokens have other numbers."""
     train, valid = (
         Part(torch.randint(0, 3, (4, 60), generator=seeded()), stream=True),
@@ -310,7 +311,7 @@ def test_selection_sees_a_share_of_the_validation_part_and_nothing_else(tmp_path
         return plain(task, part, *args, **kwargs)
 
     monkeypatch.setattr(trainer, "compare", spy)
-    run(TEXT, tmp_path, train=train, valid=valid)
+    run(TEXT | {"more": {"budget": budget}}, tmp_path, train=train, valid=valid)
     assert len(seen) >= 2
     assert all(int(part.inputs.min()) >= 3 for part in seen)
 

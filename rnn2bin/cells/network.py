@@ -57,6 +57,12 @@ class Trace:
         gates, hidden = self.products.shape[2:]
         return (self.products.unsqueeze(3) + self.biases.view(gates, -1, hidden)).flatten(3)
 
+    def highest(self, gate: int, copies: int) -> Tensor:
+        """The largest pre-activation (T,B,H) of a unit's copies: the largest bias says whose it is, as all share their product."""
+        if self.biases is None:
+            return self.products[:, :, gate].unflatten(-1, (copies, -1)).amax(-2)
+        return self.products[:, :, gate] + self.biases[gate].view(copies, -1).amax(0)
+
 
 @dataclass(frozen=True)
 class Output:

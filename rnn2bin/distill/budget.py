@@ -18,6 +18,7 @@ from rnn2bin.gates.estimators import Discretize, Sample
 from rnn2bin.recipe import DENSITY_TOLERANCE, Budget
 
 TOLERANCE = DENSITY_TOLERANCE
+MOST_SHIFT = 2 * TOLERANCE  # by which training may aim beside the wanted density to meet it on validation data
 FIRST_PRICE, LEAST_PRICE = 0.1, 1e-3  # in units of loss for the whole network's weights
 STEP = 0.03  # the share by which the price moves at a step, up while the density is off by more than half the tolerance, else down
 
@@ -27,7 +28,7 @@ _COUNT = Discretize("straight-through", slope=1.0, backward="sigmoid")
 
 def density(student: Network, prepared: tasks.Prepared, output: Output, *, learn: bool = True) -> Tensor:
     """Share of the recurrent and input weights that these steps read (a GRU's by its changed units alone), differentiable with `learn`."""
-    bit = (lambda pre: Sample.apply(pre, None, _COUNT).double()) if learn else cost.bits
+    bit = (lambda pre: Sample.apply(pre, None, _COUNT)) if learn else cost.bits
     # In a window that carries a state, what its first step reads lies before it.
     reads = (read if read.rested else replace(read, start=1) for read in cost.cells(student, prepared, output, bit=bit))
     counts = [cost.count(read, bit=bit) for read in reads]
@@ -36,10 +37,14 @@ def density(student: Network, prepared: tasks.Prepared, output: Output, *, learn
 
 @dataclass
 class Price:
-    """What a weight read costs now. `first`: the density before training; `None` until it is measured."""
+    """What a weight read costs now. `first`: the density before training; `None` until it is measured. `shift`: training aims that much
+    above the wanted density, so that the validation part, with hard gates, meets it; it starts below, since the price comes to rest where
+    it just does not rise. `fallen`: whether the wanted density was the budget at the last measurement."""
 
     price: float = FIRST_PRICE
     first: float | None = None
+    shift: float = -TOLERANCE / 2
+    fallen: bool = False
 
     def wanted(self, budget: Budget, progress: float) -> float:
         """The density wanted at this progress."""
@@ -50,17 +55,28 @@ class Price:
         return self.first * (budget.density / self.first) ** share
 
     def charge(self, found: Tensor, budget: Budget, progress: float) -> Tensor:
-        """The loss for a density, and the next price."""
+        """The loss for a density, and the next price. Without a wanted density the price is the recipe's."""
+        if budget.density is None:
+            return budget.price * found.float()
         now = float(found.detach())
         if self.first is None:
             self.first = now
         wanted = self.wanted(budget, progress)
-        off = (found.float() - wanted) * (1 if now > wanted else -1)
-        if self.first <= wanted and now <= wanted:
+        aim = wanted + self.shift
+        off = (found.float() - aim) * (1 if now > aim else -1)
+        if self.first <= wanted and now <= aim:
             return off * 0
         charged = self.price * off
         self.price = max(LEAST_PRICE, self.price * (1 + STEP if float(off.detach()) > TOLERANCE / 2 else 1 - STEP))
         return charged
+
+    def correct(self, found: float, budget: Budget, progress: float) -> None:
+        """Aim lower where the validation part read more than wanted, higher where it read less; `found` is what it read. What was measured
+        on the way down says nothing, nor does the first measurement at its end."""
+        wanted = self.wanted(budget, progress)
+        if self.fallen and self.first is not None and self.first > wanted:
+            self.shift = min(max(self.shift + (wanted - found) / 2, -MOST_SHIFT), MOST_SHIFT)
+        self.fallen = wanted == budget.density
 
 
 def choice(worth: float, found: float | None, wanted: float | None) -> float:

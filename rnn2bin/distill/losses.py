@@ -23,11 +23,10 @@ def total(
     hidden = weights.hidden_weight(task.name)
     if hidden:
         value = value + hidden * hidden_match(task, output, target)
-    masks = step_masks(output)
     if weights.gate and mode.estimator != "float":
-        value = value + weights.gate * gate_match(output, target, masks)
+        value = value + weights.gate * gate_match(output, target, step_masks(output))
     if recipe.budget.open and recipe.budget.weight and mode.estimator != "float":
-        value = value + recipe.budget.weight * budget(student, output, masks, recipe.budget.open)
+        value = value + recipe.budget.weight * budget(student, output, step_masks(output), recipe.budget.open)
     return value
 
 
@@ -46,9 +45,9 @@ def hidden_match(task: tasks.Task, output: Output, target: Output) -> Tensor:
 def step_masks(output: Output) -> list[Tensor]:
     """For each cell its real steps, (T,B,1,1) in its own direction's order (sequences start at 0 in both)."""
     masks = []
-    for pre, lengths in zip(output.pre, output.lengths, strict=True):
-        steps, rows = pre.shape[:2]
-        mask = pre.new_ones(steps, rows, 1) if lengths is None else valid_steps(lengths, steps).to(pre.dtype)
+    for trace, lengths in zip(output.traces, output.lengths, strict=True):
+        steps, rows = trace.products.shape[:2]
+        mask = trace.products.new_ones(steps, rows, 1) if lengths is None else valid_steps(lengths, steps).to(trace.products.dtype)
         masks.append(mask.unsqueeze(-1))
     return masks
 

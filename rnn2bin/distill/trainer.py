@@ -56,12 +56,12 @@ class Point:
     slope: float
     progress: float
     saturation: float  # share of soft gates within 0.05 of 0 or 1
-    density: float | None = None  # share of weights read with hard gates, where a budget wants one
+    density: float | None = None  # share of weights read with hard gates, where a budget counts them
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The student on the validation part: hard and soft metric, saturation of soft gates, density where a budget wants one."""
+    """The student on the validation part: hard and soft metric, saturation of soft gates, density where a budget counts it."""
 
     hard: float
     soft: float
@@ -341,7 +341,7 @@ class DistillTrainer(AnnealTrainer):
         if self.task.windowed:
             self.carried = (target.state, detached(output))
         total = losses.total(self.task, self.recipe, prepared, output, target, student=self.student(), mode=mode)
-        wanted = self.recipe.budget.density is not None and not self.float_student
+        wanted = self.recipe.budget.counts and not self.float_student
         found = budgets.density(self.student(), prepared, output) if wanted else None
         # The other processes have other rows of this batch: each counts by what its rows count, and the density is that of all.
         own = float(prepared.mask.sum())
@@ -360,7 +360,7 @@ class DistillTrainer(AnnealTrainer):
     def measure(self, hard_mode: Discretize, soft_mode: Discretize) -> Measured:
         saturated: list[float] = []
         densities: list[float] = []
-        wanted = self.recipe.budget.density is not None and not self.float_student
+        wanted = self.recipe.budget.counts and not self.float_student
 
         def seen(name: str, prepared: tasks.Prepared, out: Output) -> None:
             if name == "soft":
@@ -378,6 +378,8 @@ class DistillTrainer(AnnealTrainer):
             device=self.args.device,
         )
         dense = sum(densities) / len(densities) if densities else None
+        if dense is not None and self.recipe.budget.density is not None:
+            self.price.correct(dense, self.recipe.budget, self.progress)
         return Measured(found["hard"].value, found["soft"].value, sum(saturated) / len(saturated), dense)
 
     def _save_checkpoint(self, model, trial):
@@ -459,7 +461,7 @@ def arguments(recipe: Recipe, out: Path, *, steps: int) -> TrainingArguments:
         per_device_train_batch_size=1,  # one item is one batch already
         gradient_accumulation_steps=train.accumulation,
         max_steps=steps,
-        learning_rate=train.learning_rate,
+        learning_rate=recipe.learning_rate,
         weight_decay=train.weight_decay,
         max_grad_norm=train.clip,
         optim="adamw_torch_fused",

@@ -245,7 +245,7 @@ class Watch:
         self.steps[name] = self.steps.get(name, 0.0) + float(mask.sum())
         if call.whole and self.mode == BINARY:  # the count takes the state before the first step as zero
             inputs = (call.x != 0).sum(-1).double()
-            self.density.add_cell(Read(name, call.cell, pre, inputs, call.lengths, rested=True))
+            self.density.add_cell(Read(name, call.cell, call.trace, inputs, call.lengths, rested=True))
         real = pre[mask[..., 0, 0] > 0]  # (N,G,H)
         for k, gate in enumerate(call.cell.layer.kind.gate_names):
             counts = torch.histc(sample(call.cell.modes(self.mode)[k], real[:, k]).float().cpu(), evaluation.BINS, 0.0, 1.0)
