@@ -64,7 +64,7 @@ KNOBS: Mapping[str, Knob | Shares] = MappingProxyType(
         "gates.straight_through_from": Range(0.05, 0.5),
         "loss.task": Range(0.0, 0.9),
         "loss.hidden": Choice((0.0, 1.0, 5.0, 20.0)),
-        "train.learning_rate": Range(5e-4, 8e-3, log=True),
+        "train.learning_rate": Range(5e-4, 3.2e-2, log=True),
         STEPS: Shares((0.25, 1.0)),
     }
 )

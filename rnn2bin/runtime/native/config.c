@@ -180,7 +180,7 @@ static int read_section(const json *found, section_config *section) {
 static int read_decoder(const json *decode, network_config *config) {
   section_config *encoder = &config->section[0];
   const section_config *decoder = &config->section[1];
-  int start, end, longest;
+  int start = 0, end = 0, longest = 0;
   if (!decoder->vocabulary) return fail("config.json: decoder: needs an embedding, or one-hot tokens");
   int outputs = decoder->linears ? decoder->linear[decoder->linears - 1].out
                                  : decoder->layer[decoder->layers - 1].directions * decoder->layer[decoder->layers - 1].recurrent;
