@@ -75,7 +75,9 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
                 with tempfile.TemporaryDirectory() as folder, bench.one_core():
                     pack.write_model(network_of(cell, hidden, density), Path(folder), provenance={}, task={"name": "match"})
                     for compute, batch in itertools.product(options.compute, options.batches):
-                        new = bench.rows_of(Path(folder), compute, None, settings, batch=batch)
+                        new = [
+                            {"asked_density": density, **row} for row in bench.rows_of(Path(folder), compute, None, settings, batch=batch)
+                        ]
                         found += new
                         print(
                             bench.render({"machine": {"cpu": "", "isa": "", "read_gb_per_s": ""}, "rows": new}).split("\n", 1)[1],
@@ -117,14 +119,18 @@ def plot(found: list[dict[str, Any]], target: Path) -> None:
 
     calls = [row for row in found if row["call"] == "sequence"]
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
-    for axis, by, other in ((axes[0], "density", "hidden_size"), (axes[1], "hidden_size", "density")):
+    for axis, by, other in ((axes[0], "density", "hidden_size"), (axes[1], "hidden_size", "asked_density")):
         groups: dict[tuple[str, str, Any], list[tuple[float, float]]] = {}
         for row in calls:
-            key = (row["cell"], row["compute"], row[other] if other == "hidden_size" else round(row[other], 1))
-            groups.setdefault(key, []).append((row[by], row["us_per_step"]))
+            groups.setdefault((row["cell"], row["compute"], row[other]), []).append((row[by], row["us_per_step"]))
+        colours = {value: f"C{k}" for k, value in enumerate(sorted({key[2] for key in groups}))}
         for (cell, compute, value), points in sorted(groups.items()):
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{cell} {compute}, {other.replace('_', ' ')} {value}")
+            name = f"{cell.upper()} {compute}, {other.replace('_', ' ')} {value}"
+            axis.plot(*zip(*sorted(points), strict=True), "--s" if cell == "gru" else "-o", color=colours[value], label=name)
         axis.set(xscale="log", yscale="log", xlabel=by.replace("_", " "), ylabel="µs a step")
+        ticks = sorted({row["hidden_size"] for row in calls}) if by == "hidden_size" else (0.05, 0.1, 0.25, 0.5, 1)
+        axis.set_xticks(ticks, map(str, ticks))
+        axis.minorticks_off()
         axis.legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(target, dpi=120)
@@ -142,7 +148,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=bench.STEPS)
     parser.add_argument("--out", default="-", help="JSON file, or - for standard output")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--of", nargs="+", type=Path, help="measure nothing: plot and compare what --out wrote before")
     options = parser.parse_args()
+    if options.of:
+        found = [row for file in options.of for row in json.loads(file.read_text())["rows"]]
+        print("\n".join(break_even(found)))
+        return plot(found, options.plot) if options.plot else None
     found = rows(options)
     document = json.dumps({"machine": bench.machine(), "rows": found}, indent=2) + "\n"
     sys.stdout.write(document) if options.out == "-" else Path(options.out).write_text(document)

@@ -897,22 +897,22 @@ TARGETS: dict[str, Target] = {
     "huggingface-index": Target(indexes, read_index, mutate.of_json),
     "recipe": Target(recipes, read_recipe),
     "packed-config": Target(lambda: [packed()[0]], read_packed, mutate.of_json),
-    "packed-files": Target(lambda: [joined(*packed_text())], read_packed_files, change_packed_files, share=0.5),
+    "packed-files": Target(lambda: [joined(*packed_text())], read_packed_files, change_packed_files),
     "data": Target(data_headers, read_data, mutate.of_json),
-    "data-array": Target(data_arrays, read_data_array, share=0.5),
-    "data-text": Target(texts, read_text, share=0.3),
+    "data-array": Target(data_arrays, read_data_array),
+    "data-text": Target(texts, read_text),
     "data-vocabulary": Target(lambda: [b"a\nb\n<unk>\nd\n ", b"a\nb\nc\nd\n<unk>\n"], read_vocabulary),
     "report": Target(reports, read_report, mutate.of_json),
     "manifest": Target(manifests, read_manifest, mutate.of_json),
     "onnx-bytes": Target(onnx_tensors, read_onnx_bytes, mutate.of_protobuf),
-    "onnx": Target(onnx_files, read_collected("m.onnx"), mutate.of_protobuf, share=0.3),
+    "onnx": Target(onnx_files, read_collected("m.onnx"), mutate.of_protobuf),
     "tensorflow-bytes": Target(tensorflow_parts, read_graphdef, mutate.of_protobuf),
     "tensorflow": Target(
-        lambda: tensorflow_files("block_lstm", "gru_block_cell", "language_model"), read_collected("m.pb"), mutate.of_protobuf, share=0.2
+        lambda: tensorflow_files("block_lstm", "gru_block_cell", "language_model"), read_collected("m.pb"), mutate.of_protobuf
     ),
     "keras": Target(keras_models, read_keras(settled=False), mutate.of_json),
     "keras-zip": Target(keras_zips, read_keras_zip),
-    "keras-hdf5": Target(hdf5_files, read_hdf5, share=0.2, crashes=True),
+    "keras-hdf5": Target(hdf5_files, read_hdf5, crashes=True),
     "onnx-settled": Target(onnx_files, read_settled("m.onnx"), mutate.of_protobuf, share=0.002),
     "tensorflow-settled": Target(
         lambda: tensorflow_files("block_lstm", "language_model"), read_settled("m.pb"), mutate.of_protobuf, share=0.002

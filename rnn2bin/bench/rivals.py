@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
 import tempfile
 import time
 import warnings
@@ -235,7 +236,9 @@ def _onnx(section: SectionSpec, steps: int, batch: int, installed: set[str]) -> 
             if all(y.cell == "lstm" for y in section.layers):  # there is no dynamically quantized GRU
                 from onnxruntime.quantization import quantize_dynamic
 
+                logging.disable(logging.WARNING)  # it asks for a step of preparation that changes nothing for these operators
                 quantize_dynamic(plain, small)
+                logging.disable(logging.NOTSET)
                 found["ort int8"] = _ort_call(small, section, steps, batch)
         if "openvino" in installed:
             found["openvino bf16"] = _openvino_call(plain, section, steps, batch)

@@ -13,7 +13,7 @@
 #include "safetensors.h"
 
 /* Products of embedding and weights are made once a token where that takes milliseconds; else once a step. */
-enum { HUGE_PAGE = 2 << 20, SECOND_CACHE = 1 << 20, MOST_SCREENED = 1 << 15 }; /* columns whose products of bytes fit 32 bits */
+enum { HUGE_PAGE = 2 << 20, MOST_SCREENED = 1 << 15 }; /* columns whose products of bytes fit 32 bits */
 static const uint64_t MOST_FOLDED_PRODUCTS = 1u << 28, MOST_TABLE_BYTES = 1u << 28;
 
 typedef struct {
@@ -267,13 +267,11 @@ static int make_screen(r2b_model *model, cell *c) {
   return 0;
 }
 
-/* A GRU reads what has changed only where it is screened. An LSTM's gates gain where they do not fit into the second cache. */
+/* A GRU reads what has changed only where it is screened. An LSTM reads less, and takes as long or longer (docs/decisions/008). */
 static bool is_wanted(const r2b_model *model, const cell *c) {
-  if (model->compute != R2B_AUTO) return model->compute == R2B_INT8;
-  return !c->layer->has_cell || sizeof(uint16_t) * (size_t)c->gates.rows * (size_t)c->gates.cols >= SECOND_CACHE;
+  return model->compute == R2B_AUTO ? !c->layer->has_cell : model->compute == R2B_INT8;
 }
 
-/* Not with peepholes: what they add is in no bound of the screen's. */
 static bool screens(const r2b_model *model, const cell *c) {
   bool all = is_wanted(model, c) && !c->layer->peepholes && model->kernels->screens && c->gates.cols <= MOST_SCREENED;
   for (int g = 0; g < c->layer->gates; g++) all &= c->binary[g];

@@ -25,7 +25,7 @@ typedef struct r2b_state r2b_state;
 enum {
   R2B_FP16 = 0, /* every active weight is read in 16 bits */
   R2B_INT8 = 1, /* signs of binary gates are screened in 8 bits; rows that are not certain are read in 16 */
-  R2B_AUTO = 2  /* whichever reads less from where a cell's weights lie */
+  R2B_AUTO = 2  /* whichever is quicker: int8 for GRUs, fp16 for LSTMs */
 };
 
 typedef struct {
