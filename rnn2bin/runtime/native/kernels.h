@@ -42,7 +42,6 @@ typedef struct {
   uint16_t *open;   /* (2, H / GROUP): bits of units */
   int32_t *groups;  /* (H / GROUP) */
   int32_t *wanted;  /* (G * H) */
-  float *margin;    /* (3, G * H) */
   float *dense;     /* (columns): what the active ones are a list of */
   columns active;
   const float *zeros;

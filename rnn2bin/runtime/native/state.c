@@ -56,7 +56,6 @@ static void carve_scratch(arena *a, scratch *to, const r2b_model *model) {
   to->open = carve(a, 2 * hidden / GROUP, sizeof(uint16_t));
   to->groups = carve(a, hidden, sizeof(int32_t));
   to->wanted = carve(a, (size_t)model->most_gates + SLACK, sizeof(int32_t));
-  to->margin = carve_floats(a, 3 * (size_t)model->most_gates);
   to->dense = carve_floats(a, (size_t)padded(model->most_columns, STRIP));
   carve_columns(a, &to->active, model);
   to->zeros = model->zeros;
