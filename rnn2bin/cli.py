@@ -287,7 +287,8 @@ def recipes_ls(json_out: bool) -> None:
     from rnn2bin import recipe_yaml
 
     found = {path.name: recipe_yaml.summary(path) for path in recipe_yaml.bundled()}
-    as_json(found) if json_out else click.echo("\n".join(f"{name:14} {text}" for name, text in found.items()))
+    wide = max(map(len, found))
+    as_json(found) if json_out else click.echo("\n".join(f"{name:{wide}} {text}" for name, text in found.items()))
 
 
 @recipes.command("show")
