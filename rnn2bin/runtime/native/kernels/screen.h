@@ -5,8 +5,8 @@
  * (Cauchy–Schwarz, or half a unit times the 1-norm). A row whose distance to every threshold is larger is certain; the others are read in
  * 16 bits, and where even the order of float32 additions could matter, by the fp16 product itself.
  *
- * An LSTM reads the columns that are active now, in the high plane where that decides most rows, else in both. A GRU keeps its sums and adds
- * only columns that have changed, in both planes: integers do not drift. */
+ * An LSTM reads the columns that are active now in the high plane, where few rows are expected in doubt, else in 16 bits. A GRU keeps its
+ * sums and adds only columns that have changed, in both planes: integers do not drift. */
 
 enum { DIGIT = 128, LARGEST = 8128 }; /* of a value, so that the difference of two still has two digits of eight bits */
 
