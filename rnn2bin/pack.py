@@ -65,7 +65,7 @@ def check_free(out: Path, *, force: bool) -> None:
 
 def write_model(student: Network, folder: Path, *, provenance: dict[str, Any], task: dict[str, Any]) -> None:
     """config.json and model.safetensors. Raises DivergedError where a weight is not finite in fp16."""
-    tensors = {name: t.detach().to("cpu", torch.float16).contiguous() for name, t in student.state_dict().items()}
+    tensors = {name: t.detach().to("cpu", torch.float16).contiguous() for name, t in student.shipped().items()}
     bad = [name for name, t in tensors.items() if not bool(torch.isfinite(t).all())]
     if bad:
         raise DivergedError(*(f"{name}: not finite in fp16; nothing was packed; lower train.learning_rate" for name in bad))
@@ -96,6 +96,7 @@ def config_of(student: Network, *, provenance: dict[str, Any], task: dict[str, A
         "spec": specs.to_dict(student.spec),
         "gates": gates,
         "levels": student.levels,
+        "weights": student.weights,
         "task": task,
         "provenance": provenance,
     }
@@ -112,12 +113,16 @@ def build(config: dict[str, Any]) -> Network:
             reasons.append(f"{CONFIG}: gates of {prefix} missing or out of order")
         elif any(value not in ("binary", "soft") for value in found.values()):
             reasons.append(f"{CONFIG}: gates of {prefix} must be binary or soft")
+    if config.get("weights", "fp16") not in ("fp16", "int8"):
+        reasons.append(f"{CONFIG}: weights must be fp16 or int8, not {config['weights']!r}")
     if config.get("levels") not in ("learned", "strict"):
         reasons.append(f"{CONFIG}: levels must be learned or strict, not {config.get('levels')!r}")
     if reasons:
         raise UnsupportedError(*reasons)
     binary = {prefix: tuple(v == "binary" for v in gates[prefix].values()) for prefix, _ in spec.cell_names()}
-    return Network(spec, binary, levels=config["levels"])
+    network = Network(spec, binary, levels=config["levels"])
+    network.weights = config.get("weights", "fp16")  # on their grids already
+    return network
 
 
 def read_network(path: Path, config: dict[str, Any]) -> Network:

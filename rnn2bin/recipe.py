@@ -401,6 +401,14 @@ class Train(Closed):
     tolerance: NotNegative = Field(0.005, description="gates count as binarized when soft and hard metric differ by at most this share")
 
 
+class Pack(Closed):
+    weights: Literal["fp16", "int8"] = Field(
+        "fp16",
+        description="int8: each row of a recurrent layer's matrices is a power of two times whole numbers of eight bits, in training and in "
+        "what is packed; the native runtime reads half the bytes",
+    )
+
+
 class Report(Closed):
     max_drop: NotNegative | None = Field(None, description="largest relative loss of the metric; more is exit code 5")
     max_density: Annotated[float, Field(gt=0, le=1)] | None = Field(
@@ -429,6 +437,7 @@ class Recipe(Closed):
     budget: Budget = Budget()
     loss: Loss = Loss()
     train: Train = Train()
+    pack: Pack = Pack()
     report: Report = Report()
 
     @property

@@ -38,18 +38,20 @@ def _gate_list(spec: RnnSpec) -> str:
     return ", ".join(f"{prefix.rpartition('.')[0]}.{gate}" for prefix, layer in spec.cell_names() for gate in layer.kind.gate_names)
 
 
-def student(teacher: Network, gates: Gates) -> Network:
+def student(teacher: Network, gates: Gates, *, weights: str = "fp16") -> Network:
     """A trainable copy of the teacher whose gates are binary by `gates`; levels start strict, so that soft gates at temperature and slope 1
-    compute exactly the teacher, with any number of copies."""
+    compute exactly the teacher, with any number of copies (with `weights: int8` but for their rounding)."""
     spec = with_copies(teacher.spec, copies_of(gates))
     network = Network(spec, plan(teacher.spec, gates), levels=gates.levels).to(next(teacher.parameters()).device)
-    weights = dict(teacher.state_dict())
+    state = dict(teacher.state_dict())
     for prefix, layer in spec.cell_names():
-        bias = weights[f"{prefix}.gates.bias"].view(-1, 1, layer.hidden_size)
-        weights[f"{prefix}.gates.bias"] = bias.repeat(1, layer.copies, 1).flatten()
-    missing, unexpected = network.load_state_dict(weights, strict=False)
+        bias = state[f"{prefix}.gates.bias"].view(-1, 1, layer.hidden_size)
+        state[f"{prefix}.gates.bias"] = bias.repeat(1, layer.copies, 1).flatten()
+    missing, unexpected = network.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert all(".levels." in name for name in missing), missing
+    if weights == "int8":
+        network.round_weights()
     return network
 
 

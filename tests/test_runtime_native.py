@@ -36,7 +36,9 @@ built = pytest.mark.skipif(library.library() is None, reason="the native runtime
 compiles = pytest.mark.skipif(not (shutil.which("cc") and shutil.which("make")), reason="no C compiler and make")
 
 
-def filled(spec: RnnSpec, *, soft: tuple[str, ...] = (), levels: str = "learned", seed: int = 0, scale: float = 0.4) -> Network:
+def filled(
+    spec: RnnSpec, *, soft: tuple[str, ...] = (), levels: str = "learned", seed: int = 0, scale: float = 0.4, weights: str = "fp16"
+) -> Network:
     """Random weights that fp16 holds exactly, levels that a projection leaves alone."""
     network = Network(spec, {name: tuple(g not in soft for g in y.kind.gate_names) for name, y in spec.cell_names()}, levels=levels)
     with torch.no_grad():
@@ -47,6 +49,9 @@ def filled(spec: RnnSpec, *, soft: tuple[str, ...] = (), levels: str = "learned"
                 p.copy_(low + 0.4 * torch.rand(p.shape, generator=generator))
             else:
                 p.copy_(torch.randn(p.shape, generator=generator) * scale)
+    if weights == "int8":
+        network.round_weights()
+    network.load_state_dict(network.shipped())
     return network.half().float().eval().requires_grad_(False)
 
 
@@ -136,6 +141,11 @@ CASES += [
     {"cell": "gru", "copies": 2, "soft": ("r",), "clips": {"clip": 0.7}},
     {"cell": "gru_reset_before", "soft": ("z",), "clips": {"clip": 0.7}},
 ]
+CASES += [
+    {"cell": cell, "weights": "int8", **more}
+    for cell in ("lstm", "gru", "gru_reset_before", "lstm_coupled", "lstm_peephole")
+    for more in ({}, {"copies": 3, "tokens": "embedding"}, {"directions": 2, "hidden": 64}, {"soft": ("o", "z")})
+] + [{"cell": "lstm", "weights": "int8", "proj": 11, "copies": 2}]
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(v) for v in case.values()))
 
 
@@ -204,6 +214,51 @@ def test_screening_changes_no_bit(case, scale, tmp_path):
     (y, state), (mine, my_state) = exact(x), screened(x)
     assert torch.equal(y, mine)
     assert all(torch.equal(a, b) for a, b in zip(flat(state), flat(my_state), strict=True))
+
+
+@built
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_bytes_add_up_as_halves_do(cell, tmp_path):
+    """One weight off its grid, and the whole matrix is read in fp16: no unit but its own may see a bit of difference."""
+    network = network_of(cell, weights="int8", head=False, hidden=70)
+    network.spec = RnnSpec(network.spec.sections)
+    other = network_of(cell, weights="int8", head=False, hidden=70)
+    layer = other.cells()["main.layers.1.fwd"]
+    layer.grid = "none"
+    with torch.no_grad():
+        for matrix in (layer.part("gates").weight_hh, layer.part("candidate").weight_hh):
+            matrix[5, 3] *= 1 + 2**-10  # of unit 5
+    x = inputs_of(network, steps=1)
+    state = [[tuple(torch.randn(B, n) for n in layer.state_sizes)] for layer in network.spec.main.layers]
+    counters = []
+    found = []
+    for k, one in enumerate((network, other)):
+        model = both(one, tmp_path / str(k), compute="fp16")[1]
+        found.append(model(x, state)[0])
+        handle = native_backend.Handle(model, 1)
+        handle.run(x[:, :1].numpy(), None, None)
+        counters.append(handle.counters().bytes)
+    rest = [j for j in range(70) if j != 5]
+    assert torch.equal(found[0][..., rest], found[1][..., rest])
+    assert counters[0] < 0.8 * counters[1]
+
+
+@built
+def test_eight_bit_weights_leave_nothing_in_doubt(tmp_path):
+    """What screening rounds of an LSTM's weights is nothing where they are bytes; `auto` then screens it."""
+    if library.isa() not in ("avx512vnni", "avx512wide"):
+        pytest.skip("this instruction set does not screen")
+    doubts = {}
+    for weights in ("fp16", "int8"):
+        network = network_of("lstm", hidden=256, weights=weights)
+        for compute in ("int8", "auto"):
+            handle = native_backend.Handle(both(network, tmp_path / weights, compute=compute)[1], 1)
+            handle.run(inputs_of(network, steps=60, batch=1).numpy(), None, None)
+            doubts[weights, compute] = (handle.counters().rows > 0, handle.counters().uncertain / max(1, handle.counters().rows))
+    assert doubts["int8", "auto"] == doubts["int8", "int8"]
+    assert doubts["fp16", "auto"] == (False, 0)
+    assert doubts["int8", "int8"][0]
+    assert doubts["int8", "int8"][1] < doubts["fp16", "int8"][1] / 4
 
 
 @built

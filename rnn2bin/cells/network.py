@@ -326,7 +326,7 @@ class _Run:
         for at, direction in enumerate(DIRECTIONS[: layer.directions]):
             cell, backward = self.section.cell(index, direction), direction == "bwd"
             carried = self.start[index] if self.start is not None else start
-            before = carried[at] if carried else zero_state(layer, x.shape[1], cell.weights().gates_bias)
+            before = carried[at] if carried else zero_state(layer, x.shape[1], cell.part("gates").bias)
             trace = self.walk(cell, _reversed(x, lengths) if backward else x, before, self.mode)
             out = output_of(layer, trace.states[0])
             outs.append(reverse(out, lengths) if backward else out)
@@ -394,6 +394,7 @@ class Network(nn.Module):
         super().__init__()
         self.spec = spec
         self.levels = levels
+        self.weights = "fp16"  # int8: the layers' matrices stand on eight-bit grids
         self._output_steps: dict[int, int] = {}  # T -> T'
         for name, section in spec.sections.items():
             cells = [prefix for prefix, _ in spec.cell_names() if prefix.startswith(f"{name}.")]
@@ -425,6 +426,19 @@ class Network(nn.Module):
     def natural_mode(self) -> Discretize:
         """How this network runs outside training: bits, or σ for a teacher."""
         return BINARY if self.is_binary else FLOAT
+
+    def round_weights(self) -> None:
+        """Every layer's matrices on eight-bit grids from now on; but where tokens are read: their product is a table."""
+        self.weights = "int8"
+        for name, cell in self.cells().items():
+            section = self.spec.sections[name.split(".")[0]]
+            looked_up = section.embedding is not None and section.graph is None and name.split(".")[2] == "0"
+            cell.grid = "recurrent" if looked_up else "all"
+
+    def shipped(self) -> dict[str, Tensor]:
+        """The state with every matrix as it is computed with."""
+        rounded = {f"{prefix}.{name}": w for prefix, cell in self.cells().items() for name, w in cell.matrices().items()}
+        return {**self.state_dict(), **rounded}
 
     def project_levels(self) -> None:
         for cell in self.cells().values():

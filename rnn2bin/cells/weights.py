@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rnn2bin.cells.grid import rounded
 from rnn2bin.gates.estimators import FLOAT, Discretize, Sample, logistic_noise, sample
 from rnn2bin.spec import LayerSpec
 
@@ -104,6 +105,7 @@ class Cell(nn.Module):
     def __init__(self, layer: LayerSpec, binary: tuple[bool, ...] | None = None, *, levels: str = "strict") -> None:
         super().__init__()
         self.layer = layer
+        self.grid: Literal["none", "recurrent", "all"] = "none"  # which matrices stand on an eight-bit grid; recurrent: not the input's
         gates = layer.kind.gates
         self.binary = binary or (False,) * len(gates)
         for name, shape in layer.tensors().items():
@@ -133,17 +135,28 @@ class Cell(nn.Module):
         ceiling = torch.tensor([g.maximum or float("inf") for g in gates]).unsqueeze(1)
         self.register_buffer("_ceiling", ceiling, persistent=False)
 
+    def matrices(self) -> dict[str, Tensor]:
+        """The cell's matrices by name, on their grids where they have any."""
+        found = {f"{part}.weight_{side}": getattr(self.part(part), f"weight_{side}") for part in ("gates", "candidate") for side in ("ih", "hh")}
+        if self.layer.proj_size:
+            found["projection.weight"] = self.part("projection").weight
+        if self.grid == "none":
+            return found
+        together = [[f"{part}.weight_ih", f"{part}.weight_hh"] for part in ("gates", "candidate")]
+        together = [names if self.grid == "all" else names[1:] for names in together] + [["projection.weight"]] * bool(self.layer.proj_size)
+        return found | {name: w for names in together for name, w in zip(names, rounded(*(found[name] for name in names)), strict=True)}
+
     def weights(self) -> CellWeights:
-        gates, candidate = self.part("gates"), self.part("candidate")
+        gates, candidate, matrices = self.part("gates"), self.part("candidate"), self.matrices()
         return CellWeights(
-            gates.weight_ih,
-            gates.weight_hh,
+            matrices["gates.weight_ih"],
+            matrices["gates.weight_hh"],
             gates.bias,
-            candidate.weight_ih,
-            candidate.weight_hh,
+            matrices["candidate.weight_ih"],
+            matrices["candidate.weight_hh"],
             candidate.bias,
             getattr(candidate, "bias_hh", None),
-            self.part("projection").weight if self.layer.proj_size else None,
+            matrices.get("projection.weight"),
             gates.peephole if self.layer.kind.peepholes else None,
             PHI[self.layer.activation].value,
             self.layer.clip,

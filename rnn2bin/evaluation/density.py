@@ -14,7 +14,7 @@ from rnn2bin.cells.network import Network, Output
 from rnn2bin.cost import Count, Read
 from rnn2bin.tasks import Prepared
 
-BYTES = 2  # fp16
+BYTES = {"fp16": 2, "int8": 1}  # of a layer's weight; a head's has 2
 
 
 @dataclass
@@ -53,7 +53,8 @@ class DensityCounter:
         """The `density` object of report.json."""
         cells = list(self.cells.values())
         both = cells + list(self.heads.values())
-        per_step = BYTES / max(self.steps.values())
+        per_step = 1 / max(self.steps.values())
+        sizes = [BYTES[self.network.weights]] * len(cells) + [BYTES["fp16"]] * len(self.heads)
         return {
             "weights_touched": _share("touched", "dense", both),
             "recurrent": _share("recurrent", "recurrent_dense", cells),
@@ -61,8 +62,8 @@ class DensityCounter:
             "candidate_rows": _share("rows", "rows_dense", cells),
             "incremental": _share("incremental", "dense", both),
             "read": _share("incremental", "dense", cells),  # what budget.density counts: the layers alone
-            "bytes_per_step": _total("touched", both) * per_step,
-            "dense_bytes_per_step": _total("dense", both) * per_step,
+            "bytes_per_step": sum(_total("touched", [c]) * size for c, size in zip(both, sizes, strict=True)) * per_step,
+            "dense_bytes_per_step": sum(_total("dense", [c]) * size for c, size in zip(both, sizes, strict=True)) * per_step,
             "layers": {name: {"weights_touched": _share("touched", "dense", [c])} for name, c in {**self.cells, **self.heads}.items()},
         }
 

@@ -294,6 +294,8 @@ def binarize(module: nn.Module, *, recipe: str | Path | Recipe = "anneal.yaml") 
         raise RecipeError(
             "budget.density, budget.price: what a module's other parts read is not counted; give budget.open, or convert a file"
         )
+    if isinstance(recipe, Recipe) and recipe.pack.weights != "fp16":
+        raise RecipeError("pack.weights: what is packed of a module has no native runtime, which alone gains from bytes; give fp16")
     return surgery(module, students.plan(cast(RnnSpec, Cells(surgery(module))), gates), levels=gates.levels)
 
 

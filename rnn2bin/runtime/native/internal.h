@@ -13,24 +13,34 @@ enum {
   SHARED = 128,   /* rows of a tile that several sequences go through together */
   LINE = 32,      /* fp16 weights of a cache line: matrices are padded to whole lines, tiles shrink by halves down to them */
   GROUP = 16,     /* units that elementwise work takes together */
-  BYTE_TILES = 4, /* tiles of bytes side by side */
+  BYTE_TILES = 2, /* tiles of bytes side by side */
   AHEAD = 16,     /* places of a list that are read in advance */
   STRIP = 16,     /* columns that a row is padded to */
   SLACK = 16,     /* places of a list beyond its end that may be read and written */
   ALIGNMENT = 64,
 };
 
-/* fp16 weights (wanted, cols) in tiles [rows / height][cols][height]: all rows of a choice of columns. */
+/* Rows whose weights are whole multiples, of -127 to 127, of a power of two: (padded rows), and 1 / scale. Both NULL: fp16. */
+typedef struct {
+  float *scale, *inverse;
+} grid;
+
+/* Weights (wanted, cols) in tiles [rows / height][cols][height]: all rows of a choice of columns. fp16, or bytes where the rows are on a grid. */
 typedef struct {
   int rows, wanted, cols; /* rows padded; those that there are */
-  uint16_t *weights;
+  grid grid;
+  void *weights;
 } matrix;
 
 /* The same weights row by row (rows, stride): all columns of a choice of rows. */
 typedef struct {
   int cols, stride; /* stride: padded columns */
-  uint16_t *weights;
+  grid grid;
+  void *weights;
 } row_matrix;
+
+/* Bytes of one weight. */
+static inline int weight_size(const grid *g) { return g->scale ? 1 : 2; }
 
 /* Bytes of weights, 128 added. A tile is 128 bytes of a column, [2 blocks][64 rows]; of up to BYTE_TILES tiles a column lies together. */
 typedef struct {

@@ -62,42 +62,121 @@ static float *floats(loader *l, const uint8_t *data, size_t count, size_t room) 
   return values;
 }
 
-static int new_matrix(r2b_model *model, matrix *m, int rows, int cols) {
-  *m = (matrix){.wanted = rows, .rows = padded(rows, LINE), .cols = cols};
-  m->weights = model_allocate(model, (size_t)m->rows * (size_t)m->cols * sizeof *m->weights);
+/* Columns of a matrix in a row-major one (rows, cols): fp16, or `bytes` of a grid. */
+typedef struct {
+  const uint8_t *data;
+  int cols;
+  int8_t *bytes;
+} part;
+
+static int largest_half(const part *of, int row) {
+  const uint8_t *from = of->data + 2 * (size_t)row * (size_t)of->cols;
+  int most = 0;
+  for (int j = 0; j < of->cols; j++) most = (half_at(from, (size_t)j) & 0x7fff) > most ? half_at(from, (size_t)j) & 0x7fff : most;
+  return most;
+}
+
+/* Whether all of a row's weights are whole multiples of 1 / inverse. */
+static bool is_whole(const part *of, int row, float inverse) {
+  const uint8_t *from = of->data + 2 * (size_t)row * (size_t)of->cols;
+  int broken = 0;
+  for (int j = 0; j < of->cols; j++) {
+    float units = half_to_float(half_at(from, (size_t)j)) * inverse;
+    broken |= (float)(int)units != units;
+  }
+  return !broken;
+}
+
+/* The smallest power of two that a row's largest weight is at most 127 times of, where all are whole multiples of it; else 0. */
+static float step_of(const part *parts, int count, int row) {
+  int most = 0, exponent;
+  for (int k = 0; k < count; k++) {
+    int largest = largest_half(&parts[k], row);
+    most = largest > most ? largest : most;
+  }
+  if (!most) return 1.0f;
+  float mantissa = frexpf(half_to_float((uint16_t)most) / 127.0f, &exponent), step = ldexpf(1.0f, mantissa == 0.5f ? exponent - 1 : exponent);
+  for (int k = 0; k < count; k++)
+    if (!is_whole(&parts[k], row, 1.0f / step)) return 0.0f;
+  return step;
+}
+
+/* Whether all rows are on grids, which are then `found`; 0, or -1 where memory is out. */
+static int find_grid(r2b_model *model, const part *parts, int count, int rows, grid *found) {
+  *found = (grid){0};
+  if (rows && !step_of(parts, count, 0)) return 0; /* nearly all that are on none are told by their first row */
+  size_t bytes = (size_t)padded(rows, LINE) * sizeof(float);
+  float *scale = model_allocate(model, bytes), *inverse = scale ? model_allocate(model, bytes) : NULL;
+  if (!inverse) return -1;
+  for (int r = 0; r < rows; r++) {
+    scale[r] = step_of(parts, count, r);
+    if (!scale[r]) return 0;
+    inverse[r] = 1.0f / scale[r];
+  }
+  *found = (grid){scale, inverse};
+  return 0;
+}
+
+/* A part in whole numbers of its rows' grids, where there are grids; the caller frees `bytes`. */
+static int to_bytes(part *of, int rows, const grid *grid) {
+  if (!grid->scale) return 0;
+  int8_t *bytes = of->bytes = malloc((size_t)rows * (size_t)of->cols + 1);
+  if (!bytes) return fail("out of memory");
+  for (int r = 0; r < rows; r++) {
+    const uint8_t *from = of->data + 2 * (size_t)r * (size_t)of->cols;
+    int8_t *restrict to = bytes + (size_t)r * (size_t)of->cols;
+    float inverse = grid->inverse[r];
+    for (int j = 0; j < of->cols; j++) to[j] = (int8_t)(half_to_float(half_at(from, (size_t)j)) * inverse);
+  }
+  return 0;
+}
+
+static int new_matrix(r2b_model *model, matrix *m, int rows, int cols, const grid *grid) {
+  *m = (matrix){.wanted = rows, .rows = padded(rows, LINE), .cols = cols, .grid = *grid};
+  m->weights = model_allocate(model, (size_t)m->rows * (size_t)m->cols * (size_t)weight_size(grid));
   return m->weights ? 0 : -1;
 }
 
-/* A block of 32 by 32 of a tile, transposed: lines of both are in the first cache while it lasts. */
-static void lay_out_block(uint16_t *tile, int height, const uint8_t *source, int cols, int row, int rows, int col, int wide) {
-  for (int k = 0; k < rows; k++)
-    for (int j = 0; j < wide; j++)
-      tile[(size_t)(col + j) * (size_t)height + (size_t)(row + k)] = half_at(source, (size_t)(row + k) * (size_t)cols + (size_t)(col + j));
+/* A block of 32 by 32 of a tile that begins at the matrix' row `top`, transposed: lines of both are in the first cache while it lasts. */
+static void lay_out_block(void *tile, int height, const part *from, int top, int row, int rows, int col, int wide) {
+  uint16_t *halves = tile;
+  int8_t *bytes = tile;
+  for (int k = row; k < row + rows; k++) {
+    size_t at = (size_t)(top + k) * (size_t)from->cols;
+    for (int j = col; from->bytes && j < col + wide; j++) bytes[(size_t)j * (size_t)height + (size_t)k] = from->bytes[at + (size_t)j];
+    for (int j = col; !from->bytes && j < col + wide; j++) halves[(size_t)j * (size_t)height + (size_t)k] = half_at(from->data, at + (size_t)j);
+  }
 }
 
-/* Columns `first` to `first + cols` of a matrix from a row-major one (wanted, cols). */
-static void lay_out(matrix *m, const uint8_t *source, int first, int cols) {
+/* A part into the columns from `first` on. */
+static void lay_out(matrix *m, const part *from, int first) {
   enum { BLOCK = 32 };
+  size_t size = (size_t)weight_size(&m->grid);
+  int cols = from->cols;
   for (int row = 0; row < m->rows;) {
     int height = tile_rows(m->rows - row), real = m->wanted - row < height ? m->wanted - row : height;
-    uint16_t *tile = m->weights + (size_t)row * (size_t)m->cols + (size_t)first * (size_t)height;
-    const uint8_t *from = source + 2 * (size_t)row * (size_t)cols;
+    uint8_t *tile = (uint8_t *)m->weights + size * ((size_t)row * (size_t)m->cols + (size_t)first * (size_t)height);
     for (int col = 0; col < cols; col += BLOCK)
       for (int k = 0; k < real; k += BLOCK)
-        lay_out_block(tile, height, from, cols, k, real - k < BLOCK ? real - k : BLOCK, col, cols - col < BLOCK ? cols - col : BLOCK);
+        lay_out_block(tile, height, from, row, k, real - k < BLOCK ? real - k : BLOCK, col, cols - col < BLOCK ? cols - col : BLOCK);
     row += height;
   }
 }
 
-static int new_row_matrix(r2b_model *model, row_matrix *m, int rows, int cols) {
-  *m = (row_matrix){.cols = cols, .stride = padded(cols, STRIP)};
-  m->weights = model_allocate(model, (size_t)rows * (size_t)m->stride * sizeof *m->weights);
+static int new_row_matrix(r2b_model *model, row_matrix *m, int rows, int cols, const grid *grid) {
+  *m = (row_matrix){.cols = cols, .stride = padded(cols, STRIP), .grid = *grid};
+  m->weights = model_allocate(model, (size_t)rows * (size_t)m->stride * (size_t)weight_size(grid));
   return m->weights ? 0 : -1;
 }
 
-static void lay_out_rows(row_matrix *m, int rows, const uint8_t *source, int first, int cols) {
-  for (int k = 0; k < rows; k++)
-    memcpy(m->weights + (size_t)k * (size_t)m->stride + first, source + 2 * (size_t)k * (size_t)cols, 2 * (size_t)cols);
+static void lay_out_rows(row_matrix *m, int rows, const part *from, int first) {
+  for (int k = 0; k < rows; k++) {
+    size_t to = (size_t)k * (size_t)m->stride + (size_t)first, at = (size_t)k * (size_t)from->cols;
+    if (from->bytes)
+      memcpy((int8_t *)m->weights + to, from->bytes + at, (size_t)from->cols);
+    else
+      memcpy((uint16_t *)m->weights + to, from->data + 2 * at, 2 * (size_t)from->cols);
+  }
 }
 
 /* The widths of what a thread of this model needs at most. */
@@ -106,19 +185,21 @@ static void at_least(int *most, int n) {
 }
 
 typedef struct {
-  const uint8_t *gates_ih, *gates_hh, *candidate_ih, *candidate_hh, *projection;
+  part gates[2], candidate[2]; /* the input's columns, the recurrent ones */
+  part projection;
 } sources;
 
 static int find_weights(loader *l, const layer_config *y, const char *prefix, sources *found) {
   int rows = y->gates * y->hidden;
-  found->projection = NULL;
-  return !(found->gates_ih = find(l, rows, y->input, "%s.gates.weight_ih", prefix)) ||
-                 !(found->gates_hh = find(l, rows, y->recurrent, "%s.gates.weight_hh", prefix)) ||
-                 !(found->candidate_ih = find(l, y->hidden, y->input, "%s.candidate.weight_ih", prefix)) ||
-                 !(found->candidate_hh = find(l, y->hidden, y->recurrent, "%s.candidate.weight_hh", prefix)) ||
-                 (y->projection && !(found->projection = find(l, y->projection, y->hidden, "%s.projection.weight", prefix)))
-             ? -1
-             : 0;
+  *found = (sources){
+      .gates = {{find(l, rows, y->input, "%s.gates.weight_ih", prefix), y->input, NULL},
+                {find(l, rows, y->recurrent, "%s.gates.weight_hh", prefix), y->recurrent, NULL}},
+      .candidate = {{find(l, y->hidden, y->input, "%s.candidate.weight_ih", prefix), y->input, NULL},
+                    {find(l, y->hidden, y->recurrent, "%s.candidate.weight_hh", prefix), y->recurrent, NULL}},
+      .projection = {y->projection ? find(l, y->projection, y->hidden, "%s.projection.weight", prefix) : NULL, y->hidden, NULL},
+  };
+  bool all = found->gates[0].data && found->gates[1].data && found->candidate[0].data && found->candidate[1].data;
+  return all && (!y->projection || found->projection.data) ? 0 : -1;
 }
 
 static int load_vectors(loader *l, cell *c, const char *prefix) {
@@ -171,20 +252,21 @@ static int fold_table(loader *l, const section *s, cell *c, const sources *from)
   r2b_model *model = l->model;
   int wide = c->layer->input, rows = c->gate_rows + c->candidate_rows, failed = 0;
   cell with = *c;
+  const grid halves = {0};
   size_t kept = model->owned_count;
   columns active = {0};
   float *values;
   c->table = model_allocate(model, ((size_t)s->config->vocabulary * (size_t)rows + 128) * sizeof(float)); /* whole tiles can be read */
   if (!c->table) return -1;
   kept = model->owned_count;
-  failed = new_matrix(model, &with.gates, c->layer->gates * c->layer->hidden, wide) ||
-           new_matrix(model, &with.candidate, c->layer->hidden, wide);
+  failed = new_matrix(model, &with.gates, c->layer->gates * c->layer->hidden, wide, &halves) ||
+           new_matrix(model, &with.candidate, c->layer->hidden, wide, &halves);
   values = failed ? NULL : model_allocate(model, (size_t)wide * sizeof(float));
   active.index = values ? model_allocate(model, (size_t)(wide + SLACK) * sizeof(int32_t)) : NULL;
   active.value = active.index ? model_allocate(model, (size_t)(wide + SLACK) * sizeof(float)) : NULL;
   if (active.value) {
-    lay_out(&with.gates, from->gates_ih, 0, wide);
-    lay_out(&with.candidate, from->candidate_ih, 0, wide);
+    lay_out(&with.gates, &from->gates[0], 0);
+    lay_out(&with.candidate, &from->candidate[0], 0);
     for (int v = 0; v < s->config->vocabulary; v++) {
       for (int j = 0; j < wide; j++) values[j] = s->embedding ? half_to_float(s->embedding[(size_t)v * (size_t)wide + (size_t)j]) : j == v;
       active.total = active.inputs = model->kernels->list(values, wide, 0, active.index, active.value);
@@ -201,26 +283,53 @@ static bool folds(const section *s, const cell *c) {
   return vocabulary && products <= MOST_FOLDED_PRODUCTS && rows * vocabulary * sizeof(float) <= MOST_TABLE_BYTES;
 }
 
-static void lay_out_cell(cell *c, int first, const uint8_t *gates, const uint8_t *candidate, int cols) {
-  lay_out(&c->gates, gates, first, cols);
-  lay_out(&c->candidate, candidate, first, cols);
-  lay_out_rows(&c->candidate_by_row, c->layer->hidden, candidate, first, cols);
+/* All matrices of a cell but the projection: the input's columns, where there are any, then the recurrent ones. */
+static int lay_out_cell(r2b_model *model, cell *c, sources *from) {
+  const layer_config *y = c->layer;
+  int rows = y->gates * y->hidden, cols = c->inputs + y->recurrent, skipped = c->inputs ? 0 : 1;
+  grid gates, candidate;
+  if (find_grid(model, from->gates + skipped, 2 - skipped, rows, &gates) ||
+      find_grid(model, from->candidate + skipped, 2 - skipped, y->hidden, &candidate) || new_matrix(model, &c->gates, rows, cols, &gates) ||
+      new_matrix(model, &c->candidate, y->hidden, cols, &candidate) ||
+      new_row_matrix(model, &c->candidate_by_row, y->hidden, cols, &candidate))
+    return -1;
+  for (int k = skipped; k < 2; k++) {
+    int first = k ? c->inputs : 0;
+    if (to_bytes(&from->gates[k], rows, &gates) || to_bytes(&from->candidate[k], y->hidden, &candidate)) return -1;
+    lay_out(&c->gates, &from->gates[k], first);
+    lay_out(&c->candidate, &from->candidate[k], first);
+    lay_out_rows(&c->candidate_by_row, y->hidden, &from->candidate[k], first);
+  }
+  return 0;
 }
 
 /* Where in a block of 64 bytes row `r` lies, so that the kernel's interleaving of four columns gives rows in their order. */
 static int place_in_block(int r) { return 16 * (r / 4 % 4) + 4 * (r / 16) + r % 4; }
 
-static uint8_t *byte_at(const screen *s, int row, int plane, int col) {
-  int block = s->planes * (row / 64) + plane;
-  return s->bytes.bytes + byte_tile(&s->bytes, block / 2) + (size_t)col * byte_stride(&s->bytes, block / 2) + 64 * (size_t)(block % 2) +
-         place_in_block(row % 64);
+static uint8_t *byte_in(const byte_matrix *m, int block, int row, int col) {
+  return m->bytes + byte_tile(m, block / 2) + (size_t)col * byte_stride(m, block / 2) + 64 * (size_t)(block % 2) + place_in_block(row % 64);
 }
 
 static int nearest(float x) { return (int)(x < 0.0f ? x - 0.5f : x + 0.5f); }
 
+/* A row on a grid is its high plane, without error. */
+static void screen_bytes(screen *s, int row, const int8_t *weights, float scale) {
+  uint8_t *at = byte_in(&s->bytes, row / 64, row, 0);
+  size_t stride = byte_stride(&s->bytes, row / 64 / 2);
+  int64_t norm = 0;
+  for (int j = 0; j < s->bytes.cols; j++) {
+    at[stride * (size_t)j] = (uint8_t)(weights[j] + 128);
+    norm += weights[j] * weights[j];
+  }
+  s->scale[row] = scale / 256;
+  s->norm[row] = 1.0001f * scale * (float)sqrt((double)norm);
+  s->norm_in_all += s->norm[row];
+}
+
 /* One row into planes; the norms are rounded up. */
 static void screen_one(screen *s, int row, const uint16_t *weights) {
-  uint8_t *high_at = byte_at(s, row, 0, 0), *low_at = byte_at(s, row, s->planes - 1, 0);
+  int block = s->planes * (row / 64);
+  uint8_t *high_at = byte_in(&s->bytes, block, row, 0), *low_at = byte_in(&s->bytes, block + s->planes - 1, row, 0);
   size_t stride = byte_stride(&s->bytes, s->planes * (row / 64) / 2);
   float most = 0.0f;
   double error = 0.0, norm = 0.0, worst = 0.0;
@@ -254,7 +363,7 @@ static int make_screen(r2b_model *model, cell *c) {
   const layer_config *y = c->layer;
   int rows = y->gates * y->hidden, cols = c->gates_by_row.cols;
   s->keeps = !y->has_cell;
-  s->planes = s->keeps ? 2 : 1;
+  s->planes = s->keeps && !c->gates_by_row.grid.scale ? 2 : 1;
   s->blocks = padded(rows, 128) / 64; /* whole tiles */
   s->room = 64 * s->blocks;
   s->bytes = (byte_matrix){.cols = cols, .tiles = s->planes * s->blocks / 2};
@@ -263,13 +372,20 @@ static int make_screen(r2b_model *model, cell *c) {
   for (int k = 0; k < 4; k++)
     if (!(*vectors[k] = model_allocate(model, (size_t)s->room * sizeof(float)))) return -1;
   if (!s->bytes.bytes) return -1;
-  for (int r = 0; r < rows; r++) screen_one(s, r, c->gates_by_row.weights + (size_t)r * (size_t)c->gates_by_row.stride);
+  const row_matrix *by_row = &c->gates_by_row;
+  for (int r = 0; r < rows; r++) {
+    size_t at = (size_t)r * (size_t)by_row->stride;
+    if (by_row->grid.scale)
+      screen_bytes(s, r, (const int8_t *)by_row->weights + at, by_row->grid.scale[r]);
+    else
+      screen_one(s, r, (const uint16_t *)by_row->weights + at);
+  }
   return 0;
 }
 
-/* A GRU reads what has changed only where it is screened. An LSTM reads less, and takes as long or longer (docs/decisions/008). */
+/* A GRU reads what has changed only where it is screened. An LSTM's fp16 weights are screened in as long or longer (docs/decisions/008). */
 static bool is_wanted(const r2b_model *model, const cell *c) {
-  return model->compute == R2B_AUTO ? !c->layer->has_cell : model->compute == R2B_INT8;
+  return model->compute == R2B_AUTO ? !c->layer->has_cell || c->gates.grid.scale : model->compute == R2B_INT8;
 }
 
 static bool screens(const r2b_model *model, const cell *c) {
@@ -280,10 +396,19 @@ static bool screens(const r2b_model *model, const cell *c) {
 
 static int load_screen(loader *l, cell *c, const sources *from) {
   int rows = c->layer->gates * c->layer->hidden;
-  if (new_row_matrix(l->model, &c->gates_by_row, rows, c->inputs + c->layer->recurrent)) return -1;
-  if (c->inputs) lay_out_rows(&c->gates_by_row, rows, from->gates_ih, 0, c->inputs);
-  lay_out_rows(&c->gates_by_row, rows, from->gates_hh, c->inputs, c->layer->recurrent);
+  if (new_row_matrix(l->model, &c->gates_by_row, rows, c->inputs + c->layer->recurrent, &c->gates.grid)) return -1;
+  if (c->inputs) lay_out_rows(&c->gates_by_row, rows, &from->gates[0], 0);
+  lay_out_rows(&c->gates_by_row, rows, &from->gates[1], c->inputs);
   return make_screen(l->model, c);
+}
+
+static int lay_out_whole(r2b_model *model, matrix *m, int rows, const part *from) {
+  part whole = *from;
+  grid grid;
+  if (find_grid(model, &whole, 1, rows, &grid) || new_matrix(model, m, rows, whole.cols, &grid) || to_bytes(&whole, rows, &grid)) return -1;
+  lay_out(m, &whole, 0);
+  free(whole.bytes);
+  return 0;
 }
 
 static int load_cell(loader *l, section *s, int index, int direction) {
@@ -299,25 +424,18 @@ static int load_cell(loader *l, section *s, int index, int direction) {
   if (find_weights(l, y, prefix, &from) || load_vectors(l, c, prefix) || load_levels(l, c, prefix)) return -1;
   bool folded = index == 0 && folds(s, c);
   c->inputs = folded ? 0 : y->input;
-  if ((folded && fold_table(l, s, c, &from)) || new_matrix(model, &c->gates, y->gates * y->hidden, c->inputs + y->recurrent) ||
-      new_matrix(model, &c->candidate, y->hidden, c->inputs + y->recurrent) ||
-      new_row_matrix(model, &c->candidate_by_row, y->hidden, c->inputs + y->recurrent))
-    return -1;
-  if (!folded) lay_out_cell(c, 0, from.gates_ih, from.candidate_ih, y->input);
-  lay_out_cell(c, c->inputs, from.gates_hh, from.candidate_hh, y->recurrent);
-  if (screens(model, c) && load_screen(l, c, &from)) return -1;
-  if (!from.projection) return 0;
-  if (new_matrix(model, &c->projection, y->projection, y->hidden)) return -1;
-  lay_out(&c->projection, from.projection, 0, y->hidden);
-  return 0;
+  int failed = (folded && fold_table(l, s, c, &from)) || lay_out_cell(model, c, &from) || (screens(model, c) && load_screen(l, c, &from)) ||
+               (y->projection && lay_out_whole(model, &c->projection, y->projection, &from.projection));
+  for (int k = 0; k < 2; k++) free(from.gates[k].bytes), free(from.candidate[k].bytes);
+  return failed ? -1 : 0;
 }
 
 static int load_linear(loader *l, section *s, int index) {
   const linear_config *found = &s->config->linear[index];
   linear *to = &s->linears[index];
   const uint8_t *weight = find(l, found->out, found->in, "%s.head.%d.weight", s->config->name, index);
-  if (!weight || new_matrix(l->model, &to->weight, found->out, found->in)) return -1;
-  lay_out(&to->weight, weight, 0, found->in);
+  part whole = {.data = weight, .cols = found->in};
+  if (!weight || lay_out_whole(l->model, &to->weight, found->out, &whole)) return -1;
   size_t room = (size_t)to->weight.rows;
   to->bias = found->bias ? floats(l, find(l, found->out, 0, "%s.head.%d.bias", s->config->name, index), (size_t)found->out, room)
                          : model_allocate(l->model, room * sizeof(float));

@@ -3,35 +3,50 @@
 
 enum { ROWS_AT_ONCE = LANES / 2, VECTORS_A_STRIP = STRIP / LANES };
 
-/* `count` rows over all columns: sixteen sums a row, over ascending columns, added up in one order. A column of zero changes no bit. */
-INLINE void row_strip(const row_matrix *m, const int32_t *wanted, const float *dense, const float *init, float *out, const int count) {
+INLINE const uint8_t *row_of(const row_matrix *m, int row, const int size) {
+  return (const uint8_t *)m->weights + (size_t)size * (size_t)row * (size_t)m->stride;
+}
+
+/* `count` rows over all columns: sixteen sums a row, over ascending columns, added up in one order. A column of zero changes no bit. With
+ * `ahead`, lines of the next rows are fetched while these are added. */
+INLINE void row_strip(const row_matrix *m, const int32_t *wanted, const float *dense, const float *init, float *out, const int count,
+                      const int size, bool ahead) {
   V sum[ROWS_AT_ONCE][VECTORS_A_STRIP];
-  const uint16_t *row[ROWS_AT_ONCE];
+  const uint8_t *row[ROWS_AT_ONCE];
   for (int r = 0; r < count; r++) {
-    row[r] = m->weights + (size_t)wanted[r] * (size_t)m->stride;
+    row[r] = row_of(m, wanted[r], size);
     for (int v = 0; v < VECTORS_A_STRIP; v++) sum[r][v] = v_all(0.0f);
   }
-  for (int j = 0; j < m->stride; j += STRIP)
+  for (int j = 0; j < m->stride; j += STRIP) {
+    for (int r = 0; ahead && size * j % 64 == 0 && r < count; r++) __builtin_prefetch(row_of(m, wanted[r + count], size) + size * j);
     for (int v = 0; v < VECTORS_A_STRIP; v++) {
       V x = v_load(dense + j + LANES * v);
-      for (int r = 0; r < count; r++) sum[r][v] = v_fma(v_half(row[r] + j + LANES * v), x, sum[r][v]);
+      for (int r = 0; r < count; r++) sum[r][v] = v_fma(v_weights(row[r] + size * (j + LANES * v), size), x, sum[r][v]);
     }
+  }
   for (int r = 0; r < count; r++) {
     float x[STRIP];
     for (int v = 0; v < VECTORS_A_STRIP; v++) v_store(x + LANES * v, sum[r][v]);
     for (int half = STRIP / 2; half; half /= 2)
       for (int k = 0; k < half; k++) x[k] += x[k + half];
-    out[wanted[r]] = init[wanted[r]] + x[0];
+    out[wanted[r]] = init[wanted[r]] + (size == 1 ? m->grid.scale[wanted[r]] : 1.0f) * x[0];
   }
 }
 
-static void by_row(const row_matrix *m, int count, const product_row *row, scratch *work) {
+INLINE void row_strips(const row_matrix *m, int count, const product_row *row, const scratch *work, const int size) {
   int r = 0;
+  for (; count - r >= ROWS_AT_ONCE; r += ROWS_AT_ONCE) row_strip(m, work->wanted + r, work->dense, row->init, row->out, ROWS_AT_ONCE, size, count - r >= 2 * ROWS_AT_ONCE);
+  for (; r < count; r++) row_strip(m, work->wanted + r, work->dense, row->init, row->out, 1, size, false);
+}
+
+static void by_row(const row_matrix *m, int count, const product_row *row, scratch *work) {
   memset(work->dense, 0, (size_t)m->stride * sizeof(float));
   for (int k = row->from; k < row->to; k++) work->dense[row->active->index[k]] = row->active->value[k];
-  for (; count - r >= ROWS_AT_ONCE; r += ROWS_AT_ONCE) row_strip(m, work->wanted + r, work->dense, row->init, row->out, ROWS_AT_ONCE);
-  for (; r < count; r++) row_strip(m, work->wanted + r, work->dense, row->init, row->out, 1);
-  work->counters->bytes += 2u * (uint64_t)m->stride * (uint64_t)count;
+  if (m->grid.scale)
+    row_strips(m, count, row, work, 1);
+  else
+    row_strips(m, count, row, work, 2);
+  work->counters->bytes += (uint64_t)weight_size(&m->grid) * (uint64_t)m->stride * (uint64_t)count;
 }
 
 /* out = init + W * active in the rows of the open units; in others it may be anything finite. */

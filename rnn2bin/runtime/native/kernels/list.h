@@ -1,3 +1,8 @@
+/* Weights of `size` bytes: fp16, or whole numbers. */
+INLINE V v_weights(const uint8_t *p, const int size) {
+  return size == 2 ? v_half((const uint16_t *)(const void *)p) : v_byte((const int8_t *)p);
+}
+
 /* Lists without branches: of columns that are not zero, of units whose bit is set. */
 
 static inline int list_plain(const float *values, int n, int offset, int32_t *index, float *value) {

@@ -136,9 +136,9 @@ INLINE void add_digits(const uint8_t *tile, size_t stride, const screen_row *row
     memcpy(digits + 1, row->low + k, sizeof *digits);
     __m512i high = _mm512_set1_epi32(digits[0]), low = _mm512_set1_epi32(digits[1]);
     for (int c = 0; c < 4; c++) {
-      uintptr_t next = (uintptr_t)tile + (size_t)row->index[k + c + AHEAD] * stride;
+      uintptr_t next = (uintptr_t)tile + bytes_to(row->index[k + c + AHEAD], stride);
       for (int line = 0; line < ahead; line++) __builtin_prefetch((const void *)(next + 64 * (size_t)line));
-      column[c] = tile + (size_t)row->index[k + c] * stride;
+      column[c] = tile + bytes_to(row->index[k + c], stride);
     }
     for (int b = 0; b < 2; b++) {
       interleave(column, 64 * b, bytes);
@@ -231,20 +231,27 @@ static int is_close(const cell *cell, int r, float product, float loose) {
   return 0;
 }
 
-/* Rows whose order of additions matters, as the fp16 product adds them: one accumulator, ascending columns. */
+INLINE float weight_at(const row_matrix *m, int row, int col) {
+  size_t at = (size_t)row * (size_t)m->stride + (size_t)col;
+  return m->grid.scale ? m->grid.scale[row] * (float)((const int8_t *)m->weights)[at] : _cvtsh_ss(((const uint16_t *)m->weights)[at]);
+}
+
+/* `wide` rows whose order of additions matters, as the fp16 product adds them: one accumulator, ascending columns. */
+INLINE void add_in_order(const row_matrix *m, const int32_t *rows, const product_row *one, const int wide) {
+  float sum[8];
+  for (int r = 0; r < wide; r++) sum[r] = one->init[rows[r]];
+  for (int k = one->from; k < one->to; k++)
+    for (int r = 0; r < wide; r++) sum[r] = fmaf(weight_at(m, rows[r], one->active->index[k]), one->active->value[k], sum[r]);
+  for (int r = 0; r < wide; r++) one->out[rows[r]] = sum[r];
+}
+
+/* Each addition waits for the one before: rows are taken side by side, as many as there are. */
 static void in_order(const cell *cell, const int32_t *rows, int count, const product_row *one) {
   const row_matrix *m = &cell->gates_by_row;
-  for (int first = 0; first < count; first += 8) {
-    float sum[8];
-    int wide = count - first < 8 ? count - first : 8;
-    for (int r = 0; r < 8; r++) sum[r] = one->init[rows[first + (r < wide ? r : 0)]];
-    for (int k = one->from; k < one->to; k++)
-      for (int r = 0; r < 8; r++) {
-        uint16_t half = m->weights[(size_t)rows[first + (r < wide ? r : 0)] * (size_t)m->stride + (size_t)one->active->index[k]];
-        sum[r] = fmaf(_cvtsh_ss(half), one->active->value[k], sum[r]);
-      }
-    for (int r = 0; r < wide; r++) one->out[rows[first + r]] = sum[r];
-  }
+  for (; count >= 8; count -= 8, rows += 8) add_in_order(m, rows, one, 8);
+  if (count & 4) add_in_order(m, rows, one, 4), rows += 4;
+  if (count & 2) add_in_order(m, rows, one, 2), rows += 2;
+  if (count & 1) add_in_order(m, rows, one, 1);
 }
 
 /* Reads doubtful rows in 16 bits. Where that is most of them the fp16 product is quicker. */

@@ -16,6 +16,11 @@ static inline V v_half(const uint16_t *p) {
   float16x8_t h = vreinterpretq_f16_u16(vld1q_u16(p));
   return (V){vcvt_f32_f16(vget_low_f16(h)), vcvt_high_f32_f16(h)};
 }
+static inline V v_byte(const int8_t *p) {
+  int16x8_t wide = vmovl_s8(vld1_s8(p));
+  return (V){vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(wide)))};
+}
+static inline V v_mul(V a, V b) { return (V){vmulq_f32(a.a, b.a), vmulq_f32(a.b, b.b)}; }
 static inline V v_fma(V a, V b, V c) { return (V){vfmaq_f32(c.a, a.a, b.a), vfmaq_f32(c.b, a.b, b.b)}; }
 
 #define LIST_ALL(values, n, offset, index, value) list_plain(values, n, offset, index, value)

@@ -29,6 +29,15 @@ static inline V v_half(const uint16_t *p) {
   }
   return v;
 }
+static inline V v_byte(const int8_t *p) {
+  V v;
+  for (int k = 0; k < 8; k++) v.x[k] = (float)p[k];
+  return v;
+}
+static inline V v_mul(V a, V b) {
+  for (int k = 0; k < 8; k++) a.x[k] *= b.x[k];
+  return a;
+}
 static inline V v_fma(V a, V b, V c) {
   for (int k = 0; k < 8; k++) c.x[k] += a.x[k] * b.x[k];
   return c;
