@@ -137,7 +137,9 @@ class Cell(nn.Module):
 
     def matrices(self) -> dict[str, Tensor]:
         """The cell's matrices by name, on their grids where they have any."""
-        found = {f"{part}.weight_{side}": getattr(self.part(part), f"weight_{side}") for part in ("gates", "candidate") for side in ("ih", "hh")}
+        found = {
+            f"{part}.weight_{side}": getattr(self.part(part), f"weight_{side}") for part in ("gates", "candidate") for side in ("ih", "hh")
+        }
         if self.layer.proj_size:
             found["projection.weight"] = self.part("projection").weight
         if self.grid == "none":
