@@ -404,8 +404,8 @@ class Train(Closed):
 class Pack(Closed):
     weights: Literal["fp16", "int8"] = Field(
         "fp16",
-        description="int8: each row of a recurrent layer's matrices is a power of two times whole numbers of eight bits, in training and in "
-        "what is packed; the native runtime reads half the bytes",
+        description="int8: each row of a recurrent layer's matrices is a power of two times whole numbers of eight bits, in training "
+        "and in what is packed; the native runtime reads half the bytes",
     )
 
 

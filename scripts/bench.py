@@ -38,8 +38,10 @@ def rate_for(cell: str, density: float) -> float:
 
 
 @torch.no_grad()
-def network_of(cell: str, hidden: int, density: float, *, layers: int = 2, tokens: bool = True, seed: int = 0) -> Network:
-    """Uniform weights; each unit's gate biases moved until it opens as often as `density` asks for."""
+def network_of(
+    cell: str, hidden: int, density: float, *, layers: int = 2, tokens: bool = True, seed: int = 0, weights: str = "fp16"
+) -> Network:
+    """Uniform weights, on eight-bit grids where they are int8; each unit's gate biases moved until it opens as `density` asks for."""
     stack = tuple(LayerSpec(cell, hidden, hidden) for _ in range(layers))
     spec = RnnSpec({"main": SectionSpec(stack, EmbeddingSpec(VOCABULARY, hidden) if tokens else None)})
     network = Network(spec, {name: (True,) * len(y.kind.gates) for name, y in spec.cell_names()}, levels="learned")
@@ -53,6 +55,9 @@ def network_of(cell: str, hidden: int, density: float, *, layers: int = 2, token
             p.copy_((torch.rand(p.shape, generator=generator) * 2 - 1) * (3 / p.shape[1]) ** 0.5)
         elif name.endswith("gates.bias"):
             p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    if weights == "int8":
+        network.round_weights()
+        network.load_state_dict(network.shipped())
     rate = rate_for(cell, density)
     wanted = {"i": rate, "f": 0.7, "o": rate, "r": rate, "z": 1 - rate}
     x = torch.randint(VOCABULARY, (40, 4), generator=generator) if tokens else torch.randn(40, 4, hidden, generator=generator)
@@ -73,7 +78,8 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         for hidden in options.sizes:
             for density in options.densities:
                 with tempfile.TemporaryDirectory() as folder, bench.one_core():
-                    pack.write_model(network_of(cell, hidden, density), Path(folder), provenance={}, task={"name": "match"})
+                    network = network_of(cell, hidden, density, weights=options.weights)
+                    pack.write_model(network, Path(folder), provenance={}, task={"name": "match"})
                     for compute, batch in itertools.product(options.compute, options.batches):
                         new = [
                             {"asked_density": density, **row} for row in bench.rows_of(Path(folder), compute, None, settings, batch=batch)
@@ -91,7 +97,9 @@ def break_even(found: list[dict[str, Any]]) -> list[str]:
     straight in the logarithms."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in found:
-        groups.setdefault((row["cell"], row["hidden_size"], row["call"], row["batch"], row["compute"]), []).append(row)
+        groups.setdefault(
+            (row["cell"], row["hidden_size"], row["call"], row["batch"], row.get("weights", "fp16"), row["compute"]), []
+        ).append(row)
     lines = []
     for key, rows_ in groups.items():
         rows_ = sorted(rows_, key=lambda row: row["density"])
@@ -120,12 +128,13 @@ def plot(found: list[dict[str, Any]], target: Path) -> None:
     calls = [row for row in found if row["call"] == "sequence"]
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
     for axis, by, other in ((axes[0], "density", "hidden_size"), (axes[1], "hidden_size", "asked_density")):
-        groups: dict[tuple[str, str, Any], list[tuple[float, float]]] = {}
+        groups: dict[tuple[str, str, str, Any], list[tuple[float, float]]] = {}
         for row in calls:
-            groups.setdefault((row["cell"], row["compute"], row[other]), []).append((row[by], row["us_per_step"]))
-        colours = {value: f"C{k}" for k, value in enumerate(sorted({key[2] for key in groups}))}
-        for (cell, compute, value), points in sorted(groups.items()):
-            name = f"{cell.upper()} {compute}, {other.replace('_', ' ')} {value}"
+            key = (row["cell"], row.get("weights", "fp16"), row["compute"], row[other])
+            groups.setdefault(key, []).append((row[by], row["us_per_step"]))
+        colours = {value: f"C{k}" for k, value in enumerate(sorted({key[-1] for key in groups}))}
+        for (cell, weights, compute, value), points in sorted(groups.items()):
+            name = f"{cell.upper()} {weights} {compute}, {other.replace('_', ' ')} {value}"
             axis.plot(*zip(*sorted(points), strict=True), "--s" if cell == "gru" else "-o", color=colours[value], label=name)
         axis.set(xscale="log", yscale="log", xlabel=by.replace("_", " "), ylabel="µs a step")
         ticks = sorted({row["hidden_size"] for row in calls}) if by == "hidden_size" else (0.05, 0.1, 0.25, 0.5, 1)
@@ -141,6 +150,7 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=["lstm", "gru"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[256, 512, 1024, 2048])
     parser.add_argument("--densities", nargs="+", type=float, default=[0.05, 0.1, 0.25, 0.5, 1.0])
+    parser.add_argument("--weights", choices=("fp16", "int8"), default="fp16")
     parser.add_argument("--compute", nargs="+", default=["fp16", "int8"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--against", nargs="*", default=["torch", "ort", "openvino"])

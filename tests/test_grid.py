@@ -127,5 +127,5 @@ def test_the_recipe_says_it(tmp_path):
     path.write_text("version: 1\npack: {weights: int8}\n")
     assert recipe_yaml.read(path).pack.weights == "int8"
     path.write_text("version: 1\npack: {weights: int7}\n")
-    with pytest.raises(RecipeError, match="r.yaml:2:"):
+    with pytest.raises(RecipeError, match=r"r\.yaml:2:"):
         recipe_yaml.read(path)

@@ -87,7 +87,8 @@ def _row(model: Model, compute: str, call: str, steps: int, batch: int, data: np
     touched = ours.counters()
     layer, mine = model.spec.entry.layers[0], times["native"]
     bytes_read = touched["bytes"] / touched["steps"]
-    bandwidth = read_bandwidth(model_bytes(model.spec, compute))
+    weights = model.config.get("weights", "fp16")
+    bandwidth = read_bandwidth(model_bytes(model.spec, weights, compute=compute))
     return {
         "cell": layer.cell,
         "hidden_size": layer.hidden_size,
@@ -96,6 +97,7 @@ def _row(model: Model, compute: str, call: str, steps: int, batch: int, data: np
         "steps_per_call": steps,
         "batch": batch,
         "compute": compute,
+        "weights": weights,
         "density": touched["weights"] / touched["steps"] / dense_weights(model.spec),
         "us_per_step": float(np.median(mine)),
         "us_per_step_min": float(np.min(mine)),
@@ -173,9 +175,9 @@ def dense_weights(spec: RnnSpec) -> int:
     return total
 
 
-def model_bytes(spec: RnnSpec, compute: str) -> int:
+def model_bytes(spec: RnnSpec, weights: str, *, compute: str) -> int:
     """The working set: what the weights take that steps read."""
-    return dense_weights(spec) * (2 if compute == "fp16" else 1)
+    return dense_weights(spec) * (2 if weights == "fp16" and compute == "fp16" else 1)
 
 
 def read_bandwidth(size: int, repeats: int = 20) -> float:

@@ -27,8 +27,8 @@ State = list[list[tuple[Array, ...]]]  # [layer][direction], each (h,) or (h, c)
 class Model:
     """A binary-gated network that runs by skipping. One model may serve many threads; each stream and each call has its own state.
 
-    `compute`: "fp16" reads every active weight in 16 bits; "int8" screens the gates' signs in 8 and gives the same bits; "auto" is
-    the quicker: "int8" for GRUs, "fp16" for LSTMs. `threads` > 1 shares a batch out.
+    `compute`: "fp16" reads every active weight; "int8" screens the gates' signs in 8 bits and gives the same bits; "auto" is the
+    quicker: "int8" for GRUs and for weights on eight-bit grids, else "fp16". `threads` > 1 shares a batch out.
     """
 
     def __init__(self, path: Path, *, compute: str = "auto", threads: int = 1) -> None:

@@ -23,9 +23,9 @@ typedef struct r2b_state r2b_state;
 
 /* How products of gates are made. All give the same bits. */
 enum {
-  R2B_FP16 = 0, /* every active weight is read in 16 bits */
+  R2B_FP16 = 0, /* every active weight is read: in 16 bits, or in 8 where its row is on an eight-bit grid */
   R2B_INT8 = 1, /* signs of binary gates are screened in 8 bits; rows that are not certain are read in 16 */
-  R2B_AUTO = 2  /* whichever is quicker: int8 for GRUs, fp16 for LSTMs */
+  R2B_AUTO = 2  /* whichever is quicker: int8 for GRUs and for weights on eight-bit grids, else fp16 */
 };
 
 typedef struct {
