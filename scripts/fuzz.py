@@ -10,6 +10,7 @@ The readers are in scripts/fuzz_readers.py. A failing input is written to the cu
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import resource
@@ -41,17 +42,21 @@ def mutate(target: Target, data: bytes, seeds: Sequence[bytes], dice: random.Ran
 # ---- engines ----
 
 
-@contextmanager
-def limited() -> Iterator[None]:
-    """Address space of what is taken now and MEMORY; a MemoryError is then a failure."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+def limit() -> None:
+    """Address space of what is taken now and MEMORY from here on; a MemoryError is then a failure."""
     with Path("/proc/self/statm").open() as status:
         now = int(status.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit()
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def execute(target: Target, data: bytes, folder: Path) -> bool:
@@ -169,10 +174,16 @@ def by_coverage(name: str, *, runs: int, seed: int = 0) -> None:
         "-verbosity=0",
         "-print_final_stats=1",
     ]
+    ran = itertools.count()
+
+    def one(data: bytes) -> None:
+        if next(ran) % BATCH == 0:
+            limit()  # what the engine keeps grows through the run, and is not the reader's
+        execute(target, data, folder)
+
     own = {"custom_mutator": change} if target.change else {}
-    atheris.Setup([sys.argv[0], *options, str(corpus)], lambda data: execute(target, data, folder) or None, **own)
-    with limited():
-        atheris.Fuzz()
+    atheris.Setup([sys.argv[0], *options, str(corpus)], one, **own)
+    atheris.Fuzz()
 
 
 def main() -> None:

@@ -545,6 +545,16 @@ def test_a_model_within_itself_ends(tmp_path: Path) -> None:
     assert "nested more than" in refused(keras_zip(tmp_path / "m.keras", config, {"layers/lstm/cell/vars/0": numbers(I, 4 * U)}))
 
 
+@pytest.mark.parametrize("inputs", [[["x", 0, 0]], []])
+def test_a_model_inside_whose_input_is_no_layer(tmp_path: Path, inputs: list[Any]) -> None:
+    """Found by fuzzing: KeyError."""
+    lstm = {"class_name": "LSTM", "name": "l", "config": {**SIGMOID, "name": "l", "units": U}, "inbound_nodes": [[["x", 0, 0, {}]]]}
+    inner = {"name": "m", "layers": [lstm], "input_layers": inputs, "output_layers": [["l", 0, 0]]}
+    config = {"class_name": "Sequential", "config": {"layers": [{"class_name": "Functional", "config": inner}]}}
+    reasons = refused(keras_zip(tmp_path / "m.keras", config, {"layers/lstm/cell/vars/0": numbers(I, 4 * U)}))
+    assert "is none of its layers" in reasons
+
+
 def keras_zip(path: Path, config: Any, tensors: dict[str, np.ndarray], **extra: bytes) -> Path:
     with h5py.File(path.with_suffix(".inner"), "w") as file:
         for name, values in tensors.items():

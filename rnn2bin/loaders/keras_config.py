@@ -235,7 +235,10 @@ def _input_config(first: Layer, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the first layer says of the model's input."""
     if first.model is not None:
         inner = first.model
-        return inner.layers[inner.inputs[0].layer].config
+        named = inner.inputs[0].layer if inner.inputs else ""
+        if named not in inner.layers:
+            raise UnsupportedError(f"the input {named!r} of the model {first.name!r} is none of its layers")
+        return inner.layers[named].config
     for found in (first.config.get("batch_input_shape"), first.config.get("batch_shape"), config.get("build_input_shape")):
         if found is not None:
             return {"batch_shape": found}
