@@ -8,6 +8,7 @@ from torch import nn
 
 from rnn2bin import spec as specs
 from rnn2bin.cells.network import teacher_network
+from rnn2bin.cells.ops import OPS
 from rnn2bin.errors import UnsupportedError
 from rnn2bin.loaders.graph import SINGLE, Direction, GraphBuilder, close
 
@@ -219,3 +220,12 @@ def test_what_ran_in_float32_is_compared_as_float32():
     assert not close(a, b)
     assert close(a, b, tolerance=SINGLE)
     assert not close(a, a * 1.01, tolerance=SINGLE)
+
+
+def test_a_constant_without_numbers_takes_no_memory():
+    """Found by fuzzing: 2^40 empty lists of a tensor of shape (2^40, 0), from a file of 700 bytes."""
+    g = GraphBuilder()
+    g.literal(torch.zeros((2**40, 0), dtype=torch.int64))
+    node = g.nodes[-1]
+    assert node.attributes["value"] == []
+    assert OPS["Constant"]([], node.attributes).shape == (2**40, 0)

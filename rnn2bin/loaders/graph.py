@@ -84,8 +84,9 @@ class GraphBuilder:
         kind = "float32" if values.is_floating_point() else "bool" if values.dtype == torch.bool else "int64"
         if values.numel() > MOST_LITERALS:
             raise UnsupportedError(f"{hint}: {values.numel()} whole numbers in one constant; up to {MOST_LITERALS} are carried")
-        shape = {"shape": list(values.shape)} if values.numel() == 0 else {}
-        return self.add("Constant", hint=hint, value=values.tolist(), dtype=kind, **shape)
+        if values.numel() == 0:  # a list of lists, of (2^40, 0) numbers say, would take memory for each
+            return self.add("Constant", hint=hint, value=[], dtype=kind, shape=list(values.shape))
+        return self.add("Constant", hint=hint, value=values.tolist(), dtype=kind)
 
     def add(self, op: str, *inputs: str, hint: str = "", **attributes: Any) -> str:
         """A node with one output."""
