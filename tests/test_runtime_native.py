@@ -525,6 +525,15 @@ def test_states_of_layers_are_of_graphs(tmp_path):
     handle.reset()
 
 
+@pytest.mark.parametrize("bound", [1e38, 1e300, -1.0, float("nan")])
+def test_bounds_that_float32_does_not_hold_are_refused_by_both(bound, tmp_path):
+    path = packed(network_of("lstm"), tmp_path)
+    first_layer(clip=bound)(path)
+    for backend in runtime.BACKENDS if library.library() else ("torch",):
+        with pytest.raises(UnsupportedError, match="clip"):
+            runtime.load(path, backend=backend)
+
+
 @built
 @pytest.mark.parametrize("bound", [0.7, 3.0, 0.1, 1e-05, 12345.678, 0.30000001192092896, 1e-300, 2.5e20])
 def test_bounds_are_read_as_numbers_are_written(bound, tmp_path):

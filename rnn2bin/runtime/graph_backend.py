@@ -19,7 +19,7 @@ from rnn2bin.runtime.native_backend import Array, Handle, Opened, check_lengths
 from rnn2bin.runtime.torch_backend import check_input, check_streams
 from rnn2bin.spec import GraphSpec, LayerSpec, Node
 
-WINDOW = 256  # steps of sequences that go through a graph that may be cut: what nodes make of them stays in the caches
+WINDOW = 512  # steps of sequences that go through a graph that may be cut: what nodes make of them stays in the caches
 MOST_SETTLED = 2**20  # numbers of constants that are kept
 
 
