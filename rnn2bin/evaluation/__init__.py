@@ -22,7 +22,6 @@ from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize, sample
 from rnn2bin.measure import Candidate, compare
 from rnn2bin.packed import read_config
 from rnn2bin.recipe import Gates
-from rnn2bin.runtime import library
 from rnn2bin.runtime.torch_backend import Model
 
 SCHEMA_VERSION = 1
@@ -222,7 +221,7 @@ def load_model(path: Path) -> Model:
 def load_native(path: Path) -> runtime.Native | None:
     """The packed model on the C runtime; None where that was not built, or leaves the network to torch."""
     config = read_config(path)
-    return runtime.load_native(path, config) if library.library() and runtime.not_native(config) is None else None
+    return runtime.load_native(path, config) if runtime.runs_natively(config) else None
 
 
 def sizes(source_bytes: int, folder: Path) -> dict[str, int]:

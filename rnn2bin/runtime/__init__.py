@@ -43,11 +43,8 @@ def load(
         raise UsageError(f"backend native: runs on the CPU, not on {device!r}; use backend torch")
     if backend == "native":
         return load_native(Path(path), config, compute=compute, threads=threads)
-    if backend is None and device == "cpu" and library.library():
-        reason = not_native(config)
-        if reason is None:
-            return load_native(Path(path), config, compute=compute, threads=threads)
-        log.warning("%s: runs on the torch backend: %s", path, reason)
+    if backend is None and device == "cpu" and runs_natively(config):
+        return load_native(Path(path), config, compute=compute, threads=threads)
     from rnn2bin.runtime import torch_backend
 
     return torch_backend.load(Path(path), device=device)
@@ -62,6 +59,16 @@ def load_native(path: Path, config: dict[str, Any], *, compute: str = "auto", th
     from rnn2bin.runtime import native_backend
 
     return native_backend.load(path, compute=compute, threads=threads)
+
+
+def runs_natively(config: dict[str, Any]) -> bool:
+    """Whether the native backend was built and runs this network; where it was built and does not, a line says why."""
+    from rnn2bin.runtime import library
+
+    reason = not_native(config) if library.library() else None
+    if reason is not None:
+        log.warning("the network runs on the torch backend: %s", reason)
+    return library.library() is not None and reason is None
 
 
 def not_native(config: dict[str, Any]) -> str | None:
