@@ -223,16 +223,16 @@ def test_from_file_to_report_and_back(case, tmp_path, save_graph):
     assert "Weights around the layers, read whole" in page
     assert found["density"]["around"] == sum(t.numel() for name, t in assembled(network).weights.items() if ".graph." in name)
 
-    model, oracle = rnn2bin.load(out), runtime.load(out, backend="torch")
-    assert isinstance(model, graph_backend.Model) == bool(library.library())
+    ours, oracle = rnn2bin.load(out), runtime.load(out, backend="torch")
+    assert isinstance(ours, graph_backend.Model) == bool(library.library())
     teacher = assembled(network)
-    assert model.spec.main.graph == oracle.spec.main.graph == teacher.spec.main.graph
+    assert ours.spec.main.graph == oracle.spec.main.graph == teacher.spec.main.graph
     x = torch.from_numpy(INPUTS[network]).transpose(0, 1)
     lengths = torch.from_numpy(arrays["lengths"]) if "lengths" in arrays else None
     y, _ = oracle(x, lengths=lengths)
     kernels = oracle.network(x, lengths=lengths, walk=run_cell).y
     torch.testing.assert_close(kernels, y, atol=1e-5, rtol=1e-5)
-    native, _ = model(x, lengths=lengths)
+    native, _ = ours(x, lengths=lengths)
     assert_close(native, y)
     if library.library():
         assert found["native"]["metric"] == pytest.approx(found["binary"]["metric"], abs=1e-5)
