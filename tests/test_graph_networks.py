@@ -584,6 +584,42 @@ def test_bad_nodes_are_refused_by_name(name, tmp_path):
 
 
 @built
+def test_a_name_that_stands_for_two_values(tmp_path):
+    path = packed(variant("started"), tmp_path)
+
+    def edit(config: dict[str, Any]) -> None:
+        nodes = config["spec"]["sections"]["main"]["graph"]["nodes"]
+        nodes.insert(
+            0, {"op": "Constant", "inputs": [], "outputs": ["Transpose"], "attributes": {"value": [[[1.0] * WIDTH]], "dtype": "float32"}}
+        )
+
+    edit_config(edit)(path)
+    x = input_of(None, "started")
+    assert_close(runtime.load(path, backend="native")(x)[0], runtime.load(path, backend="torch")(x)[0])
+
+
+@built
+@pytest.mark.parametrize(("op", "read"), [("Mul", "second"), ("Identity", "")])
+def test_outputs_that_an_operation_does_not_give(op, read, tmp_path):
+    """Read by a node behind it, or as the network's output."""
+    path = packed(variant("started"), tmp_path)
+
+    def edit(config: dict[str, Any]) -> None:
+        graph = config["spec"]["sections"]["main"]["graph"]
+        graph["nodes"].append(
+            {"op": op, "inputs": [graph["output"]] * (2 if op == "Mul" else 1), "outputs": ["first", "second"], "attributes": {}}
+        )
+        if read:
+            graph["nodes"].append({"op": "Identity", "inputs": [read], "outputs": ["third"], "attributes": {}})
+        graph["output"] = "third" if read else "second"
+
+    edit_config(edit)(path)
+    for backend in ("torch", "native"):
+        with pytest.raises(UnsupportedError, match="'second' is read, but its operation gives fewer outputs"):
+            runtime.load(path, backend=backend)(input_of(None, "started"))
+
+
+@built
 def test_constants_that_are_not_finite_are_read(tmp_path):
     """Masks hold infinities; JSON, as Python writes it, says so."""
     path = packed(variant("started"), tmp_path)

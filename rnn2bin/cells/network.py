@@ -181,7 +181,7 @@ def ends_of(nodes: Sequence[Node], output: str) -> list[list[str]]:
 def run_nodes(nodes: Sequence[Node], ends: Sequence[Sequence[str]], values: dict[str, Tensor], recurrent: Recurrent) -> None:
     """Runs nodes in order; `values` gets what they make and loses what `ends` says. UnsupportedError names one that does not fit."""
     for node, done in zip(nodes, ends, strict=True):
-        operands = [values[name] if name else None for name in node.inputs]
+        operands = [value_of(values, name) if name else None for name in node.inputs]
         try:
             made = recurrent(operands, **node.attributes) if node.op == "Recurrent" else OPS[node.op](operands, node.attributes)
         except MISFITS as error:
@@ -190,6 +190,13 @@ def run_nodes(nodes: Sequence[Node], ends: Sequence[Sequence[str]], values: dict
         values |= zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False)
         for name in done:
             values.pop(name, None)
+
+
+def value_of(values: dict[str, Tensor], name: str) -> Tensor:
+    """A value of a graph. UnsupportedError where the node that names it does not make it."""
+    if name not in values:
+        raise UnsupportedError(f"the value {name!r} is read, but its operation gives fewer outputs than it names")
+    return values[name]
 
 
 def given_states(layer: LayerSpec, x: Tensor, h0: Tensor | None, c0: Tensor | None) -> list[CellState] | None:
@@ -296,7 +303,7 @@ class Section(nn.Module):
         assert graph is not None
         values = self.weights_around() | self.graph_inputs(x, lengths)
         run_nodes(graph.nodes, self.ends, values, recurrent)
-        return self.graph_output(values[graph.output], logits=logits)
+        return self.graph_output(value_of(values, graph.output), logits=logits)
 
     def weights_around(self) -> dict[str, Tensor]:
         """The graph's own weights by name."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rnn2bin import pack
-from rnn2bin.cells.network import CellState, State, ends_of, given_states, last_states, run_nodes
+from rnn2bin.cells.network import CellState, State, ends_of, given_states, last_states, run_nodes, value_of
 from rnn2bin.errors import UsageError
 from rnn2bin.runtime.native_backend import Array, Handle, Opened, check_lengths
 from rnn2bin.runtime.torch_backend import check_input, check_streams
@@ -66,7 +66,7 @@ class Model(Opened):
         layers.lengths = lengths
         values = self.constants | self.section.graph_inputs(x, lengths)
         run_nodes(self.nodes, self.ends, values, layers.recurrent)
-        return self.section.graph_output(values[self.graph.output], logits=logits)
+        return self.section.graph_output(value_of(values, self.graph.output), logits=logits)
 
     def _windows(self, x: Tensor, lengths: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
         """x (T,B,…) and lengths (B,), in windows where the graph may be cut anywhere."""
@@ -155,8 +155,12 @@ class Layers:
 
 
 def settled(graph: GraphSpec, weights: dict[str, Tensor]) -> tuple[list[Node], dict[str, Tensor]]:
-    """The nodes that depend on a call, and the values of all others, run once; what would be large is left to each call."""
+    """The nodes that depend on a call, and the values of all others, run once; what would be large is left to each call, and everything
+    where a name stands for one value after another."""
     nodes, known, room = [], dict(weights), MOST_SETTLED
+    made_here = ["input", "tokens", "lengths", *weights, *(name for node in graph.nodes for name in node.outputs if name)]
+    if len(set(made_here)) < len(made_here):
+        return list(graph.nodes), known
     for node in graph.nodes:
         made: dict[str, Tensor] = {name: known[name] for name in node.inputs if name in known}
         if node.op == "Recurrent" or any(name not in known for name in node.inputs if name):
