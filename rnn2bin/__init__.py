@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from rnn2bin.loaders import Inspection
     from rnn2bin.pipeline import Result
     from rnn2bin.recipe import Recipe
-    from rnn2bin.runtime import native_backend, torch_backend
+    from rnn2bin.runtime import graph_backend, native_backend, torch_backend
 
-    Model = native_backend.Model | torch_backend.Model
+    Model = native_backend.Model | graph_backend.Model | torch_backend.Model
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "binarize", "convert", "evaluate", "inspect", "load"]

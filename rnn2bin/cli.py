@@ -270,8 +270,9 @@ def bench(out: Path, data: Path | None, against: str, json_out: bool) -> None:
     if unknown := [name for name in names if name not in rivals.NAMES]:
         raise click.UsageError(f"--against: unknown {', '.join(unknown)}; choose of {', '.join(rivals.NAMES)}")
     config = packed.read_config(out)
-    inputs = benchmark.inputs_from(data, from_dict(config.get("spec") or {}), packed.vocabulary(config)) if data else None
-    found = benchmark.bench(out, inputs, benchmark.Settings(against=names))
+    spec = from_dict(config.get("spec") or {})
+    inputs, sequence = benchmark.inputs_from(data, spec, packed.vocabulary(config)) if data else (None, None)
+    found = benchmark.bench(out, inputs, benchmark.Settings(against=names, sequence=sequence))
     as_json(found) if json_out else click.echo(benchmark.render(found))
 
 

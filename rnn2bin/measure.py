@@ -45,7 +45,7 @@ def compare(
     everyone = {"teacher": teacher, **candidates}
     found: dict[str, list[tasks.Measurement]] = {name: [] for name in everyone}
     states: dict[str, object] = dict.fromkeys(everyone)
-    for batch in evaluation_batches(part, batch_size=_rows(teacher, part, batch_size, device)):
+    for batch in evaluation_batches(part, batch_size=rows_at_once(teacher, part, batch_size, device)):
         batch = batch.to(device)
         prepared = tasks.prepare(task, batch, teacher.network, walk=teacher.walk)
         wanted = None
@@ -72,7 +72,7 @@ class _Largest(TorchDispatchMode):
         return made
 
 
-def _rows(one: Candidate, part: Part, most: int, device: torch.device | str) -> int:
+def rows_at_once(one: Candidate, part: Part, most: int, device: torch.device | str = "cpu") -> int:
     """Sequences that are run at once. What a graph's operations make may grow with T² (attention): seen on one sequence."""
     if part.stream or all(section.graph is None for section in one.network.spec.sections.values()):
         return most

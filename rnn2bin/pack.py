@@ -130,17 +130,28 @@ def read_network(path: Path, config: dict[str, Any]) -> Network:
 
     The sizes that config.json claims are held against the header of the weights before they are allocated.
     """
-    spec = specs.from_dict(config.get("spec") or {})
-    _check_count(path, spec)
-    try:
-        with torch.device("meta"):
-            claimed = build(config)
-    except RuntimeError:  # sizes whose product overflows
-        raise UnsupportedError(f"{path / CONFIG}: the spec claims sizes that no network has") from None
-    weights = read_weights(path, claimed)
+    weights = read_weights(path, _claimed(path, config))
     network = build(config)
     network.load_state_dict(weights)
     return network
+
+
+def read_around(path: Path, config: dict[str, Any]) -> Network:
+    """The same without the weights of its layers, which stay on the meta device: for a runtime that runs them itself."""
+    network = _claimed(path, config)
+    cells = tuple(f"{prefix}." for prefix in network.cells())
+    network.load_state_dict(read_weights(path, network, leave=cells), strict=False, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _claimed(path: Path, config: dict[str, Any]) -> Network:
+    """The network that config.json claims, without memory."""
+    _check_count(path, specs.from_dict(config.get("spec") or {}))
+    try:
+        with torch.device("meta"):
+            return build(config)
+    except RuntimeError:  # sizes whose product overflows
+        raise UnsupportedError(f"{path / CONFIG}: the spec claims sizes that no network has") from None
 
 
 def _check_count(path: Path, spec: specs.RnnSpec) -> None:
@@ -156,8 +167,9 @@ def _check_count(path: Path, spec: specs.RnnSpec) -> None:
         raise UnsupportedError(f"{file}: {len(missing)} tensors that {CONFIG} names are missing, the first {missing[0]}")
 
 
-def read_weights(path: Path, network: Network) -> dict[str, Tensor]:
-    """fp16 weights as float32, checked against the network by name, shape and dtype (UnsupportedError lists every misfit)."""
+def read_weights(path: Path, network: Network, *, leave: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """fp16 weights as float32, checked against the network by name, shape and dtype (UnsupportedError lists every misfit). What begins
+    with one of `leave` is checked and not read."""
     file = path / WEIGHTS
     wanted = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     try:
@@ -173,7 +185,7 @@ def read_weights(path: Path, network: Network) -> dict[str, Tensor]:
             ]
             if reasons:
                 raise UnsupportedError(*reasons)
-            return {name: stored.get_tensor(name).float() for name in wanted}
+            return {name: stored.get_tensor(name).float() for name in wanted if not name.startswith(leave)}
     except (SafetensorError, OSError) as error:
         raise UnsupportedError(f"{file}: not readable ({error})") from None
 

@@ -296,6 +296,7 @@ class RnnSpec:
 
 
 DIRECTIONS = ("fwd", "bwd")
+MOST_CLIP = 1e38  # what float32 holds
 
 
 def check(spec: RnnSpec) -> None:
@@ -312,7 +313,7 @@ def check(spec: RnnSpec) -> None:
                 reasons.append(f"{name}.layers.{index}: unknown cell {layer.cell!r}; known: {', '.join(CELLS)}")
             elif (layer.proj_clip and not layer.proj_size) or (layer.cell_clip and not layer.kind.has_cell):
                 reasons.append(f"{name}.layers.{index}: clips a {'projection' if layer.proj_clip else 'cell'} that it does not have")
-            if not all(0 <= bound < float("inf") for bound in (layer.clip, layer.cell_clip, layer.proj_clip)):
+            if not all(0 <= bound < MOST_CLIP for bound in (layer.clip, layer.cell_clip, layer.proj_clip)):
                 reasons.append(f"{name}.layers.{index}: what is clipped is clipped to a positive number, or 0 where nothing is")
             if layer.activation not in CELL_ACTIVATIONS or not 0 <= layer.hard_sigmoid < 100:
                 reasons.append(f"{name}.layers.{index}: unknown activation {layer.activation!r} or hard sigmoid {layer.hard_sigmoid!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import io
 import json
@@ -269,20 +270,70 @@ def read_packed_files(data: bytes, folder: Path) -> Any:
     return files.run_file(runtime.load(folder, backend="torch"), folder / "x.txt", None)
 
 
-def change_packed_files(data: bytes, seeds: Any, dice: random.Random) -> bytes:
-    """The config as JSON, or the weights' header as JSON."""
-    size = int.from_bytes(data[:4], "little") % (len(data) + 1)
-    config, weights = data[4 : 4 + size], data[4 + size :]
-    if dice.random() < 0.6:
-        return joined(mutate.of_json(config, (packed_text()[0],), dice), weights)
-    length = int.from_bytes(weights[:8], "little") % (len(weights) + 1)
-    header = mutate.of_json(weights[8 : 8 + length], (packed_header(),), dice)
-    return joined(config, struct.pack("<Q", len(header)) + header + weights[8 + length :])
-
-
 @functools.cache
-def packed_header() -> bytes:
-    weights = packed()[1]
+def packed_graph() -> tuple[bytes, bytes]:
+    """The same of a network that is a graph: convolution, two layers with states and lengths between them, softmax."""
+    from rnn2bin import pack
+    from rnn2bin.cells.network import Network
+    from rnn2bin.spec import EmbeddingSpec, GraphSpec, LayerSpec, Node, RnnSpec, SectionSpec
+
+    nodes = (
+        Node("Transpose", ("input",), ("x",), {"perm": [1, 2, 0]}),
+        Node("Conv", ("x", "kernel"), ("conv",), {"pads": [1, 1]}),
+        Node("Transpose", ("conv",), ("below",), {"perm": [2, 0, 1]}),
+        Node("Recurrent", ("below", "", "", "lengths"), ("h", "last", "cell"), {"layer": 0}),
+        Node("Constant", (), ("half",), {"value": [0.5], "dtype": "float32"}),
+        Node("Mul", ("last", "half"), ("start",)),
+        Node("Recurrent", ("h", "start"), ("both", "ends"), {"layer": 1}),
+        Node("MatMul", ("both", "out"), ("y",)),
+    )
+    tensors = {"kernel": (2, 2, 3), "out": (3, 3)}
+    graph = GraphSpec(nodes, "y", (), 3, per_step=True, batch_first=False, activation="softmax", tensors=tensors)
+    spec = RnnSpec({"main": SectionSpec((LayerSpec("lstm", 2, 3, copies=2), LayerSpec("gru", 3, 3)), EmbeddingSpec(3, 2), graph=graph)})
+    network = Network(spec, {"main.layers.0.fwd": (True,) * 3, "main.layers.1.fwd": (True, False)}, levels="learned").requires_grad_(False)
+    task = {"kind": "sequence", "vocabulary": ["a", "b", "<unk>"]}
+    with tempfile.TemporaryDirectory() as folder:
+        pack.write_model(network, Path(folder), provenance={}, task=task)
+        return (Path(folder) / pack.CONFIG).read_bytes(), (Path(folder) / pack.WEIGHTS).read_bytes()
+
+
+def read_packed_graph(data: bytes, folder: Path) -> Any:
+    """The same of a graph, on both backends where C was built; the torch backend decides."""
+    from rnn2bin import pack, runtime
+    from rnn2bin.cells import ops
+    from rnn2bin.errors import Rnn2binError
+    from rnn2bin.runtime import files, library
+
+    size = int.from_bytes(data[:4], "little") % (len(data) + 1)
+    (folder / pack.CONFIG).write_bytes(data[4 : 4 + size])
+    (folder / pack.WEIGHTS).write_bytes(data[4 + size :])
+    (folder / "x.txt").write_text("abba")
+    limit = ops.MOST_ELEMENTS.set(2**16)
+    try:
+        if library.library():
+            with contextlib.suppress(Rnn2binError):
+                files.run_file(runtime.load(folder, backend="native"), folder / "x.txt", None)
+        return files.run_file(runtime.load(folder, backend="torch"), folder / "x.txt", None)
+    finally:
+        ops.MOST_ELEMENTS.reset(limit)
+
+
+def change_packed_files(seed: Callable[[], tuple[bytes, bytes]]) -> mutate.Mutation:
+    """The config as JSON, or the weights' header as JSON."""
+
+    def change(data: bytes, seeds: Any, dice: random.Random) -> bytes:
+        size = int.from_bytes(data[:4], "little") % (len(data) + 1)
+        config, weights = data[4 : 4 + size], data[4 + size :]
+        if dice.random() < 0.6:
+            return joined(mutate.of_json(config, (seed()[0],), dice), weights)
+        length = int.from_bytes(weights[:8], "little") % (len(weights) + 1)
+        header = mutate.of_json(weights[8 : 8 + length], (header_of(seed()[1]),), dice)
+        return joined(config, struct.pack("<Q", len(header)) + header + weights[8 + length :])
+
+    return change
+
+
+def header_of(weights: bytes) -> bytes:
     return weights[8 : 8 + struct.unpack("<Q", weights[:8])[0]]
 
 
@@ -897,7 +948,8 @@ TARGETS: dict[str, Target] = {
     "huggingface-index": Target(indexes, read_index, mutate.of_json),
     "recipe": Target(recipes, read_recipe),
     "packed-config": Target(lambda: [packed()[0]], read_packed, mutate.of_json),
-    "packed-files": Target(lambda: [joined(*packed_text())], read_packed_files, change_packed_files),
+    "packed-files": Target(lambda: [joined(*packed_text())], read_packed_files, change_packed_files(packed_text)),
+    "packed-graph": Target(lambda: [joined(*packed_graph())], read_packed_graph, change_packed_files(packed_graph), share=0.2),
     "data": Target(data_headers, read_data, mutate.of_json),
     "data-array": Target(data_arrays, read_data_array),
     "data-text": Target(texts, read_text),

@@ -39,7 +39,9 @@ def test_ratios_are_paired():
 def test_the_command(tmp_path, monkeypatch):
     path = packed(network_of("gru"), tmp_path / "OUT")
     monkeypatch.setattr(bench, "BLOCKS", 2)
-    monkeypatch.setattr(bench.Settings, "__init__", lambda self, against: vars(self).update(against=against, blocks=2, steps=4, seed=0))
+    monkeypatch.setattr(
+        bench.Settings, "__init__", lambda self, against, sequence: vars(self).update(against=against, blocks=2, steps=4, seed=0)
+    )
     np.savez(tmp_path / "data.npz", inputs=np.ones((2, 110, 5), np.float32))
     done = CliRunner().invoke(cli.main, ["bench", str(path), "--data", str(tmp_path / "data.npz"), "--against", "", "--json"])
     assert done.exit_code == 0, done.output

@@ -1,9 +1,12 @@
-"""Networks that are graphs, from their file to the report and back: every command, on each of them."""
+"""Networks that are graphs, from their file to the report and back: every command, on each of them, and both backends on every shape."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,20 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from test_runtime_native import both, built, edit_config, filled, flat, packed
+from tolerances import assert_close
 from torch import nn
 
 import rnn2bin
-from rnn2bin import cli, loaders, pipeline
-from rnn2bin.cells.network import teacher_network
+from rnn2bin import bench, cli, loaders, pipeline, runtime
+from rnn2bin.cells.network import Network, teacher_network
+from rnn2bin.data import Part
 from rnn2bin.distill.window import run_cell
+from rnn2bin.errors import UnsupportedError, UsageError
+from rnn2bin.evaluation.parity import parity
 from rnn2bin.loaders.graph import Direction, GraphBuilder
+from rnn2bin.runtime import graph_backend, library, native_backend
+from rnn2bin.spec import RnnSpec
 
 V, E, H, OUT, WIDTH, STEPS, N = 11, 5, 7, 4, 3, 12, 40
 FAST = ["--recipe", "smoke.yaml", "--set", "train.steps=4", "--set", "train.max_steps=4", "--set", "train.evaluate_every=2"]
@@ -112,13 +122,22 @@ def picture(g: GraphBuilder):
     return g.network(linear(g, g.add("Concat", *parts, axis=-1), 3 * H, OUT), input_shape=(4, WIDTH))
 
 
+def masked(g: GraphBuilder):
+    """Tokens, of which 0 is none -> LSTM over the others -> its last output -> linear: a class. Finds the lengths itself."""
+    mask = g.add("Greater", "tokens", g.literal(0))
+    x, lengths, places = g.add_many("Compact", (time_first(g, "input"), mask), [g.name("x"), g.name("lengths"), g.name("places")])
+    y, _, _ = g.recurrent("lstm", x, directions("lstm", E), lengths=lengths)
+    last = g.add("Gather", g.add("Spread", y, places), g.literal(-1), axis=0)
+    return g.network(linear(g, last, H, OUT), input_shape=(), embedding=weights(V, E))
+
+
 NETWORKS = {f.__name__: f for f in (attention, convolution, both_ways, flattened, residual, pooled, started, picture)}
 
 
 def assembled(name: str):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return NETWORKS[name](GraphBuilder())
+        return {**NETWORKS, "masked": masked}[name](GraphBuilder())
 
 
 @pytest.fixture
@@ -143,6 +162,7 @@ LENGTHS = RANDOM.integers(3, STEPS + 1, N)
 INPUTS = {
     "attention": TOKENS,
     "residual": TOKENS,
+    "masked": TOKENS,
     "picture": RANDOM.normal(size=(N, STEPS, 4, WIDTH)).astype(np.float32),
     **dict.fromkeys(("convolution", "both_ways", "flattened", "pooled", "started"), FLOATS),
 }
@@ -203,23 +223,31 @@ def test_from_file_to_report_and_back(case, tmp_path, save_graph):
     assert "Weights around the layers, read whole" in page
     assert found["density"]["around"] == sum(t.numel() for name, t in assembled(network).weights.items() if ".graph." in name)
 
-    packed = rnn2bin.load(out)
+    ours, oracle = rnn2bin.load(out), runtime.load(out, backend="torch")
+    assert isinstance(ours, graph_backend.Model) == bool(library.library())
     teacher = assembled(network)
-    assert packed.spec.main.graph == teacher.spec.main.graph
+    assert ours.spec.main.graph == oracle.spec.main.graph == teacher.spec.main.graph
     x = torch.from_numpy(INPUTS[network]).transpose(0, 1)
     lengths = torch.from_numpy(arrays["lengths"]) if "lengths" in arrays else None
-    y, _ = packed(x, lengths=lengths)
-    kernels = packed.network(x, lengths=lengths, walk=run_cell).y
+    y, _ = oracle(x, lengths=lengths)
+    kernels = oracle.network(x, lengths=lengths, walk=run_cell).y
     torch.testing.assert_close(kernels, y, atol=1e-5, rtol=1e-5)
+    native, _ = ours(x, lengths=lengths)
+    assert_close(native, y)
+    if library.library():
+        assert found["native"]["metric"] == pytest.approx(found["binary"]["metric"], abs=1e-5)
+        assert found["parity"]["steps"] > 0
+        assert found["parity"]["flips_outside"] == 0
 
     again = json.loads(call("eval", model, out, "--data", data, "--json").stdout)
     assert again["binary"] == found["binary"]
     assert again["drop"] == found["drop"]
+    assert again["native"] == found["native"]
 
     plain = save_arrays(tmp_path, network, {k: v for k, v in arrays.items() if k == "lengths"}, "inputs.npz")
     call("run", out, "--data", plain, "--out", tmp_path / "y.npz")
     written = torch.from_numpy(np.load(tmp_path / "y.npz")["outputs"])
-    torch.testing.assert_close(written, y.transpose(0, 1) if y.ndim == 3 else y)
+    torch.testing.assert_close(written, native.transpose(0, 1) if y.ndim == 3 else native)
     hub(out, x, lengths, y)
 
 
@@ -271,10 +299,10 @@ def test_a_graph_that_may_be_cut_streams_bit_for_bit(network, tmp_path, save_gra
     arrays = next(arrays for name, arrays, _ in CASES.values() if name == network)
     out = tmp_path / "OUT"
     call("convert", save_graph(network), *FAST, "--data", save_arrays(tmp_path, network, arrays), "--out", out)
-    packed = rnn2bin.load(out)
+    oracle = runtime.load(out, backend="torch")
     x = torch.from_numpy(INPUTS[network][0])
-    whole, _ = packed(x[:, None])
-    stream = packed.stream()
+    whole, _ = oracle(x[:, None])
+    stream = oracle.stream()
     assert torch.equal(torch.stack([stream.step(x_t) for x_t in x]), whole[:, 0])
 
 
@@ -341,13 +369,8 @@ def test_weights_beyond_fp16_are_refused_when_the_file_is_read(tmp_path, save_gr
 
 def test_a_layer_with_lengths_of_its_own_counts_its_own_steps(tmp_path, save_graph, monkeypatch):
     """A graph that finds the pads itself (token 0, in front): what its layer does not see is in no figure."""
-    g = GraphBuilder()
     torch.manual_seed(0)
-    mask = g.add("Greater", "tokens", g.literal(0))
-    x, lengths, places = g.add_many("Compact", (time_first(g, "input"), mask), [g.name("x"), g.name("lengths"), g.name("places")])
-    y, _, _ = g.recurrent("lstm", x, directions("lstm", E), lengths=lengths)
-    last = g.add("Gather", g.add("Spread", y, places), g.literal(-1), axis=0)
-    made = g.network(linear(g, last, H, OUT), input_shape=(), embedding=weights(V, E))
+    made = masked(GraphBuilder())
     monkeypatch.setitem(loaders.GRAPH_READERS, "test", lambda path, source: made)
     tokens = TOKENS.copy()
     short = {"whole": tokens[:, 6:], "padded": np.concatenate([np.zeros((N, 6), int), tokens[:, 6:]], 1)}
@@ -369,3 +392,243 @@ def test_a_layer_with_lengths_of_its_own_counts_its_own_steps(tmp_path, save_gra
     for name in ("weights_touched", "columns", "candidate_rows", "bytes_per_step"):
         assert found["padded"]["density"][name] == pytest.approx(found["whole"]["density"][name], rel=1e-3)
     assert [g["open_rate"] for g in found["padded"]["gates"]] == pytest.approx([g["open_rate"] for g in found["whole"]["gates"]], rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------- the native backend
+
+
+def variant(network: str, *, soft: tuple[str, ...] = (), **changes: Any) -> Network:
+    """Random weights in the graph, its layers changed so."""
+    main = assembled(network).spec.main
+    return filled(RnnSpec({"main": replace(main, layers=tuple(replace(y, **changes) for y in main.layers))}), soft=soft)
+
+
+VARIANTS: list[dict[str, Any]] = [
+    *({"network": name, "copies": copies} for name in (*NETWORKS, "masked") for copies in (1, 3)),
+    {"network": "attention", "soft": ("o",)},
+    {"network": "convolution", "soft": ("z",), "copies": 2},
+    {"network": "both_ways", "cell": "lstm_coupled_peephole", "copies": 2},
+    {"network": "started", "cell": "lstm_peephole", "clip": 0.7, "cell_clip": 0.5},
+    {"network": "residual", "cell": "gru", "copies": 2},
+]
+every = pytest.mark.parametrize("case", VARIANTS, ids=lambda case: "-".join(str(v) for v in case.values()))
+
+
+def input_of(network: Network, name: str, *, batch: int = 6) -> torch.Tensor:
+    """(T,B,…)."""
+    return torch.from_numpy(INPUTS[name][:batch]).transpose(0, 1)
+
+
+@built
+@every
+def test_native_is_as_the_oracle(case, tmp_path):
+    network = variant(**case)
+    theirs, ours = both(network, tmp_path)
+    x, section = input_of(network, case["network"]), network.spec.main
+    takes = section.graph.padded or section.windowed
+    for lengths in (None, torch.tensor([STEPS, 1, 0, 5, 9, STEPS])) if takes else (None,):
+        (y, state), (mine, my_state) = theirs(x, lengths=lengths), ours(x, lengths=lengths)
+        assert_close(mine, y)
+        (y, state), (mine, my_state) = theirs(x, state, lengths=lengths), ours(x, my_state, lengths=lengths)
+        assert_close(mine, y)
+        assert y.std() > 1e-3
+        for a, b in zip(flat(my_state), flat(state), strict=True):
+            assert_close(a, b)
+    assert_close(ours.call(x, logits=True)[0], network(x, logits=True).y)
+
+
+@built
+@every
+def test_native_step_by_step(case, tmp_path):
+    network = variant(**case)
+    x = input_of(network, case["network"])
+    for compute in native_backend.COMPUTE:
+        _, ours = both(network, tmp_path, compute=compute)
+        found = parity(network, ours, Part(x.transpose(0, 1)))
+        assert found["flips_outside"] == 0
+        assert found["steps"] >= len(x) // 2 * x.shape[1] * (0.8 if case["network"] == "masked" else 1)
+        assert found["max_abs"] < 1e-5
+
+
+@built
+def test_parity_sees_a_layer_that_differs(tmp_path):
+    """On each layer, in both directions, behind the first step too."""
+    for name, prefix in (("both_ways", "main.layers.0.bwd"), ("residual", "main.layers.1.fwd")):
+        network = variant(name)
+        _, ours = both(network, tmp_path / name)
+        with torch.no_grad():
+            network.cells()[prefix].part("gates").weight_hh.add_(0.3)
+        assert parity(network, ours, Part(input_of(network, name).transpose(0, 1)))["flips_outside"] > 0
+
+
+@built
+@pytest.mark.parametrize(
+    "case", [c for c in VARIANTS if c["network"] in ("residual", "started")], ids=lambda c: "-".join(map(str, c.values()))
+)
+def test_native_in_pieces_is_native_whole(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(graph_backend, "WINDOW", 15)  # two steps of six sequences
+    network = variant(**case)
+    _, ours = both(network, tmp_path)
+    x = input_of(network, case["network"])
+    for lengths in (None, torch.tensor([STEPS, 1, 0, 5, 9, 7])):
+        y, state = ours(x, lengths=lengths)
+        at, parts, carried = 0, [], None
+        for size in (1, 4, 7):
+            left = None if lengths is None else (lengths - at).clamp(0, size)
+            piece, carried = ours(x[at : at + size], carried, lengths=left)
+            parts.append(piece)
+            at += size
+        assert_close(torch.cat(parts), y)
+        for a, b in zip(flat(carried), flat(state), strict=True):
+            assert_close(a, b)
+    stream = ours.stream()
+    y, _ = ours(x)
+    for _ in range(2):
+        assert_close(torch.stack([stream.step(x_t[0]) for x_t in x]), y[:, 0])
+        stream.reset()
+    assert isinstance(stream.step(x[0, 0].numpy()), np.ndarray)
+
+
+@built
+def test_native_streams_only_what_may_be_cut(tmp_path):
+    for name in ("both_ways", "attention"):
+        with pytest.raises(UnsupportedError, match="whole sequence"):
+            both(variant(name), tmp_path / name)[1].stream()
+
+
+@built
+@pytest.mark.parametrize("name", ["both_ways", "residual", "masked"])
+def test_threads_and_numpy_in_a_graph(name, tmp_path):
+    path = packed(variant(name, copies=2), tmp_path)
+    alone, shared = runtime.load(path, backend="native"), runtime.load(path, backend="native", threads=4)
+    x = torch.from_numpy(INPUTS[name][:7]).transpose(0, 1)
+    (y, state), (mine, my_state) = alone(x), shared(x.numpy())
+    assert isinstance(mine, np.ndarray)
+    assert torch.equal(y, torch.from_numpy(mine))
+    assert all(torch.equal(a, torch.from_numpy(b)) for a, b in zip(flat(state), flat(my_state), strict=True))
+    (y, _), (mine, _) = alone(x, state), shared(x.numpy(), my_state)
+    assert torch.equal(y, torch.from_numpy(mine))
+
+
+@built
+@pytest.mark.parametrize("name", ["residual", "both_ways", "flattened"])
+def test_bench_of_a_graph(name, tmp_path):
+    path = packed(variant(name), tmp_path)
+    np.savez(tmp_path / "data.npz", inputs=INPUTS[name])
+    data, sequence = bench.inputs_from(tmp_path / "data.npz", variant(name).spec, None)
+    assert sequence == (None if name == "residual" else STEPS)
+    rows = bench.rows_of(path, "fp16", data, bench.Settings(against=("torch",), blocks=2, steps=24, sequence=sequence))
+    assert [row["call"] for row in rows] == (["sequence", "stream"] if name == "residual" else ["sequence"])
+    for row in rows:
+        assert 0 < row["density"] <= 1
+        assert row["bytes_touched_per_step"] > 0
+        assert set(row["rivals"]) == (set() if name == "residual" else {"torch fp32"})  # torch has no GRU with the reset before
+
+
+@built
+def test_what_c_does_not_run_is_left_to_torch_with_a_line(tmp_path, caplog):
+    path = packed(variant("attention", activation="relu"), tmp_path)
+    with caplog.at_level(logging.WARNING, logger="rnn2bin"):
+        assert runtime.load(path).network
+    assert caplog.messages == ["the network runs on the torch backend: its cells have other activations than tanh: relu"]
+    with pytest.raises(UnsupportedError, match="another activation than tanh run on the torch backend"):
+        runtime.load(path, backend="native")
+
+
+@built
+def test_a_graph_refuses_what_does_not_fit(tmp_path):
+    _, ours = both(variant("started"), tmp_path)
+    x = input_of(ours, "started")
+    _, state = ours(x)
+    for bad in (x[..., :2], x.long(), x[:0]):
+        with pytest.raises(UsageError, match="input"):
+            ours(bad)
+    for bad in ([], state * 2, [[(state[0][0][0],)]], [[tuple(s[:3] for s in state[0][0])]]):
+        with pytest.raises(UsageError, match="state"):
+            ours(x, bad)
+    with pytest.raises(UsageError, match="lengths"):
+        ours(x, lengths=torch.ones(6))
+    with pytest.raises(UsageError, match="input"):
+        ours.stream().step(torch.zeros(2))
+
+
+def change_nodes(op: str, **changes: Any):
+    """Sets fields of every node of an operation."""
+
+    def edit(config: dict[str, Any]) -> None:
+        for node in config["spec"]["sections"]["main"]["graph"]["nodes"]:
+            if node["op"] == op:
+                node.update(changes)
+
+    return edit_config(edit)
+
+
+BAD_NODES = {
+    "a layer that reads another width": change_nodes("Transpose", attributes={"perm": [2, 1, 0]}),
+    "a layer that reads a matrix": change_nodes("Recurrent", inputs=["lengths"]),
+    "a layer that reads nothing": change_nodes("Recurrent", inputs=[]),
+    "states of another shape": change_nodes("Recurrent", inputs=["Transpose", "input"]),
+    "lengths that are none": change_nodes("Recurrent", inputs=["Transpose", "", "", "input"]),
+}
+
+
+@built
+@pytest.mark.parametrize("name", BAD_NODES)
+def test_bad_nodes_are_refused_by_name(name, tmp_path):
+    path = packed(variant("started"), tmp_path)
+    BAD_NODES[name](path)
+    x = input_of(None, "started")
+    for backend in ("torch", "native"):
+        with pytest.raises(UnsupportedError, match="Recurrent"):
+            runtime.load(path, backend=backend)(x)
+
+
+@built
+def test_a_name_that_stands_for_two_values(tmp_path):
+    path = packed(variant("started"), tmp_path)
+
+    def edit(config: dict[str, Any]) -> None:
+        nodes = config["spec"]["sections"]["main"]["graph"]["nodes"]
+        nodes.insert(
+            0, {"op": "Constant", "inputs": [], "outputs": ["Transpose"], "attributes": {"value": [[[1.0] * WIDTH]], "dtype": "float32"}}
+        )
+
+    edit_config(edit)(path)
+    x = input_of(None, "started")
+    assert_close(runtime.load(path, backend="native")(x)[0], runtime.load(path, backend="torch")(x)[0])
+
+
+@built
+@pytest.mark.parametrize(("op", "read"), [("Mul", "second"), ("Identity", "")])
+def test_outputs_that_an_operation_does_not_give(op, read, tmp_path):
+    """Read by a node behind it, or as the network's output."""
+    path = packed(variant("started"), tmp_path)
+
+    def edit(config: dict[str, Any]) -> None:
+        graph = config["spec"]["sections"]["main"]["graph"]
+        graph["nodes"].append(
+            {"op": op, "inputs": [graph["output"]] * (2 if op == "Mul" else 1), "outputs": ["first", "second"], "attributes": {}}
+        )
+        if read:
+            graph["nodes"].append({"op": "Identity", "inputs": [read], "outputs": ["third"], "attributes": {}})
+        graph["output"] = "third" if read else "second"
+
+    edit_config(edit)(path)
+    for backend in ("torch", "native"):
+        with pytest.raises(UnsupportedError, match="'second' is read, but its operation gives fewer outputs"):
+            runtime.load(path, backend=backend)(input_of(None, "started"))
+
+
+@built
+def test_constants_that_are_not_finite_are_read(tmp_path):
+    """Masks hold infinities; JSON, as Python writes it, says so."""
+    path = packed(variant("started"), tmp_path)
+    value = [float("inf"), float("-inf"), float("nan")]
+    edit_config(
+        lambda c: c["spec"]["sections"]["main"]["graph"]["nodes"].insert(
+            0, {"op": "Constant", "inputs": [], "outputs": ["bounds"], "attributes": {"value": value, "dtype": "float32"}}
+        )
+    )(path)
+    assert re.search("-Infinity", (path / "config.json").read_text())
+    x = input_of(None, "started")
+    assert_close(runtime.load(path, backend="native")(x)[0], runtime.load(path, backend="torch")(x)[0])

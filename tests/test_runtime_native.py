@@ -20,13 +20,14 @@ from tolerances import assert_close
 
 import rnn2bin
 from rnn2bin import pack, runtime, tasks
-from rnn2bin.cells.network import Network
+from rnn2bin.cells.network import Network, walk, zero_state
 from rnn2bin.data import Batch, Part
 from rnn2bin.errors import Rnn2binError, UnsupportedError, UsageError
 from rnn2bin.evaluation.density import DensityCounter
 from rnn2bin.evaluation.parity import parity
+from rnn2bin.gates.estimators import BINARY
 from rnn2bin.runtime import library, native_backend
-from rnn2bin.spec import ACTIVATIONS, DecodeSpec, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
+from rnn2bin.spec import ACTIVATIONS, DecodeSpec, EmbeddingSpec, GraphSpec, LayerSpec, LinearSpec, Node, RnnSpec, SectionSpec
 
 SOURCES = Path(native_backend.__file__).parent / "native"
 HERE = Path(__file__).parent / "native"
@@ -79,6 +80,22 @@ def mixed_translator() -> Network:
     decoder = network.spec.sections["decoder"]
     layers = tuple(replace(layer, cell_clip=0.3) for layer in decoder.layers)
     return filled(replace(network.spec, sections={**network.spec.sections, "decoder": replace(decoder, layers=layers)}), scale=0.8)
+
+
+def graph_network(cell: str = "lstm") -> Network:
+    """Floats or tokens -> convolution -> a layer -> a bidirectional one -> linear; weights of one to three dimensions around the layers."""
+    nodes = (
+        Node("Transpose", ("input",), ("x",), {"perm": [1, 2, 0]}),
+        Node("Conv", ("x", "kernel", "bias"), ("conv",), {"pads": [1, 1]}),
+        Node("Transpose", ("conv",), ("below",), {"perm": [2, 0, 1]}),
+        Node("Recurrent", ("below",), ("h", "", ""), {"layer": 0}),
+        Node("Recurrent", ("h",), ("both", "last"), {"layer": 1}),
+        Node("MatMul", ("both", "out"), ("y",)),
+    )
+    tensors = {"kernel": (6, I, 3), "bias": (6,), "out": (2 * H, 4)}
+    graph = GraphSpec(nodes, "y", (), 4, per_step=True, batch_first=False, tensors=tensors)
+    layers = (LayerSpec(cell, 6, H, copies=2), LayerSpec(cell, H, H, directions=2))
+    return filled(RnnSpec({"main": SectionSpec(layers, EmbeddingSpec(V, I), graph=graph)}))
 
 
 def packed(network: Network, folder: Path) -> Path:
@@ -492,6 +509,86 @@ def test_bad_files_are_named(name, tmp_path):
         runtime.load(tmp_path, backend="native")
 
 
+def main_section(**fields):
+    return edit_config(lambda c: c["spec"]["sections"]["main"].update(fields))
+
+
+BAD_GRAPHS = {
+    "graph": (main_section(graph=[]), "graph must be an object"),
+    "head": (main_section(head=[{"in_features": 6, "out_features": 3, "bias": True, "activation": "none"}]), "head must be empty"),
+    "readout": (main_section(readout="last"), "readout must be all"),
+    "embedding": (main_section(embedding={"num_embeddings": 8, "embedding_dim": 5, "one_hot": False}), "embedding.weight does not have"),
+    "no embedding": (main_section(embedding=None), "unknown tensor main.embedding.weight"),
+    "no graph": (main_section(graph=None), "reads 6 values but receives 5"),
+    "width": (first_layer(input_size=7), "weight_ih does not have the shape"),
+    "unknown tensor": (edit_weights(lambda h, d: joined({k.replace("main.graph.", "graph."): v for k, v in h.items()}, d)), "unknown tensor graph."),  # noqa: E501
+    "no name": (edit_weights(lambda h, d: joined({k.replace("graph.bias", "graph."): v for k, v in h.items()}, d)), "unknown tensor main.graph."),  # noqa: E501
+    "nine sizes": (edit_weights(lambda h, d: joined(_set(h, "main.graph.kernel", shape=[1] * 9), d)), "at most 8 sizes"),
+    "huge product": (edit_weights(lambda h, d: joined(_set(h, "main.graph.kernel", shape=[1 << 30] * 4), d)), "out of range"),
+    "a size": (edit_weights(lambda h, d: joined(_set(h, "main.graph.kernel", shape=[6, 5, 4]), d)), "do not agree"),
+    "not finite": (edit_weights(lambda h, d: joined(h, d[: h["main.graph.kernel"]["data_offsets"][0]] + b"\x00\x7c" + d[h["main.graph.kernel"]["data_offsets"][0] + 2 :])), "kernel is not finite"),  # noqa: E501
+}  # fmt: skip
+
+
+@built
+@pytest.mark.parametrize("name", BAD_GRAPHS)
+def test_bad_graphs_are_named(name, tmp_path):
+    change, message = BAD_GRAPHS[name]
+    change(packed(graph_network(), tmp_path))
+    native = library.library()
+    assert native.r2b_open(str(tmp_path).encode(), 0) is None
+    assert re.search(message, library.last_error()), library.last_error()
+    with pytest.raises(Rnn2binError):
+        runtime.load(tmp_path, backend="native")
+
+
+@built
+def test_weights_around_the_layers_are_checked_by_who_reads_them(tmp_path):
+    for name, change, message in (
+        ("shape", lambda c: c["kernel"].append(1), "main.graph.kernel has shape"),
+        ("unknown", lambda c: c.pop("bias"), "reads 'bias', which nothing before it makes"),
+    ):
+        path = packed(graph_network(), tmp_path / name)
+        edit_config(lambda c, change=change: change(c["spec"]["sections"]["main"]["graph"]["tensors"]))(path)
+        with pytest.raises(UnsupportedError, match=message):
+            runtime.load(path, backend="native")
+
+
+@built
+def test_states_of_layers_are_of_graphs(tmp_path):
+    native, layers = library.library(), packed(graph_network(), tmp_path / "graph")
+    for path, new, words in (
+        (layers, lambda model: native.r2b_new_state(model, 1, 1), "the network is a graph"),
+        (layers, lambda model: native.r2b_new_layer_state(model, 2, 1, 1), "no such layer"),
+        (layers, lambda model: native.r2b_new_layer_state(model, -1, 1, 1), "no such layer"),
+        (
+            packed(network_of("lstm"), tmp_path / "chain"),
+            lambda model: native.r2b_new_layer_state(model, 0, 1, 1),
+            "no such layer of a graph",
+        ),
+    ):
+        model = native.r2b_open(str(path).encode(), 0)
+        assert new(model) is None
+        assert words in library.last_error()
+        native.r2b_close(model)
+    ours = runtime.load(layers, backend="native")
+    handle = native_backend.Handle(ours, 2, 3, layer=1)
+    values = np.empty((2, H), np.float32)
+    assert native.r2b_get_state(handle.address, 0, 0, 0, values.ctypes.data) == -1  # another layer's
+    assert native.r2b_get_gates(handle.address, 0, 0, values.ctypes.data) == -1
+    assert native.r2b_get_state(handle.address, 1, 1, 0, values.ctypes.data) == 0
+    handle.reset()
+
+
+@pytest.mark.parametrize("bound", [1e38, 1e300, -1.0, float("nan")])
+def test_bounds_that_float32_does_not_hold_are_refused_by_both(bound, tmp_path):
+    path = packed(network_of("lstm"), tmp_path)
+    first_layer(clip=bound)(path)
+    for backend in runtime.BACKENDS if library.library() else ("torch",):
+        with pytest.raises(UnsupportedError, match="clip"):
+            runtime.load(path, backend=backend)
+
+
 @built
 @pytest.mark.parametrize("bound", [0.7, 3.0, 0.1, 1e-05, 12345.678, 0.30000001192092896, 1e-300, 2.5e20])
 def test_bounds_are_read_as_numbers_are_written(bound, tmp_path):
@@ -573,6 +670,36 @@ def test_a_packed_directory_builds_and_runs_itself(tmp_path):
     assert "not numbers" in refused.stderr
 
 
+@compiles
+def test_a_graphs_directory_runs_one_layer_itself(tmp_path):
+    path = packed(graph_network(), tmp_path / "OUT")
+    made(path)
+    network = runtime.load(path, backend="torch").network
+    x = torch.randn(T, 6, generator=torch.Generator().manual_seed(0))
+    words = " ".join(str(v) for v in x.flatten().tolist())
+
+    def run(layer: str | None) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, **({"RNN2BIN_LAYER": layer} if layer is not None else {})}
+        return subprocess.run(
+            ["./rnn2bin-run", ".."], input=words, cwd=path / "runtime", env=environment, capture_output=True, text=True, check=False
+        )
+
+    lines = torch.tensor([[float(v) for v in line.split()] for line in run("0").stdout.splitlines()])
+    assert_close(
+        lines, walk(network.entry.cell(0, "fwd"), x[:, None], zero_state(network.spec.main.layers[0], 1, x), BINARY).states[0][:, 0]
+    )
+    for layer, message in (
+        (None, "only Python runs what stands around"),
+        ("2", "no such layer"),
+        ("x", "no such layer"),
+        ("", "no such layer"),
+    ):
+        refused = run(layer)
+        assert refused.returncode == 1
+        assert message in refused.stderr
+        assert refused.stderr.count("\n") == 1
+
+
 def exercise(tmp_path: Path, flags: list[str], *, compiler: str = "cc", make_flags: str = "-O1 -g", runner: tuple[str, ...] = ()) -> None:
     place = made(
         tmp_path / "build",
@@ -604,6 +731,8 @@ def exercise(tmp_path: Path, flags: list[str], *, compiler: str = "cc", make_fla
         "mixed": mixed_translator(),
         "both": network_of("gru_reset_before", directions=2, readout="final"),
         "words": translator(),
+        "graph": graph_network(),
+        "graph of GRUs": graph_network("gru"),
     }
     for name, network in networks.items():
         packed(network, tmp_path / name)
@@ -643,7 +772,7 @@ def test_fuzzed_files_never_crash_the_reader(tmp_path):
     subprocess.run([*command, str(place / "librnn2bin.a"), "-o", str(program), "-lm"], check=True)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    for seed, network in enumerate((network_of("lstm", hidden=5, tokens="embedding"), translator(), mixed_translator())):
+    for seed, network in enumerate((network_of("lstm", hidden=5, tokens="embedding"), translator(), mixed_translator(), graph_network())):
         path = packed(network, tmp_path / str(seed))
         done = subprocess.run([str(program), str(path), str(scratch), "5000", str(seed)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -15,15 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from rnn2bin import packed, runtime
 from rnn2bin.bench import rivals
 from rnn2bin.errors import UsageError
 from rnn2bin.runtime import library
 from rnn2bin.runtime.native_backend import Handle, Model
-from rnn2bin.spec import RnnSpec
+from rnn2bin.spec import LayerSpec, RnnSpec, SectionSpec
 
 BLOCKS, STEPS, SEQUENCE = 15, 1024, 100
 Steps = Callable[[], int]  # runs some steps, says how many
@@ -37,6 +38,25 @@ class Settings:
     blocks: int = BLOCKS
     steps: int = STEPS
     seed: int = 0
+    sequence: int | None = None  # steps a call of a network that reads whole sequences; None: as many as it takes, or SEQUENCE
+
+
+class Contender(Protocol):
+    """What is timed of our own."""
+
+    def run(self) -> int:
+        """One call; says how many steps."""
+
+    def touched(self) -> Touched:
+        """What the calls read."""
+
+
+@dataclass(frozen=True)
+class Touched:
+    """Of one step of one sequence: the share of weights that open gates ask for, and the bytes that were read for it."""
+
+    density: float
+    bytes: float
 
 
 @contextmanager
@@ -65,11 +85,27 @@ def bench(path: Path, data: np.ndarray | None = None, settings: Settings = Setti
 
 def rows_of(path: Path, compute: str, data: np.ndarray | None, settings: Settings, *, batch: int = 1) -> list[dict[str, Any]]:
     """A sequence (T = 100 a call), and a stream (T = 1 a call) where the network runs as one and `batch` is 1."""
-    model = Model(path, compute=compute)
+    model = runtime.load_native(path, packed.read_config(path), compute=compute)
+    sequence, section = settings.sequence or SEQUENCE, model.spec.main
+    if section.graph and section.graph.steps:
+        sequence = section.graph.steps
     if data is None:
-        data = random_inputs(model.spec, settings.steps * batch, settings.seed)
-    calls = [("sequence", SEQUENCE), *([("stream", 1)] if model._info.streams and batch == 1 else [])]
+        data = random_inputs(model.spec, max(settings.steps, sequence) * batch, settings.seed)
+    streams = section.windowed if section.graph else model._info.streams
+    calls = [("sequence", sequence), *([("stream", 1)] if streams and batch == 1 else [])]
     return [_row(model, compute, call, steps, batch, data, settings) for call, steps in calls]
+
+
+def contenders(
+    model: runtime.Native, call: str, steps: int, batch: int, data: np.ndarray, settings: Settings
+) -> tuple[Contender, dict[str, Steps]]:
+    """Ours and the rivals, for calls of `steps` steps."""
+    if isinstance(model, Model):
+        return Ours(model, data, steps, batch=batch), rivals.contenders(model.spec, settings.against, steps=steps, batch=batch)
+    from rnn2bin.bench import graphs
+
+    calls = cut(data, model.spec, steps, batch)
+    return graphs.Ours(model, calls, stream=call == "stream"), graphs.rivals(model, calls, settings.against)
 
 
 def random_inputs(spec: RnnSpec, steps: int, seed: int) -> np.ndarray:
@@ -79,14 +115,12 @@ def random_inputs(spec: RnnSpec, steps: int, seed: int) -> np.ndarray:
     return generator.normal(size=(steps, *entry.input_shape)).astype(np.float32)
 
 
-def _row(model: Model, compute: str, call: str, steps: int, batch: int, data: np.ndarray, settings: Settings) -> dict[str, Any]:
+def _row(model: runtime.Native, compute: str, call: str, steps: int, batch: int, data: np.ndarray, settings: Settings) -> dict[str, Any]:
     """Times are of one step of the whole batch; weights and bytes of one step of one sequence."""
-    ours = Ours(model, data, steps, batch=batch)
-    others = rivals.contenders(model.spec, settings.against, steps=steps, batch=batch)
+    ours, others = contenders(model, call, steps, batch, data, settings)
     times = interleaved({"native": ours.run, **others}, settings)
-    touched = ours.counters()
+    touched = ours.touched()
     layer, mine = model.spec.entry.layers[0], times["native"]
-    bytes_read = touched["bytes"] / touched["steps"]
     weights = model.config.get("weights", "fp16")
     bandwidth = read_bandwidth(model_bytes(model.spec, weights, compute=compute))
     return {
@@ -98,14 +132,25 @@ def _row(model: Model, compute: str, call: str, steps: int, batch: int, data: np
         "batch": batch,
         "compute": compute,
         "weights": weights,
-        "density": touched["weights"] / touched["steps"] / dense_weights(model.spec),
+        "density": touched.density,
         "us_per_step": float(np.median(mine)),
         "us_per_step_min": float(np.min(mine)),
-        "bytes_touched_per_step": bytes_read,
+        "bytes_touched_per_step": touched.bytes,
         "read_gb_per_s": bandwidth,
-        "bandwidth_share": batch * bytes_read / float(np.median(mine)) / 1e3 / bandwidth,
+        "bandwidth_share": batch * touched.bytes / float(np.median(mine)) / 1e3 / bandwidth,
         "rivals": {name: against(mine, theirs, settings.seed) for name, theirs in times.items() if name != "native"},
     }
+
+
+def cut(data: np.ndarray, spec: RnnSpec, steps: int, batch: int) -> list[np.ndarray]:
+    """One long sequence of inputs (T,…) as `batch` beside each other, in calls of `steps` steps (fewer where there are no more)."""
+    length = len(data) // batch
+    if not length:
+        raise UsageError(f"bench: {len(data)} steps of data are too few for a batch of {batch}")
+    data = np.ascontiguousarray(data, np.int64 if spec.entry.embedding else np.float32)
+    rows, steps = data[: length * batch].reshape(batch, length, *data.shape[1:]).swapaxes(0, 1), min(steps, length)
+    whole = length // steps * steps
+    return [np.ascontiguousarray(part) for part in np.split(rows[:whole], whole // steps)]
 
 
 class Ours:
@@ -113,14 +158,8 @@ class Ours:
     they end."""
 
     def __init__(self, model: Model, data: np.ndarray, steps: int, *, batch: int = 1) -> None:
-        length = len(data) // batch
-        if not length:
-            raise UsageError(f"bench: {len(data)} steps of data are too few for a batch of {batch}")
-        data = np.ascontiguousarray(data, np.int64 if model.spec.entry.embedding else np.float32)
-        rows = data[: length * batch].reshape(batch, length, *data.shape[1:]).swapaxes(0, 1)
-        self.handle, self.steps = Handle(model, batch, steps), min(steps, length)
-        whole = length // self.steps * self.steps
-        self.calls = [np.ascontiguousarray(part) for part in np.split(rows[:whole], whole // self.steps)]
+        self.spec, self.handle, self.calls = model.spec, Handle(model, batch, steps), cut(data, model.spec, steps, batch)
+        self.steps = len(self.calls[0])
         self.y = np.empty((1 if model._info.per_sequence else self.steps, batch, model._info.output_size), np.float32)
         self.at = 0
         self._addresses = [call.ctypes.data for call in self.calls]
@@ -132,8 +171,9 @@ class Ours:
         self.at = (self.at + 1) % len(self.calls)
         return self.steps
 
-    def counters(self) -> dict[str, int]:
-        return self.handle.counters().to_dict()
+    def touched(self) -> Touched:
+        found = self.handle.counters()
+        return Touched(found.weights / found.steps / dense_weights(self.spec), found.bytes / found.steps)
 
 
 def interleaved(
@@ -165,14 +205,19 @@ def against(ours: np.ndarray, theirs: np.ndarray, seed: int) -> dict[str, Any]:
 
 def dense_weights(spec: RnnSpec) -> int:
     """Weights a step touches with every gate open: all matrices, but those that tokens have folded into a table."""
-    total = 0
-    for section in [spec.entry]:
-        for index, layer in enumerate(section.layers):
-            inputs = 0 if index == 0 and section.embedding else layer.input_size
-            rows = (len(layer.kind.gates) + 1) * layer.hidden_size
-            total += layer.directions * (rows * (inputs + layer.recurrent_size) + layer.proj_size * layer.hidden_size)
-        total += sum(linear.in_features * linear.out_features for linear in section.head) if section.readout == "all" else 0
-    return total
+    section: SectionSpec = spec.entry
+    total = sum(layer_weights(layer) for layer in section.layers)
+    if section.embedding and not section.graph:
+        first = section.layers[0]
+        total -= first.directions * (len(first.kind.gates) + 1) * first.hidden_size * first.input_size
+    head = sum(linear.in_features * linear.out_features for linear in section.head)
+    return total + (head if section.readout == "all" else 0)
+
+
+def layer_weights(layer: LayerSpec) -> int:
+    """Those of all directions' matrices."""
+    rows = (len(layer.kind.gates) + 1) * layer.hidden_size
+    return layer.directions * (rows * (layer.input_size + layer.recurrent_size) + layer.proj_size * layer.hidden_size)
 
 
 def model_bytes(spec: RnnSpec, weights: str, *, compute: str) -> int:
@@ -231,13 +276,14 @@ def render(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def inputs_from(path: Path, spec: RnnSpec, vocabulary: Sequence[str] | None) -> np.ndarray:
-    """The file's sequences end to end, pads left out: (T,) tokens or (T,I)."""
+def inputs_from(path: Path, spec: RnnSpec, vocabulary: Sequence[str] | None) -> tuple[np.ndarray, int | None]:
+    """The file's sequences end to end, pads left out: (T,) tokens or (T,I); and their length where a network must see the whole of one."""
     from rnn2bin import data
 
     if path.suffix.lower() in (".txt", ".text"):
-        return data.encode_text(data.read_text(path), vocabulary).numpy()
+        return data.encode_text(data.read_text(path), vocabulary).numpy(), None
     part = data.read_tensors(path)
     data.check_part(part, spec, where=str(path))
     lengths = [part.inputs.shape[1]] * len(part) if part.lengths is None else part.lengths.tolist()
-    return np.concatenate([x[:n].numpy() for x, n in zip(part.inputs, lengths, strict=True)])
+    whole = spec.main.graph is not None and not spec.main.windowed and part.lengths is None
+    return np.concatenate([x[:n].numpy() for x, n in zip(part.inputs, lengths, strict=True)]), part.inputs.shape[1] if whole else None

@@ -19,7 +19,7 @@ from rnn2bin.cells.ops import MISFITS, OPS
 from rnn2bin.cells.weights import Cell, Tensors, fold
 from rnn2bin.errors import UnsupportedError
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
-from rnn2bin.spec import DIRECTIONS, GraphSpec, LayerSpec, RnnSpec, SectionSpec
+from rnn2bin.spec import DIRECTIONS, LayerSpec, Node, RnnSpec, SectionSpec
 
 STEPS = {
     "lstm": lstm.step,
@@ -168,11 +168,53 @@ def state_after(trace: Trace, start: CellState, lengths: Tensor | None) -> CellS
     return tuple(torch.where(any_step, end, before) for end, before in zip(ends, start, strict=True))
 
 
-def _ends(graph: GraphSpec) -> list[list[str]]:
+Recurrent = Callable[..., tuple[Tensor, ...]]  # (operands, layer=…): what runs a graph's layers, the oracle's is `Run.recurrent`
+
+
+def ends_of(nodes: Sequence[Node], output: str) -> list[list[str]]:
     """For each node the values that nobody reads behind it: kept until the end, they would add up."""
-    last = {name: at for at, node in enumerate(graph.nodes) for name in (*node.inputs, *node.outputs)}
-    names = [{*node.inputs, *node.outputs} - {graph.output} for node in graph.nodes]
+    last = {name: at for at, node in enumerate(nodes) for name in (*node.inputs, *node.outputs)}
+    names = [{*node.inputs, *node.outputs} - {output} for node in nodes]
     return [[name for name in found if last[name] == at] for at, found in enumerate(names)]
+
+
+def run_nodes(nodes: Sequence[Node], ends: Sequence[Sequence[str]], values: dict[str, Tensor], recurrent: Recurrent) -> None:
+    """Runs nodes in order; `values` gets what they make and loses what `ends` says. UnsupportedError names one that does not fit."""
+    for node, done in zip(nodes, ends, strict=True):
+        operands = [value_of(values, name) if name else None for name in node.inputs]
+        try:
+            made = recurrent(operands, **node.attributes) if node.op == "Recurrent" else OPS[node.op](operands, node.attributes)
+        except MISFITS as error:
+            shapes = ", ".join("-" if v is None else str(tuple(v.shape)) for v in operands)
+            raise UnsupportedError(f"{node.op} ({', '.join(node.outputs)}) does not run on ({shapes}): {error}") from None
+        values |= zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False)
+        for name in done:
+            values.pop(name, None)
+
+
+def value_of(values: dict[str, Tensor], name: str) -> Tensor:
+    """A value of a graph. UnsupportedError where the node that names it does not make it."""
+    if name not in values:
+        raise UnsupportedError(f"the value {name!r} is read, but its operation gives fewer outputs than it names")
+    return values[name]
+
+
+def given_states(layer: LayerSpec, x: Tensor, h0: Tensor | None, c0: Tensor | None) -> list[CellState] | None:
+    """What a graph starts a layer over x (T,B,I) from, h0 (D,B,R) and c0 (D,B,H), for each direction; None where it says nothing."""
+    if h0 is None and c0 is None:
+        return None
+    zeros = [x.new_zeros(layer.directions, x.shape[1], size) for size in (layer.recurrent_size, layer.hidden_size)]
+    given = [zero if s is None else s.expand_as(zero) for s, zero in zip((h0, c0), zeros, strict=True)]
+    return [
+        tuple(s[at].repeat(1, size // s.shape[2]) for s, size in zip(given, layer.state_sizes, strict=False))
+        for at in range(layer.directions)
+    ]
+
+
+def last_states(layer: LayerSpec, ends: list[CellState]) -> tuple[Tensor, ...]:
+    """States of each direction -> what a graph reads of them: h (D,B,R), and of an LSTM c (D,B,H)."""
+    h = torch.stack([output_of(layer, end[0]) for end in ends])
+    return (h,) if len(ends[0]) == 1 else (h, torch.stack([fold(end[1], layer.copies) for end in ends]))
 
 
 class Section(nn.Module):
@@ -181,7 +223,7 @@ class Section(nn.Module):
     def __init__(self, spec: SectionSpec, binary: Sequence[tuple[bool, ...]] | None, levels: str) -> None:
         super().__init__()
         self.spec = spec
-        self.ends = _ends(spec.graph) if spec.graph else []
+        self.ends = ends_of(spec.graph.nodes, spec.graph.output) if spec.graph else []
         if spec.embedding and not spec.embedding.one_hot:
             self.embedding = Tensors()
             self.embedding.weight = nn.Parameter(torch.zeros(spec.embedding.num_embeddings, spec.embedding.embedding_dim))
@@ -219,14 +261,10 @@ class Section(nn.Module):
         """x (T,B) tokens or (T,B,I) float; lengths (B,). No pad reaches a state or an output."""
         if self.spec.graph and self.spec.windowed and walk is _oracle and len(x) > 1:
             return self._by_steps(x, state, lengths, mode=mode, logits=logits)
-        inputs = self.embed(x)
-        if lengths is not None and isinstance(inputs, Tensor):
-            mask = valid_steps(lengths, len(x)).reshape(*x.shape[:2], *[1] * (x.ndim - 2))
-            inputs = torch.where(mask, inputs, inputs.new_zeros(()))
-        run = _Run(self, state, lengths, mode, walk)
+        run = Run(self, state, lengths, mode, walk)
         if self.spec.graph:
-            y = self._graph(x, inputs, run, logits=logits)
-            return run.output(y)
+            return run.output(self.run_graph(x, run.recurrent, lengths=lengths, logits=logits))
+        inputs = self._inputs(x, lengths)
         for index in range(len(self.spec.layers)):
             inputs = run.layer(index, inputs)
         y = self.read(run.hidden[-1], run.state[-1], lengths)
@@ -236,6 +274,14 @@ class Section(nn.Module):
         else:
             y = self.apply_head(y, logits=logits)
         return run.output(y)
+
+    def _inputs(self, x: Tensor, lengths: Tensor | None) -> Tensor | Lookup:
+        """What the section reads behind its embedding, floats zero at pads."""
+        inputs = self.embed(x)
+        if lengths is None or isinstance(inputs, Lookup):
+            return inputs
+        mask = valid_steps(lengths, len(x)).reshape(*x.shape[:2], *[1] * (x.ndim - 2))
+        return torch.where(mask, inputs, inputs.new_zeros(()))
 
     def _by_steps(self, x: Tensor, state: State | None, lengths: Tensor | None, *, mode: Discretize, logits: bool) -> Output:
         """A graph that may be cut anywhere, cut at every step, as a stream does it: products of other shapes may round differently."""
@@ -251,27 +297,32 @@ class Section(nn.Module):
         real = [lengths] * len(traces)
         return Output(torch.cat([one.y for one in steps]), steps[-1].state, join("inputs"), join("hidden"), traces, real)
 
-    def _graph(self, x: Tensor, inputs: Tensor | Lookup, run: _Run, *, logits: bool) -> Tensor:
-        """x (T,B,…), and the same behind the embedding -> (T',B,O) or (B,O). UnsupportedError names an operation that does not fit."""
+    def run_graph(self, x: Tensor, recurrent: Recurrent, *, lengths: Tensor | None = None, logits: bool = False) -> Tensor:
+        """x (T,B,…) or tokens (T,B) through the graph, its layers run by `recurrent` -> (T',B,O) or (B,O)."""
         graph = self.spec.graph
         assert graph is not None
+        values = self.weights_around() | self.graph_inputs(x, lengths)
+        run_nodes(graph.nodes, self.ends, values, recurrent)
+        return self.graph_output(value_of(values, graph.output), logits=logits)
+
+    def weights_around(self) -> dict[str, Tensor]:
+        """The graph's own weights by name."""
+        return dict(self.graph.named_parameters()) if self.spec.graph and self.spec.graph.tensors else {}
+
+    def graph_inputs(self, x: Tensor, lengths: Tensor | None) -> dict[str, Tensor]:
+        """What a graph calls `input`, `tokens` and `lengths`."""
+        assert self.spec.graph is not None
+        swap = lambda v: v.transpose(0, 1) if self.spec.graph.batch_first else v
+        inputs = self._inputs(x, lengths)
         rows = inputs.rows(inputs.dtype) if isinstance(inputs, Lookup) else inputs
-        swap = lambda v: v.transpose(0, 1) if graph.batch_first else v
-        values: dict[str, Tensor] = dict(self.graph.named_parameters()) if graph.tensors else {}
-        lengths = run.lengths if run.lengths is not None else torch.full((x.shape[1],), len(x), device=x.device)
-        values |= {"input": swap(rows), "tokens": swap(x), "lengths": lengths}
-        for node, ends in zip(graph.nodes, self.ends, strict=True):
-            operands = [values[name] if name else None for name in node.inputs]
-            try:
-                made = run.recurrent(operands, **node.attributes) if node.op == "Recurrent" else OPS[node.op](operands, node.attributes)
-            except MISFITS as error:
-                shapes = ", ".join("-" if v is None else str(tuple(v.shape)) for v in operands)
-                raise UnsupportedError(f"{node.op} ({', '.join(node.outputs)}) does not run on ({shapes}): {error}") from None
-            values |= zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False)
-            for name in ends:
-                values.pop(name, None)
-        y = values[graph.output]
-        y = swap(y) if graph.per_step else y
+        real = lengths if lengths is not None else torch.full((x.shape[1],), len(x), device=x.device)
+        return {"input": swap(rows), "tokens": swap(x), "lengths": real}
+
+    def graph_output(self, y: Tensor, *, logits: bool) -> Tensor:
+        """The graph's output value as the section's: (T',B,O) or (B,O), its activation applied."""
+        graph = self.spec.graph
+        assert graph is not None
+        y = y.transpose(0, 1) if graph.per_step and graph.batch_first else y
         return y if logits and graph.activation in LOGITS else activate(y, graph.activation)
 
     def read(self, x: Tensor, last: list[CellState], lengths: Tensor | None) -> Tensor:
@@ -301,7 +352,7 @@ class Section(nn.Module):
 
 
 @dataclass
-class _Run:
+class Run:
     """One call of a section: what its layers share, and what they leave."""
 
     section: Section
@@ -346,19 +397,8 @@ class _Run:
         spec = self.section.spec.layers[layer]
         x, h0, c0, lengths = [*operands, None, None, None][:4]
         assert x is not None
-        start = None
-        if h0 is not None or c0 is not None:
-            batch = x.shape[1]
-            zeros = [x.new_zeros(spec.directions, batch, spec.recurrent_size), x.new_zeros(spec.directions, batch, spec.hidden_size)]
-            given = [zero if s is None else s.expand_as(zero) for s, zero in zip((h0, c0), zeros, strict=True)]
-            start = [
-                tuple(s[at].repeat(1, size // s.shape[2]) for s, size in zip(given, spec.state_sizes, strict=False))
-                for at in range(spec.directions)
-            ]
-        y = self.layer(layer, x, start=start, lengths=lengths)
-        ends = self.state[-1]
-        h = torch.stack([output_of(spec, end[0]) for end in ends])
-        return (y, h) if len(ends[0]) == 1 else (y, h, torch.stack([fold(end[1], spec.copies) for end in ends]))
+        y = self.layer(layer, x, start=given_states(spec, x, h0, c0), lengths=lengths)
+        return (y, *last_states(spec, self.state[-1]))
 
 
 LOGITS = ("sigmoid", "softmax", "log_softmax")  # activations whose losses are computed before them

@@ -22,7 +22,6 @@ from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize, sample
 from rnn2bin.measure import Candidate, compare
 from rnn2bin.packed import read_config
 from rnn2bin.recipe import Gates
-from rnn2bin.runtime import library, native_backend
 from rnn2bin.runtime.torch_backend import Model
 
 SCHEMA_VERSION = 1
@@ -109,7 +108,7 @@ def evaluate_parts(
     extra: dict[str, Candidate] | None = None,
     vocabulary: tuple[str, ...] | None = None,
     seed: int = 0,
-    native: native_backend.Model | None = None,
+    native: runtime.Native | None = None,
 ) -> tuple[dict[str, Any], Figures]:
     """The measured fields of report.json, and the figures of report.html. `binary` is the packed model on the torch backend: bits;
     `native` the same files on the C runtime, compared with it step by step too (`parity`)."""
@@ -219,9 +218,10 @@ def load_model(path: Path) -> Model:
     return torch_backend.load(path)
 
 
-def load_native(path: Path) -> native_backend.Model | None:
+def load_native(path: Path) -> runtime.Native | None:
     """The packed model on the C runtime; None where that was not built, or leaves the network to torch."""
-    return native_backend.load(path) if library.library() and runtime.native_runs(read_config(path)) else None
+    config = read_config(path)
+    return runtime.load_native(path, config) if runtime.runs_natively(config) else None
 
 
 def sizes(source_bytes: int, folder: Path) -> dict[str, int]:

@@ -9,9 +9,9 @@ import torch
 
 from rnn2bin import data, packed
 from rnn2bin.errors import DataError, UsageError
-from rnn2bin.runtime import native_backend, torch_backend
+from rnn2bin.runtime import graph_backend, native_backend, torch_backend
 
-Model = native_backend.Model | torch_backend.Model
+Model = native_backend.Model | graph_backend.Model | torch_backend.Model
 BATCH = 256
 
 

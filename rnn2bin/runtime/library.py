@@ -12,7 +12,7 @@ import warnings
 from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint64, c_void_p
 from typing import Any
 
-ABI = 2
+ABI = 3
 COMPUTE = {"auto": 2, "fp16": 0, "int8": 1}
 
 
@@ -20,7 +20,7 @@ class Info(ctypes.Structure):
     """What a model reads and writes."""
 
     _fields_ = (
-        *((name, c_int32) for name in ("tokens", "per_sequence", "streams", "decoder")),
+        *((name, c_int32) for name in ("tokens", "per_sequence", "streams", "decoder", "graph")),
         *((name, c_int64) for name in ("input_size", "output_size", "max_length", "layers")),
     )
 
@@ -41,7 +41,9 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "r2b_open": (c_void_p, (c_char_p, c_int32)),
     "r2b_close": (None, (c_void_p,)),
     "r2b_describe": (None, (c_void_p, POINTER(Info))),
+    "r2b_describe_layer": (c_int32, (c_void_p, c_int64, POINTER(Info))),
     "r2b_new_state": (c_void_p, (c_void_p, c_int64, c_int64)),
+    "r2b_new_layer_state": (c_void_p, (c_void_p, c_int64, c_int64, c_int64)),
     "r2b_free_state": (None, (c_void_p,)),
     "r2b_reset": (None, (c_void_p,)),
     "r2b_step": (c_int32, (c_void_p, c_void_p, c_void_p)),

@@ -24,8 +24,8 @@ Array = Any  # numpy array, or torch tensor
 State = list[list[tuple[Array, ...]]]  # [layer][direction], each (h,) or (h, c) of shape (B, ·)
 
 
-class Model:
-    """A binary-gated network that runs by skipping. One model may serve many threads; each stream and each call has its own state.
+class Opened:
+    """A packed directory that the C library has read: what every model of this backend is.
 
     `compute`: "fp16" reads every active weight; "int8" screens the gates' signs in 8 bits and gives the same bits; "auto" is the
     quicker: "int8" for GRUs and for weights on eight-bit grids, else "fp16". `threads` > 1 shares a batch out.
@@ -49,6 +49,23 @@ class Model:
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
             self._native.r2b_close(self._handle)
+
+    def share(self, batch: int, work: Callable[[slice], Any]) -> list[Any]:
+        """Runs `work` on slices of the batch, one a thread."""
+        slices = self.slices(batch)
+        if len(slices) == 1:
+            return [work(slices[0])]
+        with ThreadPoolExecutor(len(slices)) as pool:
+            return list(pool.map(work, slices))
+
+    def slices(self, batch: int) -> list[slice]:
+        """What each thread has of a batch."""
+        count = max(1, min(self.threads, batch))
+        return [slice(a, b) for a, b in pairwise(batch * k // count for k in range(count + 1))]
+
+
+class Model(Opened):
+    """A binary-gated network that runs by skipping. One model may serve many threads; each stream and each call has its own state."""
 
     def __call__(
         self, x: Array, state: State | None = None, *, lengths: Array | None = None, decoder_input: Array | None = None
@@ -75,12 +92,12 @@ class Model:
         job = _Job(
             values,
             None if state is None else [[tuple(_numpy(s)[1] for s in both) for both in layer] for layer in state],
-            None if lengths is None else _lengths(lengths, batch),
+            None if lengths is None else check_lengths(lengths, batch),
             None if decoder_input is None else _tokens(_numpy(decoder_input)[1], self.spec, batch),
-            None if decoder_lengths is None else _lengths(decoder_lengths, batch),
+            None if decoder_lengths is None else check_lengths(decoder_lengths, batch),
             logits,
         )
-        pieces = self._share(batch, lambda rows: self._run(job.part(rows)))
+        pieces = self.share(batch, lambda rows: self._run(job.part(rows)))
         y = np.concatenate([p[0] for p in pieces], axis=pieces[0][0].ndim - 2) if len(pieces) > 1 else pieces[0][0]
         return kind(y), [[tuple(map(kind, s)) for s in layer] for layer in _joined([p[1] for p in pieces])]
 
@@ -90,8 +107,8 @@ class Model:
             raise ValueError("generate() is for encoder–decoders")
         kind, values = _numpy(x)
         values = check_input(values, self.spec)
-        lengths = None if lengths is None else _lengths(lengths, values.shape[1])
-        pieces = self._share(values.shape[1], lambda rows: self._generate(values[:, rows], _part(lengths, rows)))
+        lengths = None if lengths is None else check_lengths(lengths, values.shape[1])
+        pieces = self.share(values.shape[1], lambda rows: self._generate(values[:, rows], _part(lengths, rows)))
         longest = max(len(p) for p in pieces)
         end = self.spec.decode.end
         return kind(np.concatenate([np.pad(p, ((0, longest - len(p)), (0, 0)), constant_values=end) for p in pieces], axis=1))
@@ -101,15 +118,6 @@ class Model:
         if not self._info.streams:
             raise UnsupportedError("stream: this network must see the whole sequence first; call the model on it")
         return Stream(self)
-
-    def _share(self, batch: int, work: Callable[[slice], Any]) -> list[Any]:
-        """Runs `work` on slices of the batch, one a thread."""
-        count = min(self.threads, batch)
-        if count <= 1:
-            return [work(slice(0, batch))]
-        edges = [batch * k // count for k in range(count + 1)]
-        with ThreadPoolExecutor(count) as pool:
-            return list(pool.map(work, [slice(a, b) for a, b in pairwise(edges)]))
 
     def _run(self, job: _Job) -> tuple[np.ndarray, State]:
         steps, batch = job.x.shape[:2]
@@ -156,12 +164,16 @@ class _Job:
 
 
 class Handle:
-    """A C state of `batch` sequences: what `Stream` and every call work on. Not for two threads at once."""
+    """A C state of `batch` sequences: what streams and calls work on. Not for two threads at once. `layer`: that of a graph."""
 
-    def __init__(self, model: Model, batch: int, steps: int = 1) -> None:
+    def __init__(self, model: Opened, batch: int, steps: int = 1, *, layer: int | None = None) -> None:
         self.model, self.batch = model, batch
+        self.layers = range(model._info.layers) if layer is None else range(layer, layer + 1)
         self._native = model._native
-        self.address = self._native.r2b_new_state(model._handle, batch, steps)
+        if layer is None:
+            self.address = self._native.r2b_new_state(model._handle, batch, steps)
+        else:
+            self.address = self._native.r2b_new_layer_state(model._handle, layer, batch, steps)
         if not self.address:
             raise MemoryError(last_error())
 
@@ -173,11 +185,11 @@ class Handle:
         size = lambda layer, d, which: self._native.r2b_state_size(self.model._handle, layer, d, which)
         return [
             [[(layer, d, which, n) for which in range(2) if (n := size(layer, d, which))] for d in range(2) if size(layer, d, 0)]
-            for layer in range(self.model._info.layers)
+            for layer in self.layers
         ]
 
     def read(self) -> State:
-        """[layer][direction] -> (h,) or (h, c), each (B, ·)."""
+        """[layer][direction] -> (h,) or (h, c), each (B, ·); of the layers that this state is of."""
         return [[tuple(self._read(*place) for place in both) for both in layer] for layer in self._places()]
 
     def _read(self, layer: int, direction: int, which: int, size: int) -> np.ndarray:
@@ -313,7 +325,8 @@ def _tokens(x: np.ndarray, spec: RnnSpec, batch: int) -> np.ndarray:
     return x.astype(np.int64, copy=False)
 
 
-def _lengths(lengths: Array, batch: int) -> np.ndarray:
+def check_lengths(lengths: Array, batch: int) -> np.ndarray:
+    """lengths (B,) as the runtime reads them, int64. UsageError where they are not."""
     found = _numpy(lengths)[1]
     if found.shape != (batch,) or found.dtype.kind not in "iu":
         raise UsageError(f"lengths: wanted {batch} whole numbers, not {found.dtype} {found.shape}")

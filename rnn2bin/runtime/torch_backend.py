@@ -52,15 +52,7 @@ class Model:
 
     def stream(self) -> Stream:
         """One sequence, step by step. Raises UnsupportedError for networks that must see the whole sequence first."""
-        section = self.spec.main
-        if self.spec.decode:
-            raise UnsupportedError("stream: an encoder–decoder reads a whole sequence first; call the model or generate()")
-        if any(layer.directions == 2 for layer in section.layers):
-            raise UnsupportedError("stream: a bidirectional network needs the whole sequence; call the model on it")
-        if section.graph and not section.windowed:
-            raise UnsupportedError("stream: parts of this network need the whole sequence; call the model on it")
-        if not section.graph and section.readout in ("mean", "max"):
-            raise UnsupportedError(f"stream: the head reads the {section.readout} over time; call the model on the whole sequence")
+        check_streams(self.spec)
         return Stream(self)
 
 
@@ -80,6 +72,19 @@ class Stream:
     def reset(self) -> None:
         """Back to the zero state."""
         self.state = None
+
+
+def check_streams(spec: RnnSpec) -> None:
+    """Refuse a network that does not run step by step (UnsupportedError)."""
+    section = spec.main
+    if spec.decode:
+        raise UnsupportedError("stream: an encoder–decoder reads a whole sequence first; call the model or generate()")
+    if any(layer.directions == 2 for layer in section.layers):
+        raise UnsupportedError("stream: a bidirectional network needs the whole sequence; call the model on it")
+    if section.graph and not section.windowed:
+        raise UnsupportedError("stream: parts of this network need the whole sequence; call the model on it")
+    if not section.graph and section.readout in ("mean", "max"):
+        raise UnsupportedError(f"stream: the head reads the {section.readout} over time; call the model on the whole sequence")
 
 
 def check_input(x: Tensor, spec: RnnSpec) -> None:

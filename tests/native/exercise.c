@@ -24,6 +24,12 @@ void *__wrap_aligned_alloc(size_t a, size_t n) { return allocations++, __real_al
 static const r2b_model *model;
 static r2b_info info;
 
+static int64_t layer = -1; /* the layer of a graph that is run; -1: the whole network */
+
+static r2b_state *new_state(int64_t batch, int64_t steps) {
+  return layer < 0 ? r2b_new_state(model, batch, steps) : r2b_new_layer_state(model, layer, batch, steps);
+}
+
 static void *inputs(int64_t steps, int64_t batch, unsigned seed) {
   int64_t count = steps * batch * (info.tokens ? 1 : info.input_size);
   void *x = calloc((size_t)count, 8);
@@ -47,7 +53,7 @@ static int stream_against_call(unsigned seed) {
   int64_t width = info.tokens ? 8 : 4 * info.input_size, outputs = info.output_size, last = info.per_sequence ? 0 : STEPS - 1;
   char *x = inputs(STEPS, 1, seed);
   float *whole = calloc((size_t)(STEPS * outputs), 4), *step = calloc((size_t)outputs, 4);
-  r2b_state *a = r2b_new_state(model, 1, STEPS), *b = r2b_new_state(model, 1, 1);
+  r2b_state *a = new_state(1, STEPS), *b = new_state(1, 1);
   int failed = r2b_run(a, x, STEPS, NULL, whole);
 #if defined(COUNT_ALLOCATIONS)
   long before = allocations;
@@ -68,13 +74,13 @@ static int batch_and_states(unsigned seed) {
   void *x = inputs(STEPS, BATCH, seed);
   float *y = calloc((size_t)(STEPS * BATCH * info.output_size), 4);
   int64_t *tokens = calloc((size_t)(info.max_length * BATCH + 1), 8);
-  r2b_state *s = r2b_new_state(model, BATCH, STEPS);
+  r2b_state *s = new_state(BATCH, STEPS);
   int failed = r2b_run(s, x, STEPS, lengths, y);
-  for (int64_t layer = 0; layer < info.layers && !failed; layer++)
+  for (int64_t k = layer < 0 ? 0 : layer; k < (layer < 0 ? info.layers : layer + 1) && !failed; k++)
     for (int64_t which = 0; which < 2; which++) {
-      int64_t size = r2b_state_size(model, layer, 0, which);
+      int64_t size = r2b_state_size(model, k, 0, which);
       float *values = calloc((size_t)(BATCH * size + 1), 4);
-      if (size) failed |= r2b_get_state(s, layer, 0, which, values) || r2b_set_state(s, layer, 0, which, values);
+      if (size) failed |= r2b_get_state(s, k, 0, which, values) || r2b_set_state(s, k, 0, which, values);
       free(values);
     }
   if (!failed && info.decoder) failed = r2b_generate(s, tokens, &written) || written < 1 || written > info.max_length;
@@ -93,12 +99,8 @@ static void *thread(void *given) {
   return (void *)failed;
 }
 
-int main(int count, char **words) {
-  if (count < 2) return 2;
-  r2b_model *opened = r2b_open(words[1], count < 3 || !strcmp(words[2], "auto") ? R2B_AUTO : strcmp(words[2], "int8") ? R2B_FP16 : R2B_INT8);
-  if (!opened) return fprintf(stderr, "%s\n", r2b_last_error()), 3;
-  model = opened;
-  r2b_describe(model, &info);
+/* From several threads at once. */
+static int all_ways(void) {
   int failed = 0;
 #if defined(COUNT_ALLOCATIONS)
   unsigned seed = 1;
@@ -113,6 +115,23 @@ int main(int count, char **words) {
     failed |= result != NULL;
   }
 #endif
+  return failed;
+}
+
+int main(int count, char **words) {
+  if (count < 2) return 2;
+  r2b_model *opened = r2b_open(words[1], count < 3 || !strcmp(words[2], "auto") ? R2B_AUTO : strcmp(words[2], "int8") ? R2B_FP16 : R2B_INT8);
+  if (!opened) return fprintf(stderr, "%s\n", r2b_last_error()), 3;
+  model = opened;
+  r2b_describe(model, &info);
+  int failed = 0;
+  if (!info.graph) failed = all_ways();
+  for (int64_t k = 0, layers = info.layers; info.graph && k < layers; k++) {
+    layer = k;
+    r2b_info whole = info;
+    failed |= r2b_describe_layer(model, k, &info) || all_ways();
+    info = whole;
+  }
   r2b_close(opened);
   return failed;
 }

@@ -24,15 +24,21 @@ static void write_file(const char *folder, const char *name, const blob *b) {
   fclose(file);
 }
 
-static void try_run(const r2b_model *model) {
-  r2b_info info;
-  r2b_describe(model, &info);
-  if (info.input_size > 4096 || info.output_size > 4096) return;
-  r2b_state *s = r2b_new_state(model, 2, 3);
-  float *y = calloc((size_t)(6 * info.output_size), 4);
-  void *x = calloc((size_t)(6 * info.input_size), 8);
+static void run_state(const r2b_info *info, r2b_state *s) {
+  float *y = calloc((size_t)(6 * info->output_size), 4);
+  void *x = calloc((size_t)(6 * info->input_size), 8);
   if (s) r2b_run(s, x, 3, NULL, y);
   r2b_free_state(s), free(x), free(y);
+}
+
+static void try_run(const r2b_model *model) {
+  r2b_info info, layer;
+  r2b_describe(model, &info);
+  if (info.input_size > 4096 || info.output_size > 4096) return;
+  if (!info.graph) run_state(&info, r2b_new_state(model, 2, 3));
+  for (int64_t k = 0; info.graph && k < info.layers; k++)
+    if (!r2b_describe_layer(model, k, &layer) && layer.input_size <= 4096 && layer.output_size <= 4096)
+      run_state(&layer, r2b_new_layer_state(model, k, 2, 3));
 }
 
 #if !defined(LIBFUZZER)

@@ -149,9 +149,19 @@ static int read_gates(const json *gates, section_config *section) {
   return 0;
 }
 
+/* Nodes around the layers are not run here, so nothing in them is read: a layer takes what it is handed. */
+static int read_graph(const json *graph, section_config *section) {
+  if (!graph || graph->kind == JSON_NULL) return 0;
+  if (graph->kind != JSON_OBJECT) return fail("config.json: %s: graph must be an object, or null", section->name);
+  if (strcmp(section->name, "main")) return fail("config.json: %s: graphs of encoder–decoders run on the torch backend", section->name);
+  if (section->linears) return fail("config.json: %s: a graph holds its linear layers itself; head must be empty", section->name);
+  if (section->readout != READ_ALL) return fail("config.json: %s: a graph reads out itself; readout must be all", section->name);
+  section->graph = true;
+  return 0;
+}
+
 static int read_section(const json *found, section_config *section) {
   const json *layers = json_get(found, "layers"), *head = json_get(found, "head"), *embedding = json_get(found, "embedding");
-  const json *graph = json_get(found, "graph");
   char where[32];
   int kind;
   if (!layers || layers->kind != JSON_ARRAY || layers->count < 1 || layers->count > MOST_LAYERS)
@@ -159,8 +169,6 @@ static int read_section(const json *found, section_config *section) {
   if (!head || head->kind != JSON_ARRAY || head->count > MOST_LINEAR)
     return fail("config.json: %s: wanted a head of at most %d linear layers", section->name, MOST_LINEAR);
   if (!embedding) return fail("config.json: %s: embedding is missing", section->name);
-  if (graph && graph->kind != JSON_NULL)
-    return fail("config.json: %s: networks with parts around their layers run on the torch backend", section->name);
   for (const json *layer = layers->child; layer; layer = layer->next) {
     snprintf(where, sizeof where, "%s.layers.%d", section->name, section->layers);
     if (read_layer(layer, &section->layer[section->layers++], where)) return -1;
@@ -173,7 +181,8 @@ static int read_section(const json *found, section_config *section) {
   if (one_of(json_get(found, "readout"), READOUTS, COUNT(READOUTS), &kind))
     return fail("config.json: %s: unknown readout; update rnn2bin", section->name);
   section->readout = (readout)kind;
-  return check_widths(section);
+  if (read_graph(json_get(found, "graph"), section)) return -1;
+  return section->graph ? 0 : check_widths(section);
 }
 
 /* The encoder's last states start the decoder; a decoder reads the tokens it writes. */

@@ -32,6 +32,7 @@ typedef struct {
 
 typedef struct {
   char name[8];
+  bool graph;                /* others run what stands around the layers, its embedding too: here each layer reads floats on its own */
   int vocabulary, embedding; /* vocabulary 0: floats; embedding 0: one-hot tokens */
   readout readout;
   int layers, linears;
@@ -45,6 +46,9 @@ typedef struct {
   bool learned; /* levels: learned, or strict */
   int64_t start, end, max_length;
 } network_config;
+
+/* Whether the first layer looks tokens up. */
+static inline bool reads_tokens(const section_config *section) { return section->vocabulary && !section->graph; }
 
 /* 0, or -1 with the reason in r2b_last_error(). */
 int config_read(const char *path, network_config *config);

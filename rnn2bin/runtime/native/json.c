@@ -146,7 +146,12 @@ static json *read_value(reader *r, int depth) {
     case 't': return read_word(r, "true", JSON_TRUE);
     case 'f': return read_word(r, "false", JSON_FALSE);
     case 'n': return read_word(r, "null", JSON_NULL);
-    default: return read_number(r);
+    case 'N': return read_word(r, "NaN", JSON_NOT_FINITE);
+    case 'I': return read_word(r, "Infinity", JSON_NOT_FINITE);
+    default:
+      if (r->end - r->at < 2 || memcmp(r->at, "-I", 2)) return read_number(r);
+      r->at++;
+      return read_word(r, "Infinity", JSON_NOT_FINITE);
   }
 }
 

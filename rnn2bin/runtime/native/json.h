@@ -1,4 +1,5 @@
-/* A strict reader of JSON (RFC 8259): no duplicate keys, no trailing anything, bounded depth. The text must outlive the tree. */
+/* A strict reader of JSON (RFC 8259): no duplicate keys, no trailing anything, bounded depth. The text must outlive the tree. NaN and
+ * Infinity are taken as Python writes them (a graph's constants), and are no numbers. */
 #ifndef RNN2BIN_JSON_H
 #define RNN2BIN_JSON_H
 
@@ -6,7 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-typedef enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT } json_kind;
+typedef enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_NOT_FINITE, JSON_STRING, JSON_ARRAY, JSON_OBJECT } json_kind;
 
 typedef struct json {
   json_kind kind;

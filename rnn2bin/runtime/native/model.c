@@ -278,9 +278,10 @@ static int fold_table(loader *l, const section *s, cell *c, const sources *from)
 }
 
 static bool folds(const section *s, const cell *c) {
+  if (!reads_tokens(s->config)) return false;
   uint64_t rows = (uint64_t)(c->gate_rows + c->candidate_rows), vocabulary = (uint64_t)s->config->vocabulary;
   uint64_t products = rows * vocabulary * (uint64_t)(s->embedding ? c->layer->input : 1);
-  return vocabulary && products <= MOST_FOLDED_PRODUCTS && rows * vocabulary * sizeof(float) <= MOST_TABLE_BYTES;
+  return products <= MOST_FOLDED_PRODUCTS && rows * vocabulary * sizeof(float) <= MOST_TABLE_BYTES;
 }
 
 /* All matrices of a cell but the projection: the input's columns, where there are any, then the recurrent ones. */
@@ -446,6 +447,7 @@ static int load_embedding(loader *l, section *s) {
   size_t count = (size_t)s->config->vocabulary * (size_t)s->config->embedding;
   if (!count) return 0;
   const uint8_t *data = find(l, s->config->vocabulary, s->config->embedding, "%s.embedding.weight", s->config->name);
+  if (data && s->config->graph) return 0;
   uint16_t *copy = data ? model_allocate(l->model, count * sizeof *copy) : NULL;
   if (!copy) return -1;
   memcpy(copy, data, count * sizeof *copy);
@@ -487,9 +489,12 @@ static void measure(r2b_model *model, section *s) {
   at_least(&model->widest, s->output);
 }
 
-static int check_all_used(const tensor_file *file) {
+/* Weights of a graph's nodes are for whoever runs those. */
+static int check_all_used(const tensor_file *file, bool graph) {
+  static const char around[] = "main.graph.";
   for (size_t k = 0; k < file->count; k++) {
     const tensor *t = &file->tensors[k];
+    if (graph && t->name_length >= sizeof around && !memcmp(t->name, around, sizeof around - 1)) continue;
     if (!t->used) return fail("model.safetensors: unknown tensor %.*s", (int)(t->name_length < 80 ? t->name_length : 80), t->name);
   }
   return 0;
@@ -510,7 +515,7 @@ static int load(r2b_model *model, const char *directory) {
   model->zeros = model_allocate(model, (size_t)model->longest * sizeof(float));
   int failed = model->zeros ? 0 : -1;
   for (int k = 0; !failed && k < model->config.sections; k++) failed = load_section(&l, &model->sections[k]);
-  if (!failed) failed = check_all_used(&l.file);
+  if (!failed) failed = check_all_used(&l.file, model->config.section[0].graph);
   tensors_close(&l.file);
   return failed;
 }
@@ -538,6 +543,10 @@ int32_t r2b_abi(void) { return R2B_ABI; }
 void r2b_describe(const r2b_model *model, r2b_info *info) {
   const section *entry = &model->sections[0], *last = &model->sections[model->config.sections - 1];
   bool both = false;
+  if (entry->config->graph) {
+    *info = (r2b_info){.graph = 1, .layers = entry->config->layers};
+    return;
+  }
   for (int k = 0; k < entry->config->layers; k++) both |= entry->config->layer[k].directions == 2;
   readout read = last->config->readout;
   *info = (r2b_info){
@@ -550,4 +559,12 @@ void r2b_describe(const r2b_model *model, r2b_info *info) {
       .max_length = model->config.max_length,
       .layers = entry->config->layers,
   };
+}
+
+int32_t r2b_describe_layer(const r2b_model *model, int64_t layer, r2b_info *info) {
+  const section_config *found = &model->config.section[0];
+  if (!found->graph || layer < 0 || layer >= found->layers) return fail("there is no such layer of a graph");
+  const layer_config *y = &found->layer[layer];
+  *info = (r2b_info){.streams = y->directions == 1, .input_size = y->input, .output_size = y->directions * y->recurrent, .layers = found->layers};
+  return 0;
 }

@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define R2B_ABI 2
+#define R2B_ABI 3
 #define R2B_API __attribute__((visibility("default")))
 
 typedef struct r2b_model r2b_model;
@@ -33,6 +33,7 @@ typedef struct {
   int32_t per_sequence; /* 1: one output a sequence, 0: one a step */
   int32_t streams;      /* 1: r2b_step works; else the network must see the whole sequence */
   int32_t decoder;      /* 1: an encoder–decoder: r2b_generate, or r2b_run then r2b_decode */
+  int32_t graph;        /* 1: operations that are not run here stand around the layers: r2b_new_layer_state; sizes are r2b_describe_layer's */
   int64_t input_size;   /* I, or V for tokens */
   int64_t output_size;  /* O */
   int64_t max_length;   /* most tokens r2b_generate gives a sequence; 0 without a decoder */
@@ -55,9 +56,13 @@ R2B_API const char *r2b_last_error(void);
 R2B_API r2b_model *r2b_open(const char *directory, int32_t compute);
 R2B_API void r2b_close(r2b_model *model);
 R2B_API void r2b_describe(const r2b_model *model, r2b_info *info);
+R2B_API int32_t r2b_describe_layer(const r2b_model *model, int64_t layer, r2b_info *info); /* of a graph */
 
 /* Zero states of `batch` sequences. `steps`: the longest sequence of one call of a bidirectional network; others take any length. */
 R2B_API r2b_state *r2b_new_state(const r2b_model *model, int64_t batch, int64_t steps);
+/* Of a graph each layer runs on its own: x (T,B,I) floats -> y (T,B,O), both directions beside each other, zeros behind a sequence's end. A
+ * layer's state works like any other, batch and steps are its own. */
+R2B_API r2b_state *r2b_new_layer_state(const r2b_model *model, int64_t layer, int64_t batch, int64_t steps);
 R2B_API void r2b_free_state(r2b_state *state);
 R2B_API void r2b_reset(r2b_state *state);
 

@@ -123,9 +123,9 @@ static void run_layer(r2b_state *s, const call *c, int index, const float *below
 }
 
 /* `values` (rows, in) through the linear layers -> y (rows, O); `scores`: without a last activation that keeps the order. */
-static void run_head(r2b_state *s, const section *from, const float *values, int rows, float *y, bool scores) {
+static void run_head(r2b_state *s, const section *from, const float *values, int in, int rows, float *y, bool scores) {
   const section_config *config = from->config;
-  size_t stride = (size_t)s->model->longest, wide = (size_t)(config->linears ? config->linear[0].in : from->output);
+  size_t stride = (size_t)s->model->longest, wide = (size_t)in;
   if (!config->linears) memcpy(y, values, sizeof(float) * (size_t)rows * wide);
   for (int k = 0; k < config->linears; k++) {
     const linear *with = &from->linears[k];
@@ -179,8 +179,9 @@ static void finish_pool(r2b_state *s, const call *c, int wide) {
 
 static void run_section(r2b_state *s, call *c, float *y, bool scores) {
   const section_config *config = c->section->config;
-  const layer_config *top = &config->layer[config->layers - 1];
+  const layer_config *top = &config->layer[s->end - 1];
   int wide = top->directions * top->recurrent;
+  size_t outputs = (size_t)(config->linears ? c->section->output : wide);
   bool every_step = config->readout == READ_ALL;
   for (size_t k = 0; k < (size_t)s->batch * (size_t)wide; k++) s->pooled[k] = config->readout == READ_MAX ? -INFINITY : 0.0f;
   for (c->first = 0; c->first < c->steps; c->first += c->count) {
@@ -188,32 +189,32 @@ static void run_section(r2b_state *s, call *c, float *y, bool scores) {
     call now = *c;
     now.count = c->count = c->steps - c->first < s->chunk ? c->steps - c->first : s->chunk;
     if (c->tokens) now.tokens = c->tokens + before;
-    const float *below = c->tokens ? NULL : c->values + before * (size_t)config->layer[0].input;
-    for (int k = 0; k < config->layers; k++) {
+    const float *below = c->tokens ? NULL : c->values + before * (size_t)config->layer[s->first].input;
+    for (int k = s->first; k < s->end; k++) {
       run_layer(s, &now, k, below, s->values[k % 2]);
       below = s->values[k % 2];
     }
     for (int b = 0; b < s->batch; b++)
       for (int t = 0; t < now.count; t++) s->counters.steps += is_real(&now, t, b);
-    if (y && every_step) run_head(s, c->section, below, now.count * s->batch, y + before * (size_t)c->section->output, scores);
+    if (y && every_step) run_head(s, c->section, below, wide, now.count * s->batch, y + before * outputs, scores);
     if (y && !every_step) pool(s, &now, below, wide);
   }
   if (!y || every_step) return;
   finish_pool(s, c, wide);
-  run_head(s, c->section, s->pooled, s->batch, y, scores);
+  run_head(s, c->section, s->pooled, wide, s->batch, y, scores);
 }
 
 /* C trusts nothing it is handed but the arrays' sizes. */
 static int check(const r2b_state *s, const section *section, const void *x, int64_t steps, const int64_t *lengths, call *c) {
   *c = (call){.section = section, .lengths = lengths};
   if (steps < 1 || steps > INT32_MAX / s->batch) return fail("a call needs from 1 to %d steps", INT32_MAX / s->batch);
-  for (int k = 0; k < section->config->layers; k++)
+  for (int k = s->first; k < s->end; k++)
     if (section->config->layer[k].directions == 2 && steps > s->chunk)
       return fail("the state was made for %d steps; these are %lld", s->chunk, (long long)steps);
   for (int b = 0; lengths && b < s->batch; b++)
     if (lengths[b] < 0 || lengths[b] > steps) return fail("lengths must lie in 0 to %lld; found %lld", (long long)steps, (long long)lengths[b]);
   c->steps = (int)steps;
-  if (!section->config->vocabulary) return c->values = x, 0;
+  if (!reads_tokens(section->config)) return c->values = x, 0;
   c->tokens = x;
   for (int64_t k = 0; k < steps * s->batch; k++)
     if (c->tokens[k] < 0 || c->tokens[k] >= section->config->vocabulary)

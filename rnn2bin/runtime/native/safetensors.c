@@ -38,14 +38,15 @@ static uint64_t little_endian(const uint8_t *bytes) {
 }
 
 static int read_shape(const char *path, const json *shape, tensor *t, uint64_t *elements) {
-  if (!shape || shape->kind != JSON_ARRAY || shape->count > MOST_DIMENSIONS || shape->count < 1)
-    return fail("%s: %.*s: wanted a shape of one or two sizes", path, NAME_OF(t));
+  if (!shape || shape->kind != JSON_ARRAY || shape->count > MOST_DIMENSIONS)
+    return fail("%s: %.*s: wanted a shape of at most %d sizes", path, NAME_OF(t), MOST_DIMENSIONS);
   *elements = 1;
   for (const json *size = shape->child; size; size = size->next) {
     int64_t value;
-    if (!json_integer(size, &value) || value < 0 || value > INT32_MAX) return fail("%s: %.*s: a size is out of range", path, NAME_OF(t));
+    if (!json_integer(size, &value) || value < 0 || value > INT32_MAX || (value && *elements > INT64_MAX / 2 / (uint64_t)value))
+      return fail("%s: %.*s: a size is out of range", path, NAME_OF(t));
     t->shape[t->dimensions++] = value;
-    *elements *= (uint64_t)value; /* two sizes below 2^31 cannot overflow */
+    *elements *= (uint64_t)value;
   }
   return 0;
 }

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { MOST_DIMENSIONS = 2 };
+enum { MOST_DIMENSIONS = 8 }; /* of weights around the layers; those read here have one or two */
 
 typedef struct {
   const char *name; /* not terminated */

@@ -76,7 +76,7 @@ static void carve_all(arena *a, r2b_state *s) {
   const r2b_model *model = s->model;
   const section_config *entry = model->sections[0].config;
   size_t batch = (size_t)s->batch, rows = batch * (size_t)s->chunk;
-  for (int k = 0; k < entry->layers; k++)
+  for (int k = s->first; k < s->end; k++)
     for (int d = 0; d < entry->layer[k].directions; d++) carve_cell(a, &s->cells[k][d], &entry->layer[k], batch, model->compute != R2B_FP16);
   for (int k = 0; k < 2; k++) s->values[k] = carve_floats(a, rows * (size_t)model->widest);
   s->products = carve_floats(a, rows * (size_t)model->longest);
@@ -93,15 +93,16 @@ static void carve_all(arena *a, r2b_state *s) {
 }
 
 /* A bidirectional network reads a sequence from both ends: the whole of it goes through a layer before the next begins. */
-static int chunk_of(const r2b_model *model, int64_t batch, int64_t steps) {
+static int chunk_of(const r2b_state *s, int64_t batch, int64_t steps) {
+  const r2b_model *model = s->model;
   for (int k = 0; k < model->config.sections; k++)
-    for (int j = 0; j < model->sections[k].config->layers; j++)
+    for (int j = s->first; j < s->end; j++)
       if (model->sections[k].config->layer[j].directions == 2) return (int)steps;
   int64_t chunk = MOST_ROWS / batch;
   return chunk < 1 ? 1 : chunk > MOST_CHUNK ? MOST_CHUNK : (int)chunk;
 }
 
-r2b_state *r2b_new_state(const r2b_model *model, int64_t batch, int64_t steps) {
+static r2b_state *new_state(const r2b_model *model, int first, int end, int64_t batch, int64_t steps) {
   if (batch < 1 || batch > MOST_SIZE || steps < 1 || steps > MOST_SIZE)
     return fail("a state needs a batch and steps from 1 to %d", MOST_SIZE), NULL;
   if (batch * steps > MOST_STEPS) return fail("a state of %lld sequences of %lld steps is too large", (long long)batch, (long long)steps), NULL;
@@ -109,8 +110,9 @@ r2b_state *r2b_new_state(const r2b_model *model, int64_t batch, int64_t steps) {
   if (!s) return fail("out of memory"), NULL;
   s->model = model;
   s->batch = (int)batch;
-  s->chunk = chunk_of(model, batch, steps);
-  s->layers = model->sections[0].config->layers;
+  s->first = first;
+  s->end = end;
+  s->chunk = chunk_of(s, batch, steps);
   arena a = {0};
   carve_all(&a, s);
   s->arena = a.base = aligned_alloc(ALIGNMENT, a.used);
@@ -122,6 +124,18 @@ r2b_state *r2b_new_state(const r2b_model *model, int64_t batch, int64_t steps) {
   return s;
 }
 
+r2b_state *r2b_new_state(const r2b_model *model, int64_t batch, int64_t steps) {
+  const section_config *entry = model->sections[0].config;
+  if (entry->graph) return fail("the network is a graph: its layers run one by one, r2b_new_layer_state"), NULL;
+  return new_state(model, 0, entry->layers, batch, steps);
+}
+
+r2b_state *r2b_new_layer_state(const r2b_model *model, int64_t layer, int64_t batch, int64_t steps) {
+  const section_config *entry = model->sections[0].config;
+  if (!entry->graph || layer < 0 || layer >= entry->layers) return fail("there is no such layer of a graph"), NULL;
+  return new_state(model, (int)layer, (int)layer + 1, batch, steps);
+}
+
 void r2b_free_state(r2b_state *state) {
   if (!state) return;
   free(state->arena);
@@ -129,7 +143,7 @@ void r2b_free_state(r2b_state *state) {
 }
 
 void r2b_reset(r2b_state *state) {
-  for (int k = 0; k < state->layers; k++)
+  for (int k = state->first; k < state->end; k++)
     for (int d = 0; d < 2 && state->cells[k][d].h; d++) {
       cell_state *c = &state->cells[k][d];
       memset(c->h, 0, sizeof(float) * (size_t)state->batch * (size_t)c->h_size);
@@ -155,8 +169,12 @@ int64_t r2b_state_size(const r2b_model *model, int64_t layer, int64_t direction,
   return y->has_cell ? y->recurrent : y->width;
 }
 
+static int64_t size_here(const r2b_state *state, int64_t layer, int64_t direction, int64_t which) {
+  return layer < state->first || layer >= state->end ? 0 : r2b_state_size(state->model, layer, direction, which);
+}
+
 int r2b_get_state(const r2b_state *state, int64_t layer, int64_t direction, int64_t which, float *values) {
-  int64_t size = r2b_state_size(state->model, layer, direction, which);
+  int64_t size = size_here(state, layer, direction, which);
   if (!size) return fail("there is no such state");
   const cell_state *c = &state->cells[layer][direction];
   memcpy(values, which ? c->c : c->h, sizeof(float) * (size_t)state->batch * (size_t)size);
@@ -164,7 +182,7 @@ int r2b_get_state(const r2b_state *state, int64_t layer, int64_t direction, int6
 }
 
 int r2b_set_state(r2b_state *state, int64_t layer, int64_t direction, int64_t which, const float *values) {
-  int64_t size = r2b_state_size(state->model, layer, direction, which);
+  int64_t size = size_here(state, layer, direction, which);
   if (!size) return fail("there is no such state");
   cell_state *c = &state->cells[layer][direction];
   memcpy(which ? c->c : c->h, values, sizeof(float) * (size_t)state->batch * (size_t)size);
@@ -183,7 +201,7 @@ int r2b_set_state(r2b_state *state, int64_t layer, int64_t direction, int64_t wh
 
 int r2b_get_gates(const r2b_state *state, int64_t layer, int64_t direction, float *pre) {
   const layer_config *y = layer_at(state->model, layer, direction);
-  if (!y) return fail("there is no such cell");
+  if (!y || layer < state->first || layer >= state->end) return fail("there is no such cell");
   const cell_state *c = &state->cells[layer][direction];
   const cell *cell = c->ran;
   if (!cell) return fail("no step has run");

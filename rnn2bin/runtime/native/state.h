@@ -19,7 +19,7 @@ struct r2b_state {
   const r2b_model *model;
   int batch, chunk; /* steps that go through all layers together */
   bool logits;
-  int layers;
+  int first, end; /* the layers that it goes through */
   cell_state cells[MOST_LAYERS][2];
   float *values[2];  /* (chunk, B, widest): what one layer hands to the next */
   float *products;   /* (chunk, B, longest): inputs' shares made in advance, outputs of linear layers */
