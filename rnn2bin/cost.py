@@ -21,6 +21,7 @@ from rnn2bin.spec import DIRECTIONS, SectionSpec
 from rnn2bin.tasks import Prepared
 
 Bits = Callable[[Tensor], Tensor]  # pre-activations -> 1[pre > 0]
+_LEAST = torch.finfo(torch.float32).tiny
 
 
 def bits(pre: Tensor) -> Tensor:
@@ -75,11 +76,20 @@ class Read:
         part stay exact."""
         return bit(self.trace.highest(gate, self.cell.layer.copies)).sum(-1).double()
 
-    def each(self, gate: int, bit: Bits) -> Tensor:
-        """Every copy's bits (T,B,n,H)."""
-        trace, copies = self.trace, self.cell.layer.copies
-        pre = trace.products[:, :, gate] if trace.biases is None else trace.products[:, :, gate].repeat(1, 1, copies) + trace.biases[gate]
-        return bit(pre.unflatten(-1, (copies, -1)))
+    def closed(self, gate: int, bit: Bits) -> Tensor:
+        """1 (T,B,H) where any copy of a unit closes this gate: for z, the units that are updated."""
+        return 1 - bit(self.trace.lowest(gate, self.cell.layer.copies))
+
+    def closed_and_open(self, gate: int, other: int, bit: Bits) -> Tensor:
+        """1 (T,B,H) where any copy of a unit closes `gate` and opens `other`. The gradient goes to the copy that does so most clearly, or
+        comes nearest to it."""
+        copies = self.cell.layer.copies
+        pre = lambda k, copy: self.trace.of_copy(k, copies, copy)
+        with torch.no_grad():
+            # ≤ 0 where a copy does both: an open gate is > 0, and what is subtracted tells 0 from it and changes no other number.
+            both = [torch.maximum(pre(gate, copy), _LEAST - pre(other, copy)) for copy in range(copies)]
+            best = torch.stack(both).min(0).indices
+        return (1 - bit(pre(gate, best))) * bit(pre(other, best))
 
 
 def cells(network: Network, prepared: Prepared, output: Output, *, bit: Bits = bits) -> Iterator[Read]:
@@ -175,14 +185,15 @@ def _gru(read: Read, bit: Bits) -> Count:
     layer, mask = read.cell.layer, read.mask
     hidden, steps = layer.hidden_size, mask.sum()
     binary_r, binary_z = read.cell.binary
-    updated = 1 - read.each(1, bit) if binary_z else torch.ones_like(read.each(1, bit))
-    reads = read.each(0, bit) if binary_r else torch.ones_like(updated)
-    rows = updated.amax(-2).sum(-1).double()
+    full = torch.full_like(mask, hidden)
+    rows = read.closed(1, bit).sum(-1).double() if binary_z else full
+    reads = read.opened(0, bit) if binary_r else full
     state = _before(torch.ones_like(mask), 0 if read.rested else 1)  # 0 where the state before the step is zero
     if layer.cell == "gru":
-        candidate = (updated * reads).amax(-2).sum(-1).double() * hidden * state
+        both = read.closed_and_open(1, 0, bit).sum(-1).double() if binary_r and binary_z else rows if binary_z else reads
+        candidate = both * hidden * state
     else:
-        candidate = rows * reads.amax(-2).sum(-1).double() * state
+        candidate = rows * reads * state
     before = _before(rows, 0 if read.rested else hidden)  # units that changed in the step before
     recurrent = ((2 * hidden * hidden * state + candidate) * mask).sum()
     incremental = ((2 * hidden * before + candidate) * mask).sum()

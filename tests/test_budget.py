@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from test_trainer import recipe_of, run, stream, teacher_of
 
 from rnn2bin import cost, pipeline, student, tasks
+from rnn2bin.cells.network import Trace
 from rnn2bin.distill import budget
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
@@ -57,7 +60,39 @@ def test_whether_any_copy_opens_is_said_without_making_all_of_them(cell):
     out = prepared_of(teacher, stream()).forward(network, mode=BINARY, walk=run_cell)
     for trace, one in zip(out.traces, network.cells().values(), strict=True):
         for gate in range(len(one.binary)):
-            assert torch.equal(trace.highest(gate, 3), trace.pre[:, :, gate].unflatten(-1, (3, -1)).amax(-2))
+            every = trace.pre[:, :, gate].unflatten(-1, (3, -1))
+            assert torch.equal(trace.highest(gate, 3), every.amax(-2))
+            assert torch.equal(trace.lowest(gate, 3), every.amin(-2))
+
+
+def read_of(products, biases, copies):
+    """A GRU cell's read of products (T,B,2,H) with a threshold for each copy, biases (2,n·H)."""
+    cell = SimpleNamespace(layer=SimpleNamespace(copies=copies))
+    return cost.Read("gru", cell, Trace((), products, biases), None, None, True)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["products and biases", "whole"])
+@given(data=st.data())
+def test_a_copy_that_keeps_and_one_that_reads_make_no_unit_that_reads(whole, data):
+    """Small whole numbers, so that pre-activations of exactly 0, a closed gate, are common; held against a walk over every copy."""
+    numbers = lambda *shape: torch.tensor(data.draw(st.lists(st.integers(-2, 2), min_size=math.prod(shape), max_size=math.prod(shape))))
+    products, biases = numbers(2, 1, 2, 3).view(2, 1, 2, 3).float(), numbers(2, 6).view(2, 6).float()
+    pre = (products.unsqueeze(3) + biases.view(2, 2, 3)).flatten(3)
+    read = read_of(pre, None, 2) if whole else read_of(products, biases, 2)
+    for t, j in itertools.product(range(2), range(3)):
+        r, z = (pre[t, 0, gate].view(2, 3)[:, j] for gate in (0, 1))
+        assert bool(read.closed(1, cost.bits)[t, 0, j]) == any(float(one) <= 0 for one in z)
+        wanted = any(float(one) <= 0 < float(other) for one, other in zip(z, r, strict=True))
+        assert bool(read.closed_and_open(1, 0, cost.bits)[t, 0, j]) == wanted
+
+
+def test_the_copy_that_reads_most_clearly_is_paid_for_its_unit():
+    biases = torch.tensor([[1.0, 2.0, -1.0], [-1.0, -3.0, -9.0]], requires_grad=True)  # r, z of three copies; the third reads nothing
+    read = read_of(torch.zeros(1, 1, 2, 1), biases, 3)
+    bit = lambda pre: Sample.apply(pre, None, Discretize("straight-through", slope=1.0, backward="sigmoid"))
+    read.closed_and_open(1, 0, bit).sum().backward()
+    assert [bool(g) for g in biases.grad.abs().sum(0)] == [False, True, False]
+    assert biases.grad[0, 1] > 0 > biases.grad[1, 1]  # opening r and closing z both make it read
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "lstm_coupled_peephole"])

@@ -63,6 +63,20 @@ class Trace:
             return self.products[:, :, gate].unflatten(-1, (copies, -1)).amax(-2)
         return self.products[:, :, gate] + self.biases[gate].view(copies, -1).amax(0)
 
+    def lowest(self, gate: int, copies: int) -> Tensor:
+        """The smallest, as `highest`."""
+        if self.biases is None:
+            return self.products[:, :, gate].unflatten(-1, (copies, -1)).amin(-2)
+        return self.products[:, :, gate] + self.biases[gate].view(copies, -1).amin(0)
+
+    def of_copy(self, gate: int, copies: int, copy: int | Tensor) -> Tensor:
+        """The pre-activation (T,B,H) of one copy: the same of every unit, or that which an index (T,B,H) names."""
+        if self.biases is None:
+            every = self.products[:, :, gate].unflatten(-1, (copies, -1))
+            return every[:, :, copy] if isinstance(copy, int) else every.gather(2, copy.unsqueeze(2)).squeeze(2)
+        bias = self.biases[gate].view(copies, -1)
+        return self.products[:, :, gate] + (bias[copy] if isinstance(copy, int) else bias.gather(0, copy.flatten(0, 1)).view_as(copy))
+
 
 @dataclass(frozen=True)
 class Output:
