@@ -43,7 +43,8 @@ class Case:
 
 CASES = {
     "g2p": Case("g2p_en/checkpoint20.npz", "g2p-en, 2 × GRU 256", source="g2p.yaml"),
-    "vad": Case("silero_vad/data/silero_vad_16k_op15.onnx", "silero-vad, conv + LSTM 128", knobs=("source.input_shape=[576]",)),
+    # Convolutions over 576 samples at each of 64 steps, in the teacher and in the student.
+    "vad": Case("silero_vad/data/silero_vad_16k_op15.onnx", "silero-vad, conv + LSTM 128", knobs=("source.input_shape=[576]",), long=True),
     "dga": Case("dgaintel/domain_classifier_model.h5", "dgaintel, conv + LSTM 64"),
     "text": Case("textgenrnn/textgenrnn_weights.hdf5", "textgenrnn, 2 × LSTM 128 + attention", source="textgenrnn.yaml"),
     "words": Case("eng_150/weights.h5", "chars2vec, 2 × LSTM 150", source="chars2vec.yaml"),

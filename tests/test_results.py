@@ -43,7 +43,7 @@ def test_every_case_is_trained_by_the_same_rule(results, budget, rate, batch, st
     """But for `source`, task and metric, which say what the file is, fewer steps of the long cases, and the one batch that memory wants."""
     seen = {name: recipe(results, asked(results, name, budget)) for name in results.CASES}
     assert {name for name, one in seen.items() if one.train.batch_size != batch} == {"diacritics"}
-    assert {name for name, one in seen.items() if one.train.steps != steps} == {"voice", "diacritics"}
+    assert {name for name, one in seen.items() if one.train.steps != steps} == {"vad", "voice", "diacritics"}
     for one in seen.values():
         assert (one.learning_rate, one.budget.until, one.gates.copies, one.loss.task) == (rate, 0.2, "auto", 0.1)
         assert one.budget.density == (None if budget == "none" else float(budget))
