@@ -163,7 +163,7 @@ def plot(rows: Sequence[Row], names: dict[str, str], target: Path) -> None:
     from matplotlib import pyplot
 
     chosen = newest(rows, list(names))
-    figure, axis = pyplot.subplots(figsize=(10, 6))
+    figure, axis = pyplot.subplots(figsize=(12, 6))
     for k, (case, name) in enumerate(names.items()):
         style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "capsize": 2, "markersize": 7}
         for levels, look in (
@@ -183,7 +183,7 @@ def plot(rows: Sequence[Row], names: dict[str, str], target: Path) -> None:
     axis.minorticks_off()
     axis.axhline(0, color="#999999", linewidth=0.8)
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=8, loc="upper right")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     axis.set_title("Binary gates: what is lost against what is read (hollow: strict levels; bars: 95% intervals)", fontsize=10)
     figure.tight_layout()
     figure.savefig(target, dpi=120)
