@@ -12,6 +12,7 @@ One rule for all cases says how a row is trained: `training`. Packages, sounds a
 import argparse
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -183,19 +184,25 @@ def steps_of(asked: Asked) -> int:
 
 
 def converted(command: Sequence[str], log: Path) -> tuple[dict[str, Any], dict[str, float]]:
-    """Report of a conversion, and its seconds: of all, and until the student's last step (the float control follows it)."""
-    began, last = time.perf_counter(), 0.0
+    """Report of a conversion, and its seconds: all, until the student's last step (the float control follows it), the processor's."""
+    began, used, last = time.perf_counter(), processor_seconds(), 0.0
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": one_thread()}
     with log.open("w", encoding="utf-8") as kept, log.with_suffix(".json").open("w+", encoding="utf-8") as out:
-        running = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True, env=one_thread())
-        assert running.stderr is not None
-        for line in running.stderr:
-            last = time.perf_counter() - began if line.startswith("{") else last
-            kept.write(line)
-            kept.flush()
-        if running.wait():
+        with subprocess.Popen(command, stdout=out, **pipes) as running:
+            for line in running.stderr or ():
+                last = time.perf_counter() - began if line.startswith("{") else last
+                kept.write(line)
+                kept.flush()
+        if running.returncode:
             raise SystemExit(f"{shlex.join(command)}\nexit code {running.returncode}: {log}")
         out.seek(0)
-        return json.load(out), {"all": time.perf_counter() - began, "student": last}
+        return json.load(out), {"all": time.perf_counter() - began, "student": last, "processor": processor_seconds() - used}
+
+
+def processor_seconds() -> float:
+    """Of the processes that were waited for: beside other jobs the clock says little."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def benched(out: Path, data: Path) -> tuple[dict[str, Any] | None, str | None]:

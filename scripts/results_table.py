@@ -54,7 +54,10 @@ def rival(row: Row) -> str:
 
 
 def trained(row: Row) -> str:
-    return f"{row['steps']:,} of {row['batch_size']}, {row['seconds']['student'] / 60:.1f} of {row['seconds']['all'] / 60:.1f} min"
+    seconds = row["seconds"]
+    minutes = f"{seconds['student'] / 60:.1f} of {seconds['all'] / 60:.1f} min"
+    core = f" ({seconds['processor'] / 60:.1f} of a core)" if "processor" in seconds else ""
+    return f"{row['steps']:,} of {row['batch_size']}, {minutes}{core}"
 
 
 def control(row: Row, name: str) -> str:

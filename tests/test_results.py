@@ -3,6 +3,7 @@
 import itertools
 import json
 import shlex
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -81,7 +82,7 @@ def row(results, tmp_path, save_model, save_data) -> Any:
     done = CliRunner().invoke(cli.main, [*words, *more])
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
-    made = results.row_of(asked(results, "dga"), report, command=words, seconds={"all": 75.0, "student": 45.0})
+    made = results.row_of(asked(results, "dga"), report, command=words, seconds={"all": 75.0, "student": 45.0, "processor": 24.0})
     assert (made["teacher"], made["binary"], made["drop"]) == (report["teacher"]["metric"], report["binary"]["metric"], report["drop"])
     assert made["controls"]["float_same_compute"] == report["controls"]["float_same_compute"]["metric"]
     assert made["density"]["read"] == report["density"]["read"]
@@ -94,6 +95,17 @@ def row(results, tmp_path, save_model, save_data) -> Any:
     auto = {"call": "sequence", "compute": "auto", "density": 0.5, "us_per_step": 2.0, "rivals": rivals}
     made["bench"] = results.speeds({"rows": [auto, {**auto, "compute": "int8", "us_per_step": 1.0}]})
     return made
+
+
+def test_a_conversion_is_timed_to_the_students_last_step(results, tmp_path):
+    said = "import sys, time; print('{}', file=sys.stderr, flush=True); time.sleep(0.2); print('a word', file=sys.stderr); print([7])"
+    report, seconds = results.converted([sys.executable, "-c", said], tmp_path / "row.log")
+    assert report == [7]
+    assert 0 < seconds["student"] < seconds["all"] - 0.19
+    assert seconds["processor"] > 0
+    assert (tmp_path / "row.log").read_text() == "{}\na word\n"
+    with pytest.raises(SystemExit, match=r"exit code 5: .*row\.log"):
+        results.converted([sys.executable, "-c", "raise SystemExit(5)"], tmp_path / "row.log")
 
 
 def changed(row: Any, **changes: Any) -> Any:
@@ -129,7 +141,7 @@ def test_the_table_says_what_the_rows_say(results, row):
     assert "| 77.0% | 2.0 | 1.50 ort int8 |" in lines[0]
     assert f"| {row['controls']['threshold_only']:.4f} |" in lines[0]
     assert f"| **{row['binary']:.4f}** |" in lines[0]
-    assert "0.8 of 1.2 min" in lines[0]
+    assert "0.8 of 1.2 min (0.4 of a core)" in lines[0]
     assert "| 0.0200 (0.0100 to 0.0300) | 2.00% | – | 14.9% | – | – |" in lines[1]
     assert "interval reaches 0: 1 of 1." in text
     assert "Density 0.10: the relative drop is at most 1%: 0 of 1 (not dga)." in text
