@@ -3,6 +3,7 @@
     python scripts/results.py g2p                          # no budget, learned levels
     python scripts/results.py g2p --budget 0.25            # the same with sparse.yaml
     python scripts/results.py g2p --levels strict
+    python scripts/results.py g2p --bench                  # the same row, its speed measured again on a machine at rest
     python scripts/results.py --table --plot               # docs/results.md, README.md and docs/results.png from docs/results.json
 
 A row is data (scripts/public_data.py), `rnn2bin convert`, its report, and `rnn2bin bench` where the native runtime takes the network.
@@ -268,11 +269,21 @@ def make_row(asked: Asked) -> Row:
     words = conversion(asked, model, data, steps=steps_of(asked))
     report, seconds = converted(rnn2bin(*words, "--out", str(out), "--force", "--json"), folder / f"{asked.name}.log")
     row = row_of(asked, report, command=words, seconds=seconds)
-    began = time.perf_counter()
+    return with_speed(row, out, data) | {"when": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
+
+
+def with_speed(row: Row, out: Path, data: Sequence[str]) -> Row:
     bench, reason = benched(out, Path(data[-1].partition("=")[2]))
-    row["bench"], row["bench_reason"] = speeds(bench) if bench else None, reason
-    row["seconds"]["bench"] = round(time.perf_counter() - began, 1)
-    return row | {"when": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(), "load": round(os.getloadavg()[0], 2)}
+    return row | {"bench": speeds(bench) if bench else None, "bench_reason": reason, "load": round(os.getloadavg()[0], 2)}
+
+
+def bench_again(asked: Asked, rows: Sequence[Row]) -> Row:
+    """The newest row of this setting with another measurement of its speed, from the packed directory that it left."""
+    known = [row for row in rows if (row["case"], row["budget"], row["levels"]) == (asked.case, asked.budget, asked.levels)]
+    out = asked.packages / "results" / asked.name
+    if not known or not out.is_dir():
+        raise SystemExit(f"no row of {asked.name} or no {out}: make it first, without --bench")
+    return with_speed(known[-1], out, data_of(asked))
 
 
 # ---- docs/results.json ---------------------------------------------------------------------------------------------------------
@@ -301,12 +312,14 @@ def main() -> None:
     parser.add_argument("--sounds", type=Path, default=Path("/usr/share/asterisk/sounds"))
     parser.add_argument("--fortunes", type=Path, default=Path("/usr/share/games/fortunes"))
     parser.add_argument("--rows", type=Path, default=ROWS, help="where rows are kept")
+    parser.add_argument("--bench", action="store_true", help="do not convert: measure the speed of the row's network again")
     parser.add_argument("--table", action="store_true", help="write the tables of docs/results.md and README.md")
     parser.add_argument("--plot", action="store_true", help="write docs/results.png")
     args = parser.parse_args()
     if args.case:
         places = (args.packages, args.sounds, args.fortunes)
-        row = make_row(Asked(args.case, args.budget, args.levels, args.steps, args.seed, *places))
+        asked = Asked(args.case, args.budget, args.levels, args.steps, args.seed, *places)
+        row = bench_again(asked, read_rows(args.rows)) if args.bench else make_row(asked)
         append(args.rows, row)
         print(json.dumps(row, indent=1))
     names = {name: case.what for name, case in CASES.items()}

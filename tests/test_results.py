@@ -129,6 +129,18 @@ def test_rows_are_added_and_none_is_left_out(results, tmp_path):
     assert len(path.read_text().splitlines()) == 5  # one a line
 
 
+def test_speed_alone_is_measured_again(results, row, tmp_path, monkeypatch):
+    wanted = results.Asked("dga", "none", "learned", None, 0, tmp_path, tmp_path, tmp_path)
+    with pytest.raises(SystemExit, match="make it first"):
+        results.bench_again(wanted, [row])
+    (tmp_path / "results" / wanted.name).mkdir(parents=True)
+    monkeypatch.setattr(results, "data_of", lambda asked: ["train=a", "test=b"])
+    monkeypatch.setattr(results, "benched", lambda out, data: (None, f"{out.name} {data}"))
+    again = results.bench_again(wanted, [changed(row, binary=0.25), changed(row, budget="0.10")])
+    assert (again["binary"], again["bench"], again["bench_reason"]) == (0.25, None, "dga-none-learned b")
+    assert again["drop"] == row["drop"]
+
+
 def test_the_table_says_what_the_rows_say(results, row):
     table, names = results.results_table, {"g2p": "the other", "dga": "the network"}
     first = lost(row, 0.01, -0.002, 0.03, read=0.77)
