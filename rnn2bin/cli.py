@@ -17,6 +17,7 @@ from rnn2bin import __version__, processes, signals
 from rnn2bin.errors import BudgetError, InterruptedRunError, Rnn2binError
 
 RECIPE_HELP = "A YAML file, or the name of a bundled recipe (rnn2bin recipes ls)."
+SOURCE_HELP = "A recipe of which `task`, `metric` and `source` alone are taken: what the file leaves open. How to train says --recipe."
 DATA_HELP = (
     ".npz, .safetensors or .pt with `inputs` (and `lengths`, `targets`), or .txt; or train=FILE, valid=FILE, test=FILE, one --data each."
 )
@@ -96,6 +97,7 @@ data_option = click.option("--data", multiple=True, metavar="DATA", help=DATA_HE
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--recipe", default="anneal.yaml", show_default=True, help=RECIPE_HELP)
+@click.option("--source", help=SOURCE_HELP)
 @data_option
 @click.option("--out", type=click.Path(path_type=Path), help="Directory to write (default: MODEL.rnn2bin here).")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=V", help="Set one knob of the recipe; may be given often.")
@@ -106,8 +108,9 @@ data_option = click.option("--data", multiple=True, metavar="DATA", help=DATA_HE
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted conversion.")
 @click.option("--force", is_flag=True, help="Replace an existing OUT, start an interrupted conversion over.")
 @json_option
-def convert(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, overrides: tuple[str, ...], max_drop: float | None,
-            max_density: float | None, seed: int | None, only_plan: bool, resume: bool, force: bool, json_out: bool) -> None:  # fmt: skip
+def convert(model: Path, recipe: str, source: str | None, data: tuple[str, ...], out: Path | None, overrides: tuple[str, ...],
+            max_drop: float | None, max_density: float | None, seed: int | None, only_plan: bool, resume: bool, force: bool,
+            json_out: bool) -> None:  # fmt: skip
     """Convert MODEL: distil its float gates into binary ones and write a packed directory with a report.
 
     With both --max-drop and --max-density the fastest network that keeps them is searched for, in at most five trainings.
@@ -115,7 +118,7 @@ def convert(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, o
     from rnn2bin import recipe_yaml
 
     # before the heavy imports: a typo is told at once
-    read = lambda: recipe_yaml.resolve(recipe, overrides, seed=seed, max_drop=max_drop, max_density=max_density)
+    read = lambda: recipe_yaml.resolve(recipe, overrides, source=source, seed=seed, max_drop=max_drop, max_density=max_density)
     quiet_libraries()
     chosen = processes.first(read)
     if only_plan:
@@ -142,6 +145,7 @@ def convert(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, o
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--recipe", default="anneal.yaml", show_default=True, help="Where the search starts. " + RECIPE_HELP)
+@click.option("--source", help=SOURCE_HELP)
 @data_option
 @click.option("--out", type=click.Path(path_type=Path), help="Directory for study, front and chosen recipe (default: MODEL.search here).")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=V", help="Set one knob of the recipe; may be given often.")
@@ -154,9 +158,9 @@ def convert(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, o
 @click.option("--seed", type=int, help="Seed of the trainings and of what is tried.")
 @click.option("--force", is_flag=True, help="Replace the results of another search in OUT.")
 @json_option
-def search(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, overrides: tuple[str, ...], knobs: Path | None, trials: int,
-           timeout: float | None, study: str | None, max_drop: float | None, max_density: float | None, seed: int | None, force: bool,
-           json_out: bool) -> None:  # fmt: skip
+def search(model: Path, recipe: str, source: str | None, data: tuple[str, ...], out: Path | None, overrides: tuple[str, ...],
+           knobs: Path | None, trials: int, timeout: float | None, study: str | None, max_drop: float | None, max_density: float | None,
+           seed: int | None, force: bool, json_out: bool) -> None:  # fmt: skip
     """Search recipes for MODEL: accuracy lost against weights read, on the validation part; the front is drawn, the chosen recipe written.
 
     The study is stored: an interrupted search (exit code 7) goes on with the same command, and workers may share one. `rnn2bin convert
@@ -164,7 +168,7 @@ def search(model: Path, recipe: str, data: tuple[str, ...], out: Path | None, ov
     """
     from rnn2bin import recipe_yaml
 
-    chosen = recipe_yaml.resolve(recipe, overrides, seed=seed, max_drop=max_drop, max_density=max_density)
+    chosen = recipe_yaml.resolve(recipe, overrides, source=source, seed=seed, max_drop=max_drop, max_density=max_density)
     quiet_libraries()
     from rnn2bin.search import study as studies
 

@@ -488,29 +488,39 @@ def _suggest(word: str, known: Sequence[str], *, label: str) -> str:
 # ---- the public functions ----
 
 
-def read(path_or_name: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
+def read(path_or_name: str | Path, *, overrides: Sequence[str] = (), source: str | Path | None = None) -> Recipe:
     """The recipe in a file, or the bundled one of that name, with `a.b=v` overrides set in order.
 
+    `source`: another recipe, of which only what it says of the network's file and the data is taken: `task`, `metric` and `source`.
     Raises RecipeError with every reason found, in the file and in the overrides: no such recipe, larger than 1 MiB,
     not UTF-8, not YAML, or values that do not fit.
     """
+    text, name = _named(path_or_name)
+    return _resolve_recipe(text, name, overrides, about=None if source is None else _named(source))
+
+
+def _named(path_or_name: str | Path) -> tuple[str, str]:
+    """A recipe's text, and what to call it in reasons: a bundled one needs no directory to be recognized."""
     path = find(path_or_name)
-    name = str(path) if path == Path(path_or_name) else path.name  # a bundled one needs no directory to be recognized
-    return _resolve_recipe(_text(path), name, overrides)
+    return _text(path), str(path) if path == Path(path_or_name) else path.name
 
 
 def resolve(
     recipe: str | Path | Recipe,
     overrides: Sequence[str] = (),
     *,
+    source: str | Path | None = None,
     seed: int | None = None,
     max_drop: float | None = None,
     max_density: float | None = None,
 ) -> Recipe:
-    """The recipe of a command: a file, a bundled name or a Recipe, with its overrides, then what has an option of its own."""
+    """The recipe of a command: a file, a bundled name or a Recipe, with its overrides, then what has an option of its own.
+
+    `source`: as in `read`; a Recipe has its own.
+    """
     named = {"seed": seed, "report.max_drop": max_drop, "report.max_density": max_density}
     extra = [*overrides, *(f"{name}={value}" for name, value in named.items() if value is not None)]
-    return override(recipe, extra).settled() if isinstance(recipe, Recipe) else read(recipe, overrides=extra)
+    return override(recipe, extra).settled() if isinstance(recipe, Recipe) else read(recipe, overrides=extra, source=source)
 
 
 def plain(path: str | Path) -> dict[str, Any]:
@@ -530,10 +540,16 @@ def validate_text(text: str, *, name: str) -> Recipe:
     return _resolve_recipe(text, name, ())
 
 
-def _resolve_recipe(text: str, name: str, overrides: Sequence[str]) -> Recipe:
-    composer = _Composer(text, lambda line, column: Place(f"{name}:{line + 1}:{column + 1}", (0, line, column)))
-    root, whole = _root(composer, Place(f"{name}:1:1", (0, 0, 0)))
-    problems = composer.problems
+ABOUT_THE_FILE = ("task", "metric", "source")  # what a recipe says of a network's file and its data; the rest is how to train
+
+
+def _resolve_recipe(text: str, name: str, overrides: Sequence[str], *, about: tuple[str, str] | None = None) -> Recipe:
+    root, whole, problems = _composed(text, name, document=0)
+    if about is not None:
+        other, other_whole, more = _composed(*about, document=-1)
+        kept = {knob: node for knob, node in other.value.items() if knob in ABOUT_THE_FILE}
+        own = {knob: node for knob, node in root.value.items() if knob not in ABOUT_THE_FILE}
+        root.value, whole, problems = own | kept, whole and other_whole, problems + more
     for order, override in enumerate(overrides, 1):
         problems += _apply(root, override, order)
     recipe, findings = _validate(root)
@@ -543,6 +559,13 @@ def _resolve_recipe(text: str, name: str, overrides: Sequence[str]) -> Recipe:
         ordered = sorted(problems, key=lambda problem: problem.place.order)
         raise RecipeError(*dict.fromkeys(map(str, ordered)))
     return recipe.settled()
+
+
+def _composed(text: str, name: str, *, document: int) -> tuple[Node, bool, list[Problem]]:
+    """A recipe's map, whether it is whole, and what is wrong with its text; `document` orders the reasons of two files."""
+    composer = _Composer(text, lambda line, column: Place(f"{name}:{line + 1}:{column + 1}", (document, line, column)))
+    root, whole = _root(composer, Place(f"{name}:1:1", (document, 0, 0)))
+    return root, whole, composer.problems
 
 
 def _root(composer: _Composer, start: Place) -> tuple[Node, bool]:

@@ -23,7 +23,7 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import CLASSES, HIDDEN, VOCABULARY, WIDTH, Save, state_dict
 
-from rnn2bin import cli, pipeline, runtime
+from rnn2bin import cli, pipeline, recipe_yaml, runtime
 from rnn2bin.runtime import library
 
 FAST = ["--recipe", "smoke.yaml", "--set", "train.steps=6", "--set", "train.max_steps=6", "--set", "train.evaluate_every=3"]
@@ -151,6 +151,15 @@ def test_wrong_shape_in_the_file(tmp_path, save_data):
     weights["rnn.weight_hh_l0"] = weights["rnn.weight_hh_l0"][:, :-1]
     torch.save(weights, tmp_path / "m.pt")
     assert_refused(convert(tmp_path / "m.pt", data=save_data(targets=LABELS)), 3, "weight_hh_l0", out=tmp_path / "OUT")
+
+
+def test_of_a_source_the_file_alone(tmp_path, save_model, save_data):
+    (tmp_path / "about.yaml").write_text("version: 1\ntask: match\ntrain: {steps: 9}\n")
+    words = ["--source", tmp_path / "about.yaml", "--data", save_data(), "--out", tmp_path / "OUT"]
+    report = json.loads(call("convert", save_model(), *FAST, *words, "--json").stdout)
+    assert (report["task"], report["cost"]["steps"]) == ("match", 6)
+    recorded = recipe_yaml.read(tmp_path / "OUT" / "recipe.yaml")  # resolved: it needs no second file
+    assert (recorded.task, recorded.train.steps) == ("match", 6)
 
 
 def test_recipe_typo(tmp_path, save_model):

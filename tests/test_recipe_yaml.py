@@ -266,6 +266,30 @@ def test_overrides_are_set_in_order() -> None:
     assert recipe.data.path == "a=b"
 
 
+def test_of_a_source_only_what_it_says_of_the_file_is_taken() -> None:
+    both = recipe_yaml.resolve("sparse", ["source.readout=last"], source="g2pm")
+    sparse, g2pm = recipe_yaml.read("sparse"), recipe_yaml.read("g2pm")
+    assert (both.train, both.budget, both.gates, both.loss) == (sparse.train, sparse.budget, sparse.gates, sparse.loss)
+    assert both.train != g2pm.train
+    assert both.task == g2pm.task == "tag"
+    assert both.source is not None
+    assert g2pm.source is not None
+    assert both.source == g2pm.source.model_copy(update={"readout": "last"})  # what is set goes before both
+    assert recipe_yaml.resolve("g2p", source="sparse").source is None  # the recipe's own gives way, be it to nothing
+    assert recipe_yaml.resolve("g2p", source="sparse").task == "auto"
+
+
+def test_errors_of_recipe_and_source_come_together(tmp_path: Path) -> None:
+    about, recipe = tmp_path / "about.yaml", tmp_path / "recipe.yaml"
+    about.write_text("version: 1\ntask: nonsense\ntrain: {steps: wrong}\n")
+    recipe.write_text("version: 1\ntrain: {steps: -1}\n")
+    with pytest.raises(RecipeError) as caught:
+        recipe_yaml.resolve(recipe, source=about)
+    first, second = caught.value.reasons  # what is not taken is not judged
+    assert first.startswith(f"{about}:2:7: task: ")
+    assert second.startswith(f"{recipe}:2:")
+
+
 def test_half_a_schedule_keeps_the_other_half() -> None:
     slope = read("smoke", overrides=["gates.slope.end=7"]).gates.slope
     assert (slope.schedule, slope.start, slope.end) == ("linear", 2.0, 7.0)
