@@ -177,7 +177,7 @@ def test_a_price_beside_a_density_is_refused():
 
 def test_the_rate_of_learning_follows_the_budget_unless_it_is_given():
     rates = [recipe_of(budget=b, train=t).learning_rate for b in ({}, {"density": 0.2}) for t in ({}, {"learning_rate": 0.003})]
-    assert rates == [0.002, 0.003, 0.016, 0.003]
+    assert rates == [0.001, 0.003, 0.016, 0.003]
 
 
 def test_the_float_control_is_trained_without_the_budget_and_its_rate(tmp_path, monkeypatch):
@@ -189,7 +189,7 @@ def test_the_float_control_is_trained_without_the_budget_and_its_rate(tmp_path, 
     pipeline._float_control(
         SimpleNamespace(teacher=teacher_of("lstm"), task=None, recipe=recipe, parts=parts), tmp_path, steps=7, resume=False
     )
-    assert (seen[0].learning_rate, seen[0].budget, seen[0].train.steps) == (0.002, Budget(), 7)
+    assert (seen[0].learning_rate, seen[0].budget, seen[0].train.steps) == (0.001, Budget(), 7)
 
 
 def test_a_network_that_reads_less_than_it_may_is_left_alone():

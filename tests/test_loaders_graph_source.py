@@ -312,7 +312,7 @@ def test_it_converts_through_the_command_line_and_goes_on_to_onnx(tmp_path):
 def test_sequences_run_at_once_follow_what_a_graph_makes(tmp_path):
     path, _ = attentive(tmp_path)
     made, part = network(path, source(ATTENTION)), Part(torch.randint(V, (8, 40)))
-    rows = lambda steps: measure._rows(measure.Candidate(made, FLOAT), Part(part.inputs[:, :steps]), 256, "cpu")
+    rows = lambda steps: measure.rows_at_once(measure.Candidate(made, FLOAT), Part(part.inputs[:, :steps]), 256, "cpu")
     largest = 40 * 40 * A
     assert rows(4) == 256
     assert rows(40) == 256

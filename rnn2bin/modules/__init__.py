@@ -269,9 +269,10 @@ def _cell(layer: LayerSpec, binary: tuple[bool, ...] | None, levels: str, tensor
 
 @dataclass(frozen=True)
 class Cells:
-    """A module's cells, under the same two questions that Network and RnnSpec answer about theirs."""
+    """A module's cells, under the same questions that Network and RnnSpec answer about theirs."""
 
     module: nn.Module
+    weights = "fp16"
 
     def cells(self) -> dict[str, Cell]:
         """Prefix ("encoder.rnn.layers.0.fwd", "decoder.cell") -> cell."""
