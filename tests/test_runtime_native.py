@@ -726,6 +726,8 @@ def exercise(tmp_path: Path, flags: list[str], *, compiler: str = "cc", make_fla
         "lstm": network_of("lstm", tokens="embedding", copies=3),
         "projection": network_of("lstm", proj=11),
         "gru": network_of("gru", hidden=130),
+        "bytes": network_of("lstm", proj=11, copies=2, weights="int8", hidden=70),
+        "gru_bytes": network_of("gru", weights="int8", hidden=130),
         "kinds": network_of("lstm_peephole", tokens="embedding", copies=2, soft=("f",), clips=CLIPS),
         "coupled": network_of("lstm_coupled", directions=2, proj=11),
         "mixed": mixed_translator(),
