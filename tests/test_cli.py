@@ -22,8 +22,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import CLASSES, HIDDEN, VOCABULARY, WIDTH, Save, state_dict
+from safetensors.torch import load_file
 
 from rnn2bin import cli, pipeline, recipe_yaml, runtime
+from rnn2bin.cells.grid import rounded
 from rnn2bin.runtime import library
 
 FAST = ["--recipe", "smoke.yaml", "--set", "train.steps=6", "--set", "train.max_steps=6", "--set", "train.evaluate_every=3"]
@@ -130,6 +132,19 @@ def test_starts_without_heavy_imports_in_time(code):
         seconds.append(time.perf_counter() - began)
         assert done.returncode == 0, done.stderr
     assert statistics.median(seconds) < 0.3, seconds
+
+
+def test_eight_bit_weights_are_trained_and_packed(tmp_path, save_data):
+    """The knob reaches the student of a conversion: every matrix of a layer stands on its grid, and half the bytes are counted."""
+    torch.save(state_dict(), tmp_path / "m.pt")
+    data = save_data(targets=LABELS)
+    dense = {w: converted(tmp_path / "m.pt", "--set", f"pack.weights={w}", "--force", data=data)["density"] for w in ("fp16", "int8")}
+    assert dense["int8"]["dense_bytes_per_step"] < 0.6 * dense["fp16"]["dense_bytes_per_step"]
+    assert json.loads((tmp_path / "OUT" / "config.json").read_text())["weights"] == "int8"
+    found = load_file(tmp_path / "OUT" / "model.safetensors")
+    for part in ("gates", "candidate"):
+        rows = torch.cat([found[f"main.layers.0.fwd.{part}.weight_{side}"].float() for side in ("ih", "hh")], 1)
+        assert torch.equal(rounded(rows)[0], rows)
 
 
 # ---------------------------------------------------------------------------------------------- refusals

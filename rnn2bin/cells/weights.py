@@ -137,16 +137,15 @@ class Cell(nn.Module):
 
     def matrices(self) -> dict[str, Tensor]:
         """The cell's matrices by name, on their grids where they have any."""
-        found = {
-            f"{part}.weight_{side}": getattr(self.part(part), f"weight_{side}") for part in ("gates", "candidate") for side in ("ih", "hh")
-        }
-        if self.layer.proj_size:
-            found["projection.weight"] = self.part("projection").weight
+        rows = [["gates.weight_ih", "gates.weight_hh"], ["candidate.weight_ih", "candidate.weight_hh"]]
+        rows += [["projection.weight"]] if self.layer.proj_size else []
+        found: dict[str, Tensor] = {name: self.get_parameter(name) for names in rows for name in names}
         if self.grid == "none":
             return found
-        together = [[f"{part}.weight_ih", f"{part}.weight_hh"] for part in ("gates", "candidate")]
-        together = [names if self.grid == "all" else names[1:] for names in together] + [["projection.weight"]] * bool(self.layer.proj_size)
-        return found | {name: w for names in together for name, w in zip(names, rounded(*(found[name] for name in names)), strict=True)}
+        for names in rows:
+            together = names[-1:] if self.grid == "recurrent" else names
+            found |= zip(together, rounded(*(found[name] for name in together)), strict=True)
+        return found
 
     def weights(self) -> CellWeights:
         gates, candidate, matrices = self.part("gates"), self.part("candidate"), self.matrices()

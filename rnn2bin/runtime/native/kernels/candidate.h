@@ -35,7 +35,10 @@ INLINE void row_strip(const row_matrix *m, const int32_t *wanted, const float *d
 
 INLINE void row_strips(const row_matrix *m, int count, const product_row *row, const scratch *work, const int size) {
   int r = 0;
-  for (; count - r >= ROWS_AT_ONCE; r += ROWS_AT_ONCE) row_strip(m, work->wanted + r, work->dense, row->init, row->out, ROWS_AT_ONCE, size, count - r >= 2 * ROWS_AT_ONCE);
+  for (; count - r >= ROWS_AT_ONCE; r += ROWS_AT_ONCE) {
+    bool ahead = count - r >= 2 * ROWS_AT_ONCE;
+    row_strip(m, work->wanted + r, work->dense, row->init, row->out, ROWS_AT_ONCE, size, ahead);
+  }
   for (; r < count; r++) row_strip(m, work->wanted + r, work->dense, row->init, row->out, 1, size, false);
 }
 

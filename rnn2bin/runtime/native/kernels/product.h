@@ -4,13 +4,6 @@
 
 enum { AT_ONCE = 4, VECTORS_A_LINE = LINE / LANES };
 
-/* Bytes to a column. Hidden from gcc, which would multiply four of them in vectors and take them apart again (7% of a step). */
-INLINE size_t bytes_to(int32_t column, size_t stride) {
-  size_t bytes = (size_t)column * stride;
-  __asm__("" : "+r"(bytes));
-  return bytes;
-}
-
 /* `n` active columns of `rows` rows of a tile whose columns are `stride` apart: out = from + columns * values. Sums wait in `out`, which
  * stays in the first cache; each is loaded once for all n. The next ones' lines are fetched while these are added. */
 INLINE void add_columns(const uint8_t *tile, size_t stride, const columns *active, int at, const float *from, float *out, int rows, const int n,
@@ -19,8 +12,8 @@ INLINE void add_columns(const uint8_t *tile, size_t stride, const columns *activ
   uintptr_t next[AT_ONCE]; /* where the tile ends, beyond it */
   V x[AT_ONCE];
   for (int j = 0; j < n; j++) {
-    column[j] = tile + bytes_to(active->index[at + j], stride);
-    next[j] = (uintptr_t)tile + bytes_to(active->index[at + n + j], stride);
+    column[j] = tile + (size_t)active->index[at + j] * stride;
+    next[j] = (uintptr_t)tile + (size_t)active->index[at + n + j] * stride;
     x[j] = v_all(active->value[at + j]);
   }
   for (int r = 0; r < rows; r += LINE) {

@@ -136,9 +136,9 @@ INLINE void add_digits(const uint8_t *tile, size_t stride, const screen_row *row
     memcpy(digits + 1, row->low + k, sizeof *digits);
     __m512i high = _mm512_set1_epi32(digits[0]), low = _mm512_set1_epi32(digits[1]);
     for (int c = 0; c < 4; c++) {
-      uintptr_t next = (uintptr_t)tile + bytes_to(row->index[k + c + AHEAD], stride);
+      uintptr_t next = (uintptr_t)tile + (size_t)row->index[k + c + AHEAD] * stride;
       for (int line = 0; line < ahead; line++) __builtin_prefetch((const void *)(next + 64 * (size_t)line));
-      column[c] = tile + bytes_to(row->index[k + c], stride);
+      column[c] = tile + (size_t)row->index[k + c] * stride;
     }
     for (int b = 0; b < 2; b++) {
       interleave(column, 64 * b, bytes);
