@@ -487,6 +487,8 @@ BAD_FILES = {
     "clip too large": (first_layer(proj_clip=1e300), "proj_clip must be a number"),
     "gates": (edit_config(lambda c: c["gates"]["main.layers.0.fwd"].update(i="maybe")), "binary or soft"),
     "levels": (edit_config(lambda c: c.update(levels="loose")), "levels"),
+    "weights": (edit_config(lambda c: c.update(weights="int3")), "weights must be"),
+    "no weights": (edit_config(lambda c: c.update(weights=None)), "weights must be"),
     "widths": (edit_config(lambda c: c["spec"]["sections"]["main"]["head"][0].update(in_features=3)), "receives"),
 }  # fmt: skip
 

@@ -220,6 +220,8 @@ static int read_network(const json *root, network_config *config) {
     return fail("config.json: format version %lld; this runtime reads up to %d: update it", (long long)version, FORMAT_VERSION);
   config->learned = json_is(json_get(root, "levels"), "learned");
   if (!config->learned && !json_is(json_get(root, "levels"), "strict")) return fail("config.json: levels must be learned or strict");
+  const json *weights = json_get(root, "weights"); /* which is seen from the weights themselves */
+  if (weights && !json_is(weights, "fp16") && !json_is(weights, "int8")) return fail("config.json: weights must be fp16 or int8");
   if (!decode) return fail("config.json: spec.decode is missing");
   config->sections = decode->kind == JSON_NULL ? 1 : 2;
   if (!sections || sections->count != config->sections) return fail("config.json: spec.sections does not fit spec.decode");
