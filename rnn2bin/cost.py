@@ -149,7 +149,7 @@ def head(spec: SectionSpec, below: Tensor, lengths: Tensor | None) -> Count:
 def count(read: Read, *, bit: Bits = bits) -> Count:
     """What a cell reads over a batch. Where the state before the first step is not zero (a decoder, a later window of a text) that step
     counts as dense, since what the step before left open is not in this batch."""
-    return (_lstm if read.cell.layer.kind.has_cell else _gru)(read, bit)
+    return _COUNTS.get(read.cell.layer.cell, _lstm)(read, bit)
 
 
 def _before(values: Tensor, start: float) -> Tensor:
@@ -204,3 +204,29 @@ def _gru(read: Read, bit: Bits) -> Count:
         touched, incremental, dense = touched + extra, incremental + extra, dense + 3 * hidden * layer.input_size * steps
     columns = (before * mask).sum()
     return Count(touched, incremental, dense, recurrent, recurrent_dense, columns, hidden * steps, (rows * mask).sum(), hidden * steps)
+
+
+def _gru_output(read: Read, bit: Bits) -> Count:
+    """Per step: 3H gate rows over the non-zero columns; candidate rows of units that are updated (z = 0), their recurrent half only where
+    r = 1. `dense` is the GRU as it came, without an output gate."""
+    layer, mask = read.cell.layer, read.mask
+    hidden, steps = layer.hidden_size, mask.sum()
+    binary_r, binary_z, binary_o = read.cell.binary
+    full = torch.full_like(mask, hidden)
+    rows = read.closed(1, bit).sum(-1).double() if binary_z else full
+    if binary_r:
+        both = (read.closed_and_open(1, 0, bit).sum(-1) if binary_z else read.opened(0, bit)).double()
+    else:
+        both = rows
+    columns = _before(read.opened(-1, bit) if binary_o else full, 0 if read.rested else hidden)
+    recurrent = ((3 * hidden + both) * columns * mask).sum()
+    recurrent_dense = 3 * hidden * hidden * steps
+    touched, dense = recurrent, recurrent_dense
+    if read.inputs is not None:
+        touched = touched + ((3 * hidden + rows) * read.inputs * mask).sum()
+        dense = dense + 3 * hidden * layer.input_size * steps
+    seen = (columns * mask).sum()
+    return Count(touched, touched, dense, recurrent, recurrent_dense, seen, hidden * steps, (rows * mask).sum(), hidden * steps)
+
+
+_COUNTS = {"gru": _gru, "gru_reset_before": _gru, "gru_output": _gru_output}

@@ -248,7 +248,7 @@ def run(
     if not resume:
         processes.lead(lambda: check_out(out, force=force))
     job = processes.first(lambda: prepare(source, recipe, given))
-    network = processes.first(lambda: student.student(job.teacher, recipe.gates, weights=recipe.pack.weights))
+    network = processes.first(lambda: student.of_recipe(job.teacher, recipe))
     done, work = processes.lead(lambda: _begin(job, network, out, resume=resume, force=force))
     if done:
         return Result(out, done)
@@ -333,7 +333,7 @@ def distil(
     job: Job, work: Path, *, network: Network | None = None, resume: bool = False, progress: Progress | None = None
 ) -> tuple[Network, distiller.Trained]:
     """The student, calibrated and trained by the job's recipe; checkpoints lie in `work`."""
-    network = student.student(job.teacher, job.recipe.gates, weights=job.recipe.pack.weights) if network is None else network
+    network = student.of_recipe(job.teacher, job.recipe) if network is None else network
     calibrate.calibrate(network, job.teacher, job.task, distiller.calibration_batches(job.parts.train, job.recipe, job.task))
     trained = distiller.train(
         network,

@@ -51,7 +51,7 @@ def _plan(model: str | Path, recipe: Recipe, given: str | Path | Sequence[str] |
     folder = Path(out) if out is not None else Path(Path(model).name + ".rnn2bin")
     began = time.perf_counter()
     job = pipeline.prepare(model, recipe, given)
-    network = student.student(job.teacher, recipe.gates, weights=recipe.pack.weights)
+    network = student.of_recipe(job.teacher, recipe)
     disk = disk_of(job, network, folder)
     preparing = time.perf_counter() - began
     return {
@@ -282,7 +282,7 @@ def probe_training(job: Any, network: Network) -> tuple[int, float]:
     """(timed steps, seconds of one): real batches forward and backward through both networks and an optimizer, half of them annealing and
     half straight-through. The student is not changed: its copy is trained."""
     recipe, task = job.recipe, job.task
-    trained = student.student(job.teacher, recipe.gates, weights=recipe.pack.weights)
+    trained = student.of_recipe(job.teacher, recipe)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=recipe.learning_rate, fused=True)
     train = recipe.train
     feed = data.Batches(

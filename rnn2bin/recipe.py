@@ -307,6 +307,11 @@ class Gates(Closed):
         "their mean tells more than two values apart; fewer rows are skipped. auto: 4; 1 with strict levels and in a module, whose states "
         "must keep their width",
     )
+    output: bool | Literal["auto"] = Field(
+        "auto",
+        description="give every GRU (reset after the product) an output gate, as LSTMs have: a unit then keeps its memory and says when others "
+        "read it. auto: with a density budget or a price, which a GRU without one pays with its memory",
+    )
     estimator: Literal["gumbel", "gumbel-hard", "sigmoid", "hard-sigmoid", "straight-through", "stochastic"] = "gumbel"
     backward: Literal["sigmoid", "hard-sigmoid", "identity"] = Field(
         "sigmoid", description="gradient of the estimators whose forward is a bit"
@@ -446,6 +451,11 @@ class Recipe(Closed):
         if self.train.learning_rate != "auto":
             return self.train.learning_rate
         return 1e-3 if self.budget.density is None else 1.6e-2
+
+    @property
+    def output_gate(self) -> bool:
+        """Whether GRUs get an output gate; docs/decisions/019-output-gate.md."""
+        return self.budget.counts if self.gates.output == "auto" else self.gates.output
 
     @property
     def max_steps(self) -> int:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from rnn2bin.cells.network import Network
 from rnn2bin.errors import RecipeError
-from rnn2bin.recipe import Gates
-from rnn2bin.spec import RnnSpec
+from rnn2bin.recipe import Gates, Recipe
+from rnn2bin.spec import LayerSpec, RnnSpec, SectionSpec
 
 COPIES = 4  # docs/decisions/006-copies.md
+OUTPUT_BIAS = 2.0  # of a new output gate: open at first, whatever its unit sees, and not so far from its threshold that it stays so
 
 
 def plan(spec: RnnSpec, gates: Gates) -> dict[str, tuple[bool, ...]]:
@@ -38,13 +39,24 @@ def _gate_list(spec: RnnSpec) -> str:
     return ", ".join(f"{prefix.rpartition('.')[0]}.{gate}" for prefix, layer in spec.cell_names() for gate in layer.kind.gate_names)
 
 
-def student(teacher: Network, gates: Gates, *, weights: str = "fp16") -> Network:
+def of_recipe(teacher: Network, recipe: Recipe) -> Network:
+    """The student that a recipe starts with."""
+    return student(teacher, recipe.gates, weights=recipe.pack.weights, output=recipe.output_gate)
+
+
+def student(teacher: Network, gates: Gates, *, weights: str = "fp16", output: bool = False) -> Network:
     """A trainable copy of the teacher whose gates are binary by `gates`; levels start strict, so that soft gates at temperature and slope 1
-    compute exactly the teacher, with any number of copies (with `weights: int8` but for their rounding)."""
-    spec = with_copies(teacher.spec, copies_of(gates))
-    network = Network(spec, plan(teacher.spec, gates), levels=gates.levels).to(next(teacher.parameters()).device)
+    compute exactly the teacher, with any number of copies (with `weights: int8` but for their rounding).
+
+    `output` gives GRUs an output gate that is open: as bits, and as nothing else, they compute the same as without."""
+    spec = with_copies(with_outputs(teacher.spec) if output else teacher.spec, copies_of(gates))
+    network = Network(spec, plan(spec, gates), levels=gates.levels).to(next(teacher.parameters()).device)
     state = dict(teacher.state_dict())
     for prefix, layer in spec.cell_names():
+        for name, start in (("weight_ih", 0.0), ("weight_hh", 0.0), ("bias", OUTPUT_BIAS)):
+            rows = state[f"{prefix}.gates.{name}"]
+            missing_rows = len(layer.kind.gates) * layer.hidden_size - len(rows)
+            state[f"{prefix}.gates.{name}"] = torch.cat([rows, rows.new_full((missing_rows, *rows.shape[1:]), start)])
         bias = state[f"{prefix}.gates.bias"].view(-1, 1, layer.hidden_size)
         state[f"{prefix}.gates.bias"] = bias.repeat(1, layer.copies, 1).flatten()
     missing, unexpected = network.load_state_dict(state, strict=False)
@@ -66,6 +78,24 @@ def with_copies(spec: RnnSpec, copies: int) -> RnnSpec:
     """The same network, each unit with that many decisions for each gate."""
     layers = lambda section: tuple(replace(layer, copies=copies) for layer in section.layers)
     return replace(spec, sections={name: replace(section, layers=layers(section)) for name, section in spec.sections.items()})
+
+
+def with_outputs(spec: RnnSpec) -> RnnSpec:
+    """The same network with an output gate for every GRU whose state no graph makes or reads: what a unit keeps and what it shows are two
+    things then."""
+
+    def cells(section: SectionSpec) -> tuple[LayerSpec, ...]:
+        exposed = {
+            node.attributes["layer"]
+            for node in (section.graph.nodes if section.graph else ())
+            if node.op == "Recurrent" and (any(node.inputs[1:3]) or any(node.outputs[1:]))
+        }
+        return tuple(
+            replace(layer, cell="gru_output") if layer.cell == "gru" and index not in exposed else layer
+            for index, layer in enumerate(section.layers)
+        )
+
+    return replace(spec, sections={name: replace(section, layers=cells(section)) for name, section in spec.sections.items()})
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ CASES = {
     "lstm-projection-bi": {"cell": "lstm", "proj_size": 3, "directions": 2},
     "gru": {"cell": "gru"},
     "gru-bi": {"cell": "gru", "directions": 2},
+    "gru_output": {"cell": "gru_output"},
+    "gru_output-copies-bi": {"cell": "gru_output", "copies": 3, "directions": 2},
     "gru_reset_before": {"cell": "gru_reset_before"},
     "gru_reset_before-bi": {"cell": "gru_reset_before", "directions": 2},
     "lstm-copies": {"cell": "lstm", "copies": 3},
@@ -86,11 +88,11 @@ def brute_force(network: Network, out: Any, lengths: torch.Tensor | None) -> dic
     """Every weight of every real step of every sequence: must it be read? Written from the equations, not from the counter."""
     total = {"touched": 0, "dense": 0, "recurrent": 0, "recurrent_dense": 0, "rows": 0, "rows_dense": 0}
 
-    def count(must: bool, *, recurrent: bool = False) -> None:
+    def count(must: bool, *, recurrent: bool = False, added: bool = False) -> None:
         total["touched"] += must
-        total["dense"] += 1
+        total["dense"] += not added  # an output gate that the float GRU had not
         total["recurrent"] += must and recurrent
-        total["recurrent_dense"] += recurrent
+        total["recurrent_dense"] += recurrent and not added
 
     main, x = network.spec.main, inputs_of(network)
     pres = iter(out.pre)
@@ -116,19 +118,19 @@ def brute_force(network: Network, out: Any, lengths: torch.Tensor | None) -> dic
                     total["rows"] += sum(admits)
                     total["rows_dense"] += H
                     for k in range(layer.input_size if below is not None else 0):
-                        for _ in range(len(binary) * H):
-                            count(bool(below[at, b, k] != 0))
+                        for row in range(len(binary) * H):
+                            count(bool(below[at, b, k] != 0), added=layer.cell == "gru_output" and row >= o * H)
                         for j in range(H):
                             count(admits[j] and bool(below[at, b, k] != 0))
                     for k in range(layer.recurrent_size):
-                        if lstm:
+                        if lstm or layer.cell == "gru_output":
                             there = t > 0 if layer.proj_size else before(o, k)
                         else:
                             there = t > 0
-                        for _ in range(len(binary) * H):
-                            count(there, recurrent=True)
+                        for row in range(len(binary) * H):
+                            count(there, recurrent=True, added=layer.cell == "gru_output" and row >= o * H)
                         for j in range(H):
-                            reads = True if lstm else looks(j) if layer.cell == "gru" else bit(0, k)
+                            reads = True if lstm else looks(j) if layer.cell in ("gru", "gru_output") else bit(0, k)
                             count(admits[j] and there and reads, recurrent=True)
                     for j in range(H if layer.proj_size else 0):
                         for _ in range(layer.proj_size):

@@ -71,7 +71,7 @@ def assert_same(ours, wanted, *, tolerance: float) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("copies", [1, 3])
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "gru_output"])
 def test_float32_equals_the_torch_kernels(kind, copies, size, mode, isa, monkeypatch):
     if isa != "best":
         monkeypatch.setenv("RNN2BIN_ISA", isa)
@@ -83,7 +83,7 @@ def test_float32_equals_the_torch_kernels(kind, copies, size, mode, isa, monkeyp
     assert_same(everything(cell, x, MODES[mode]), in_torch(monkeypatch, cell, x, MODES[mode]), tolerance=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "gru_output"])
 def test_one_thread_and_many_give_the_same_bits(kind):
     cell, x = cell_of(kind, 33, copies=2), torch.randn(4, 29, 6)
     before = torch.get_num_threads()
@@ -99,7 +99,7 @@ def test_one_thread_and_many_give_the_same_bits(kind):
 
 
 @pytest.mark.skipif(not native.has_bfloat16(), reason="this processor multiplies no bfloat16")
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "gru_output"])
 def test_bfloat16_is_float32_but_for_the_rounding_of_operands(kind):
     """Soft gates: a bit may flip where a pre-activation is near zero, and then nothing is close."""
     cell, x = cell_of(kind, 64, copies=2, scale=0.1), torch.randn(6, 16, 6)
@@ -108,7 +108,7 @@ def test_bfloat16_is_float32_but_for_the_rounding_of_operands(kind):
     assert any(not torch.equal(low[name], exact[name]) for name in exact)
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "gru_output"])
 def test_soft_gates_beside_noisy_ones_get_no_noise(kind, monkeypatch):
     cell = cell_of(kind, 9, copies=2)
     cell.binary = (False, *cell.binary[1:])
@@ -171,7 +171,7 @@ def test_products_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("one_hot", [False, True])
 @pytest.mark.parametrize("vocabulary", [3, 100])
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "gru_output"])
 def test_tokens_equal_their_rows(kind, vocabulary, one_hot):
     """3 tokens take the product of the table, 100 that of the rows."""
     cell = cell_of(kind, 10)
@@ -230,7 +230,7 @@ def test_what_the_kernels_do_not_take():
         assert not native.takes(other, x, other.modes(BINARY))
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "gru_output"])
 def test_a_state_of_another_width_is_refused(kind):
     """C would read and write beyond it."""
     cell = cell_of(kind, 5, copies=2)
@@ -254,7 +254,7 @@ def test_without_the_extension_training_runs_in_torch_and_says_so_once(monkeypat
 
 def test_nan_stays_nan():
     """A diverged run must be seen: no kernel may turn what is not a number into one."""
-    for kind in ("lstm", "gru"):
+    for kind in ("lstm", "gru", "gru_output"):
         cell = cell_of(kind, 20)
         x = torch.randn(3, 2, 6)
         x[1, 0, 0] = float("nan")
@@ -266,7 +266,7 @@ def test_nan_stays_nan():
 
 
 def test_saturated_values_stay_finite():
-    for kind in ("lstm", "gru"):
+    for kind in ("lstm", "gru", "gru_output"):
         cell = cell_of(kind, 20)
         x = torch.randn(3, 2, 6) * 1e4
         found = everything(cell, x, FLOAT)

@@ -21,6 +21,8 @@ LAYERS = {
     "gru-copies": LayerSpec("gru", I, H, copies=3),
     "gru_reset_before-copies": LayerSpec("gru_reset_before", I, H, copies=2),
     "lstm-clips": LayerSpec("lstm", I, H, proj_size=4, copies=2, clip=1.1, cell_clip=0.4, proj_clip=0.3),
+    "gru_output": LayerSpec("gru_output", I, H),
+    "gru_output-clip-copies": LayerSpec("gru_output", I, H, copies=3, clip=0.8),
     "gru-clip": LayerSpec("gru", I, H, copies=2, clip=0.8),
     "gru_reset_before-clip": LayerSpec("gru_reset_before", I, H, copies=2, clip=0.8),
     **{

@@ -20,6 +20,20 @@ def step_reset_after(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate:
     return (z * h + (1 - z) * n,), pre
 
 
+def step_output(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate: Gate) -> tuple[tuple[Tensor, ...], Tensor]:
+    """As `step_reset_after` with an output gate: x (B,I), state h (B,H) and c (B,n·H) -> new (h, c), and the pre-activations (B,3,n·H) of r,
+    z, o. h = o⊙c is all that is read."""
+    h, c = state
+    copies = c.shape[1] // w.candidate_hh.shape[0]
+    pre = w.gate_pre(x, h)
+    r, z, o = gate(pre).unbind(1)
+    assert w.candidate_bias_hh is not None  # spec.CellKind.candidate_bias_hh
+    recurrent = h @ w.candidate_hh.t() + w.candidate_bias_hh
+    n = w.squash((x @ w.candidate_ih.t() + w.candidate_bias).repeat(1, copies) + r * recurrent.repeat(1, copies))
+    c = z * c + (1 - z) * n
+    return (fold(o * c, copies), c), pre
+
+
 def step_reset_before(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate: Gate) -> tuple[tuple[Tensor, ...], Tensor]:
     """As `step_reset_after`, with r applied to h before the candidate's recurrent product."""
     (h,) = state

@@ -27,6 +27,7 @@ STEPS = {
     "lstm_coupled": lstm_coupled.step,
     "lstm_coupled_peephole": lstm_coupled.step_peephole,
     "gru": gru.step_reset_after,
+    "gru_output": gru.step_output,
     "gru_reset_before": gru.step_reset_before,
 }
 

@@ -78,7 +78,7 @@ def histogram(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def fit(cell: Cell, mass: Tensor) -> None:
-    """mass (G,H,BINS) of the teacher's units -> levels and shifted gate biases of a cell with n ≥ 1 copies of each.
+    """mass (G,H,BINS) of the teacher's units, of all gates that it has -> levels and shifted gate biases of a cell with n ≥ 1 copies of each.
 
     The mean of n copies takes n + 1 values; copy k opens between the k-th and the next. What a level may not be stays as it is: strict
     gates are fitted by their thresholds alone.
@@ -86,7 +86,7 @@ def fit(cell: Cell, mass: Tensor) -> None:
     copies = cell.layer.copies
     shift = torch.zeros(len(cell.binary), cell.layer.width, device=mass.device)
     for k, gate in enumerate(cell.layer.kind.gates):
-        if not cell.binary[k]:
+        if not cell.binary[k] or k >= len(mass):  # an output gate that the teacher has not stays open
             continue
         learns = gate.learns if cell.learned else ()
         values, thresholds = quantizer(mass[k], copies + 1, free_lowest="lo" in learns, free_highest="hi" in learns)

@@ -56,6 +56,7 @@ def gate_match(output: Output, target: Output, masks: list[Tensor]) -> Tensor:
     """Mean squared error between the student's gates as probabilities and the teacher's."""
     terms = []
     for ours, theirs, mask in zip(output.pre, target.pre, masks, strict=True):
+        ours = ours[:, :, : theirs.shape[2]]  # an output gate that the teacher has not stands last
         value = torch.sigmoid(ours).unflatten(-1, (-1, theirs.shape[3])).mean(-2)  # over the copies of a unit
         error = (value - torch.sigmoid(theirs)).square() * mask
         terms.append(error.sum() / mask.sum().clamp_min(1) / (theirs.shape[2] * theirs.shape[3]))

@@ -22,7 +22,7 @@ from rnn2bin.cells.weights import Cell
 from rnn2bin.gates.estimators import Discretize
 
 PRECISIONS = {"float32": 0, "bfloat16": 1}
-_CELLS = {"lstm": 0, "gru": 1}
+_CELLS = {"lstm": 0, "gru": 1, "gru_output": 2}
 _SOFT, _BIT = 0, 1
 _BY = {"sigmoid": 0, "hard-sigmoid": 1, "identity": 2}
 _POINTERS = (
@@ -198,13 +198,13 @@ def _check_shapes(kind: str, x_pre: Tensor, gates_bias: Tensor, tensors: dict[st
         "gates_bias": (gates, width),
         "bias": (hidden,),
         "bias_hh": (hidden,),
-        "h0": (batch, hidden if kind == "lstm" else width),
+        "h0": (batch, width if kind == "gru" else hidden),
         "c0": (batch, width),
         "lo": (gates, width),
         "hi": (gates, width),
     }
-    lstm = kind == "lstm"
-    if blocks != gates + 1 or width % hidden or lstm != (tensors["c0"] is not None) or lstm == (tensors["bias_hh"] is not None):
+    split, lstm = kind != "gru", kind == "lstm"
+    if blocks != gates + 1 or width % hidden or split != (tensors["c0"] is not None) or lstm == (tensors["bias_hh"] is not None):
         raise ValueError(f"{kind}: x_pre {tuple(x_pre.shape)} and gates_bias {tuple(gates_bias.shape)} do not belong together")
     for name, shape in wanted.items():
         tensor = tensors[name]
@@ -221,7 +221,7 @@ def _weight_grad(grad: Tensor, h0: Tensor, h: Tensor, precision: str, *, shifted
 
 
 class NativeWindow(torch.autograd.Function):
-    """x_pre (T,B,G+1,H), products without a bias -> h (LSTM: (T,B,H), GRU: (T,B,n·H)), c (T,B,n·H) of the LSTM (the GRU: nothing),
+    """x_pre (T,B,G+1,H), products without a bias -> h (T,B,H), (T,B,n·H) of a GRU without an output gate, c (T,B,n·H) (nothing of such a GRU),
     the gates' products (T,B,G,H): pre-activations but for `gates_bias`, input included.
 
     `weight` ((G+1)·H,H); `gates_bias`, levels (G,n·H); `bias` (H) of the candidate, `bias_hh` (H) of the GRU's recurrent candidate; states
@@ -250,15 +250,15 @@ class NativeWindow(torch.autograd.Function):
         given = {"x_pre": x_pre, "weight": weight, "gates_bias": gates_bias, "bias": bias, "bias_hh": bias_hh}
         given |= {"h0": h0, "c0": c0, "lo": lo, "hi": hi}
         _check_shapes(kind, x_pre, gates_bias, given)
-        lstm, learning = kind == "lstm", any(ctx.needs_input_grad)
+        lstm, split, learning = kind == "lstm", kind != "gru", any(ctx.needs_input_grad)
         new = lambda *shape: x_pre.new_empty(*shape)
         t: dict[str, Tensor | None] = {name: None if tensor is None else tensor.contiguous() for name, tensor in given.items()} | {
             "h": new(steps, batch, h0.shape[1]),
-            "c": new(steps, batch, width) if lstm else None,
+            "c": new(steps, batch, width) if split else None,
             "products": new(steps, batch, blocks - 1, hidden),
             "candidate": new(steps, batch, hidden if lstm else width) if learning else None,
             "inner": new(steps, batch, hidden) if learning and not lstm else None,
-            "h_before": new(steps, batch, hidden) if learning and not lstm and width > hidden else None,
+            "h_before": new(steps, batch, hidden) if learning and not split and width > hidden else None,
         }
         _call(_kernels().r2b_forward, ctypes.byref(_window(kind, precision, modes, noise, x_pre, t)))
         if learning:
@@ -276,18 +276,19 @@ class NativeWindow(torch.autograd.Function):
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_gates: Tensor | None) -> tuple[Tensor | None, ...]:
         t: dict[str, Tensor | None] = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         saved = {name: tensor for name, tensor in t.items() if tensor is not None}
-        h, h0, lo, weight, lstm = saved["h"], saved["h0"], saved["lo"], saved["weight"], ctx.kind == "lstm"
+        h, h0, lo, weight = saved["h"], saved["h0"], saved["lo"], saved["weight"]
+        lstm, split = ctx.kind == "lstm", ctx.kind != "gru"
         steps, batch, hidden = *h.shape[:2], weight.shape[1]
         learns_levels = ctx.needs_input_grad[7] or ctx.needs_input_grad[8]
         zeros = lambda name: torch.zeros_like(saved[name]) if name in saved else None
         t |= {
             "grad_h": None if grad_h is None else grad_h.contiguous(),
-            "grad_c": None if grad_c is None or not lstm else grad_c.contiguous(),
+            "grad_c": None if grad_c is None or not split else grad_c.contiguous(),
             "grad_gates": None if grad_gates is None else grad_gates.contiguous(),
             "grad_x": (grad_x := h.new_empty(steps, batch, lo.shape[0] + 1, hidden)),
             "grad_inner": None if lstm else h.new_empty(steps, batch, hidden),
             "grad_h0": torch.empty_like(h0),
-            "grad_c0": torch.empty_like(saved["c0"]) if lstm else None,
+            "grad_c0": torch.empty_like(saved["c0"]) if split else None,
             "grad_gates_bias": torch.zeros_like(lo),
             "grad_bias": zeros("bias"),
             "grad_bias_hh": zeros("bias_hh"),

@@ -426,21 +426,31 @@ static inline void gru_copy(int H, const float *restrict x, const float *restric
   }
 }
 
+/* h += o c, one copy's share of the mean that others read. */
+static inline void opened(int H, const float *restrict o, const float *restrict c, float share, float *restrict h) {
+  for (int j = 0; j < H; j++) h[j] += o[j] * c[j] * share;
+}
+
 /* values (G + 1, W): a level for each gate, then room for a gate's noise. */
 static void gate_values(const r2b_window *w, int gates, size_t at, const float *products, float *values) {
   int H = w->hidden, W = H * w->copies;
   for (int g = 0; g < gates; g++) gate(w, 0, g, at, products + g * H, values + gates * W, values + g * W, values, values);
 }
 
-static void gru_row(const r2b_window *w, size_t at, const float *x, const float *product, const float *before, float *products, float *candidate,
-                    float *inner, float *h, float *values) {
+/* h: what is read (H), with an output gate; else null. */
+static void gru_row(const r2b_window *w, int gates, size_t at, const float *x, const float *product, const float *before, float *products,
+                    float *candidate, float *inner, float *c, float *h, float *values) {
   int H = w->hidden, W = H * w->copies;
-  float *asked = values + 3 * W; /* W_n x + b */
-  add(x, product, products, 2 * H);
-  gate_values(w, 2, at, products, values);
-  add(w->bias_hh, product + 2 * H, inner, H);
-  add(w->bias, x + 2 * H, asked, H);
-  for (int k = 0; k < w->copies; k++) gru_copy(H, asked, inner, values + k * H, values + W + k * H, before + k * H, candidate + k * H, h + k * H);
+  float *asked = values + (gates + 1) * W; /* W_n x + b */
+  add(x, product, products, gates * H);
+  gate_values(w, gates, at, products, values);
+  add(w->bias_hh, product + gates * H, inner, H);
+  add(w->bias, x + gates * H, asked, H);
+  if (h) memset(h, 0, (size_t)H * 4);
+  for (int k = 0; k < w->copies; k++) {
+    gru_copy(H, asked, inner, values + k * H, values + W + k * H, before + k * H, candidate + k * H, c + k * H);
+    if (h) opened(H, values + 2 * W + k * H, c + k * H, 1.0f / (float)w->copies, h);
+  }
 }
 
 static inline void lstm_copy(int H, const float *restrict g, const float *restrict i, const float *restrict f, const float *restrict o, float share,
@@ -469,8 +479,8 @@ static void lstm_row(const r2b_window *w, size_t at, const float *x, const float
 
 /* Rows first … first + count through the whole window. */
 int NAME(forward)(const r2b_window *w, const void *packed, int first, int count) {
-  size_t H = (size_t)w->hidden, W = H * (size_t)w->copies, lstm = w->cell == R2B_LSTM, gates = lstm ? 3 : 2, blocks = gates + 1;
-  size_t B = (size_t)w->batch, state = lstm ? H : W, candidates = lstm ? H : W; /* widths of h and of the candidate */
+  size_t H = (size_t)w->hidden, W = H * (size_t)w->copies, lstm = w->cell == R2B_LSTM, split = w->cell != R2B_GRU, gates = split ? 3 : 2;
+  size_t blocks = gates + 1, B = (size_t)w->batch, state = split ? H : W, candidates = lstm ? H : W; /* widths of h and of the candidate */
   size_t depth = up(H, 2), lda = apart(depth), rows = up((size_t)count, MR), width = up(blocks * H, NR), size = w->precision == R2B_BFLOAT16 ? 2 : 4;
   void *a = calloc(rows * lda, size);
   float *out = malloc(rows * width * 4), *spare = malloc((6 * W + 4 * H) * 4);
@@ -499,8 +509,10 @@ int NAME(forward)(const r2b_window *w, const void *packed, int first, int count)
         const float *c_before = t ? w->c + (at - B) * W : w->c0 + b * W;
         lstm_row(w, at, x, out + r * width, c_before, w->products + at * gates * H, candidate, w->c + at * W, w->h + at * H, values);
       } else {
-        const float *before = t ? w->h + (at - B) * W : w->h0 + b * W;
-        gru_row(w, at, x, out + r * width, before, w->products + at * gates * H, candidate, w->inner ? w->inner + at * H : u_spare, w->h + at * W, values);
+        float *c = split ? w->c : w->h;
+        const float *before = t ? c + (at - B) * W : (split ? w->c0 : w->h0) + b * W;
+        gru_row(w, (int)gates, at, x, out + r * width, before, w->products + at * gates * H, candidate, w->inner ? w->inner + at * H : u_spare,
+                c + at * W, split ? w->h + at * H : NULL, values);
       }
     }
   }
@@ -542,6 +554,15 @@ static inline void gru_copy_back(int H, const float *restrict u, const float *re
   }
 }
 
+static inline void opened_back(int H, const float *restrict o, const float *restrict c, const float *restrict dh, float share, float *restrict dc,
+                               float *restrict do_) {
+  for (int j = 0; j < H; j++) {
+    float dm = dh[j] * share;
+    do_[j] = dm * c[j];
+    dc[j] += dm * o[j];
+  }
+}
+
 static inline void lstm_copy_back(int H, const float *restrict g, const float *restrict i, const float *restrict f, const float *restrict o,
                                   const float *restrict c, const float *restrict before, const float *restrict dh, float share, float *restrict dc,
                                   float *restrict di, float *restrict df, float *restrict do_, float *restrict dg_sum) {
@@ -558,8 +579,8 @@ static inline void lstm_copy_back(int H, const float *restrict g, const float *r
 /* Rows first … first + count from the window's end to its start; sums (3, G, W) for the gates' bias, lo and hi, and (2, H) for the candidate's
  * biases, are added to. */
 int NAME(backward)(const r2b_window *w, const void *packed, int first, int count, float *sums) {
-  size_t H = (size_t)w->hidden, W = H * (size_t)w->copies, lstm = w->cell == R2B_LSTM, gates = lstm ? 3 : 2, blocks = gates + 1;
-  size_t B = (size_t)w->batch, K = blocks * H, state = lstm ? H : W;
+  size_t H = (size_t)w->hidden, W = H * (size_t)w->copies, lstm = w->cell == R2B_LSTM, split = w->cell != R2B_GRU, gates = split ? 3 : 2;
+  size_t blocks = gates + 1, B = (size_t)w->batch, K = blocks * H, state = split ? H : W;
   size_t depth = up(K, 2), lda = apart(depth), rows = up((size_t)count, MR), width = up(H, NR), size = w->precision == R2B_BFLOAT16 ? 2 : 4;
   void *a = calloc(rows * lda, size);
   float *out = malloc(rows * width * 4), *dh = calloc(rows * state, 4), *dc = calloc(rows * W, 4), *spare = malloc(((4 * gates + 1) * W + K) * 4);
@@ -587,12 +608,16 @@ int NAME(backward)(const r2b_window *w, const void *packed, int first, int count
                          d, share, dc_row + k * H, received + k * H, received + W + k * H, received + 2 * W + k * H, grad + 3 * H);
         memset(d, 0, H * 4);
       } else {
-        const float *before = t ? w->h + (at - B) * W : w->h0 + b * W;
-        float *inner = w->grad_inner + at * H;
+        const float *c = split ? w->c : w->h, *before = t ? c + (at - B) * W : (split ? w->c0 : w->h0) + b * W;
+        float *inner = w->grad_inner + at * H, *d_memory = split ? dc_row : d;
         memset(inner, 0, H * 4);
-        for (size_t k = 0; k < (size_t)w->copies; k++)
-          gru_copy_back((int)H, w->inner + at * H, w->candidate + at * W + k * H, value + k * H, value + W + k * H, before + k * H, d + k * H,
-                        received + k * H, received + W + k * H, grad + 2 * H, inner);
+        if (split && w->grad_c) add_to(dc_row, w->grad_c + at * W, W);
+        for (size_t k = 0; k < (size_t)w->copies; k++) {
+          if (split) opened_back((int)H, value + 2 * W + k * H, c + at * W + k * H, d, share, dc_row + k * H, received + 2 * W + k * H);
+          gru_copy_back((int)H, w->inner + at * H, w->candidate + at * W + k * H, value + k * H, value + W + k * H, before + k * H, d_memory + k * H,
+                        received + k * H, received + W + k * H, grad + gates * H, inner);
+        }
+        if (split) memset(d, 0, H * 4);
         add_to(d_candidate + H, inner, H);
       }
       add_to(d_candidate, grad + gates * H, H);
@@ -610,10 +635,10 @@ int NAME(backward)(const r2b_window *w, const void *packed, int first, int count
     step_product(a, lda, packed, depth, (int)H, rows, out, width, w->precision);
     for (size_t r = 0; r < (size_t)count; r++)
       for (size_t k = 0; k < state / H; k++)
-        for (size_t j = 0; j < H; j++) dh[r * state + k * H + j] += out[r * width + j] * (lstm ? 1.0f : share);
+        for (size_t j = 0; j < H; j++) dh[r * state + k * H + j] += out[r * width + j] * (split ? 1.0f : share);
   }
   memcpy(w->grad_h0 + (size_t)first * state, dh, (size_t)count * state * 4);
-  if (lstm) memcpy(w->grad_c0 + (size_t)first * W, dc, (size_t)count * W * 4);
+  if (split) memcpy(w->grad_c0 + (size_t)first * W, dc, (size_t)count * W * 4);
   free(a), free(out), free(dh), free(dc), free(spare);
   return 0;
 }

@@ -117,9 +117,11 @@ static int run_all(void *(*run)(void *), job *jobs, int n) {
   return failed ? -1 : 0;
 }
 
+static int gates_of(const r2b_window *w) { return w->cell == R2B_GRU ? 2 : 3; }
+
 int r2b_forward(const r2b_window *w) {
   const isa_kernels *kernels = chosen().kernels;
-  int blocks = (w->cell == R2B_LSTM ? 4 : 3) * w->hidden, first[MOST_THREADS], count[MOST_THREADS];
+  int blocks = (gates_of(w) + 1) * w->hidden, first[MOST_THREADS], count[MOST_THREADS];
   void *packed = malloc(kernels->packed_bytes(w->hidden, blocks, w->precision));
   if (!packed) return -1;
   kernels->pack(w->weight, 1, (size_t)w->hidden, w->hidden, blocks, w->precision, packed);
@@ -138,7 +140,7 @@ static void add_to(float *sum, const float *x, size_t n) {
 
 int r2b_backward(const r2b_window *w) {
   const isa_kernels *kernels = chosen().kernels;
-  int gates = w->cell == R2B_LSTM ? 3 : 2, blocks = (gates + 1) * w->hidden, first[MOST_THREADS], count[MOST_THREADS];
+  int gates = gates_of(w), blocks = (gates + 1) * w->hidden, first[MOST_THREADS], count[MOST_THREADS];
   size_t hidden = (size_t)w->hidden, third = (size_t)(gates * w->hidden * w->copies), all = 3 * third + 2 * hidden;
   int n = shares(w->batch, w->threads, kernels->block, first, count);
   void *packed = malloc(kernels->packed_bytes(blocks, w->hidden, w->precision));

@@ -1,7 +1,7 @@
 /* Training kernels: a window of a gated layer, forward and backward, step by step for many sequences side by side.
  *
  * Plain C11, knows no Python. All arrays are dense and row-major, time first; shapes stand beside the fields: T steps, B rows (sequences),
- * H hidden, n copies of every unit, W = n*H, G gates (LSTM 3: i,f,o; GRU 2: r,z), P = G + 1 blocks of pre-activations (the candidate's last).
+ * H hidden, n copies of every unit, W = n*H, G gates (LSTM 3: i,f,o; GRU 2: r,z; with an output gate 3: r,z,o), P = G + 1 blocks of pre-activations (the candidate's last).
  * Rows never meet, so each thread walks through time with its own rows and nobody waits.
  */
 #ifndef RNN2BIN_WINDOW_H
@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { R2B_LSTM = 0, R2B_GRU = 1 };
+enum { R2B_LSTM = 0, R2B_GRU = 1, R2B_GRU_OUTPUT = 2 };
 enum { R2B_FLOAT32 = 0, R2B_BFLOAT16 = 1 };
 /* How a gate's sample follows from a = scale * pre + noise: soft is sigmoid(a * sharpness), a bit is 1[a > 0]. */
 enum { R2B_SOFT = 0, R2B_BIT = 1 };
@@ -38,7 +38,7 @@ typedef struct {
   const float *lo, *hi;   /* (G, W) */
   const float *x_pre;     /* (T, B, P, H) input products, without a bias */
   const float *h0, *c0;   /* as wide as h and c */
-  float *h, *c;           /* LSTM: (T, B, H) the mean over copies, and (T, B, W); GRU: (T, B, W), and null */
+  float *h, *c;           /* (T, B, H) the mean over copies, and (T, B, W); GRU without an output gate: (T, B, W), and null */
   float *products;        /* (T, B, G, H) the gates' products, input included: pre-activations but for gates_bias */
   float *candidate;       /* LSTM: (T, B, H) g; GRU: (T, B, W) n; may be null where no backward follows */
   float *inner;           /* GRU: (T, B, H) U_n h + b; may be null where no backward follows */
