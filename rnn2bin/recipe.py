@@ -309,8 +309,8 @@ class Gates(Closed):
     )
     output: bool | Literal["auto"] = Field(
         "auto",
-        description="give every GRU (reset after the product) an output gate, as LSTMs have: a unit then keeps its memory and says when others "
-        "read it. auto: with a density budget or a price, which a GRU without one pays with its memory",
+        description="give every GRU (reset after the product) an output gate, as LSTMs have: a unit then keeps its memory and says "
+        "when others read it. auto: with a density budget or a price, which a GRU without one pays with its memory",
     )
     estimator: Literal["gumbel", "gumbel-hard", "sigmoid", "hard-sigmoid", "straight-through", "stochastic"] = "gumbel"
     backward: Literal["sigmoid", "hard-sigmoid", "identity"] = Field(

@@ -8,7 +8,7 @@ Gate rows and candidate rows are separate tensors, so that a runtime can skip ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 from rnn2bin.errors import UnsupportedError
@@ -37,13 +37,14 @@ class GateSpec:
 @dataclass(frozen=True)
 class CellKind:
     """A family of cells: its gates in canonical order, its states, and which tensors it has beside those that all have: a recurrent bias of
-    the candidate, peepholes (diagonal: each unit's gates see its own cell)."""
+    the candidate, peepholes (diagonal: each unit's gates see its own cell). `came_from`: the float cell, where that is another."""
 
     name: str
     gates: tuple[GateSpec, ...]
     states: tuple[str, ...]
     candidate_bias_hh: bool = False
     peepholes: bool = False
+    came_from: str = ""
 
     @property
     def gate_names(self) -> tuple[str, ...]:
@@ -51,7 +52,8 @@ class CellKind:
 
     @property
     def has_cell(self) -> bool:
-        """An LSTM of any kind: its candidate rows wait for i, the first gate, its columns of h for o, the last."""
+        """Whether h is what an output gate, the last, shows of c: its columns of h wait for that. LSTMs' candidate rows wait for i, the
+        first gate."""
         return "c" in self.states
 
 
@@ -77,6 +79,7 @@ CELLS: dict[str, CellKind] = {
             gates=(GateSpec("r", ("hi",)), GateSpec("z", ("lo",), maximum=1.0), GateSpec("o", ("hi",))),
             states=("h", "c"),
             candidate_bias_hh=True,
+            came_from="gru",
         ),
         # r multiplies h before U_n (Cho 2014, the ONNX default, TensorFlow 1).
         CellKind("gru_reset_before", gates=(GateSpec("r", ("hi",)), GateSpec("z", ("lo",), maximum=1.0)), states=("h",)),
@@ -122,6 +125,11 @@ class LayerSpec:
     @property
     def kind(self) -> CellKind:
         return CELLS[self.cell]
+
+    @property
+    def floating(self) -> LayerSpec:
+        """The float layer that this one came from."""
+        return replace(self, cell=self.kind.came_from or self.cell, copies=1)
 
     @property
     def recurrent_size(self) -> int:
@@ -276,6 +284,12 @@ class RnnSpec:
     def entry(self) -> SectionSpec:
         """The section that reads the network's input."""
         return self.sections["encoder" if self.decode else "main"]
+
+    @property
+    def floating(self) -> RnnSpec:
+        """The float network that this one came from."""
+        layers = lambda section: tuple(layer.floating for layer in section.layers)
+        return replace(self, sections={name: replace(section, layers=layers(section)) for name, section in self.sections.items()})
 
     def cell_names(self) -> list[tuple[str, LayerSpec]]:
         """Canonical prefix of every cell ("main.layers.0.fwd") with its layer."""

@@ -163,6 +163,10 @@ def test_binary_gates_equal_a_numpy_loop_of_if_and_else(name):
                 if pre[j] + peephole[j] * c[j] > 0:
                     c[j] = np.tanh(own[j] + row @ h)
                 new_h[j] = np.tanh(c[j]) if pre[H + j] + peephole[H + j] * c[j] > 0 else 0.0
+            elif name == "gru_output":
+                if not pre[H + j] > 0:
+                    c[j] = np.tanh(own[j] + (row @ h + w["candidate.bias_hh"][j] if pre[j] > 0 else 0.0))
+                new_h[j] = c[j] if pre[2 * H + j] > 0 else 0.0
             elif pre[H + j] > 0:
                 new_h[j] = h[j]
             elif name == "gru":

@@ -108,6 +108,8 @@ NETWORKS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"cell": "lstm", "clip": 0.7, "cell_clip": 0.5}, {"soft": "o"}),
     ({"cell": "gru", "clip": 0.7, "copies": 2}, {"soft": "z"}),
     ({"cell": "gru_reset_before", "clip": 0.7}, {"soft": "r"}),
+    ({"cell": "gru_output", "clip": 0.7, "copies": 3, "directions": 2}, {"soft": "r"}),
+    ({"cell": "gru_output", "embedding": TOKENS, "head": "softmax"}, {"levels": "strict"}),
 ]
 
 
@@ -174,7 +176,7 @@ def flips(model: Any, path: Path, x: torch.Tensor) -> tuple[int, int]:
     return count, total
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before", "lstm_peephole", "lstm_coupled_peephole"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_output", "gru_reset_before", "lstm_peephole", "lstm_coupled_peephole"])
 def test_every_decision_is_the_oracles(cell, tmp_path):
     model = runtime.load(packed(student(section(cell, copies=2)), tmp_path / "out"), backend="torch")
     export(tmp_path / "out", to="onnx", out=tmp_path / "m.onnx")
@@ -255,6 +257,7 @@ def test_the_state_dict_is_read_back_as_the_same_network(tmp_path, monkeypatch):
         (section("lstm"), {}, "learned levels i.hi, f.lo, f.hi have no place"),
         (section("lstm", copies=2), {}, "2 decisions a unit"),
         (section("gru_reset_before"), {}, "nn.GRU cannot"),
+        (section("gru_output"), {"levels": "strict"}, "has an output gate"),
         (section("lstm", activation="relu"), {}, "other activations"),
         (section("gru"), {}, "learned levels z.lo"),
         (section("lstm_peephole"), {"levels": "strict"}, "peepholes, or one decision"),

@@ -122,7 +122,7 @@ def flat(state) -> list[torch.Tensor]:
 
 CASES: list[dict[str, Any]] = [
     {"cell": cell, **more}
-    for cell in ("lstm", "gru", "gru_reset_before")
+    for cell in ("lstm", "gru", "gru_reset_before", "gru_output")
     for more in (
         {},
         {"copies": 3},
@@ -156,11 +156,12 @@ CASES += [
     {"cell": "lstm", "copies": 2, "clips": CLIPS},
     {"cell": "lstm", "soft": ("f",), "clips": CLIPS},
     {"cell": "gru", "copies": 2, "soft": ("r",), "clips": {"clip": 0.7}},
+    {"cell": "gru_output", "copies": 2, "soft": ("r", "o"), "clips": {"clip": 0.7}},
     {"cell": "gru_reset_before", "soft": ("z",), "clips": {"clip": 0.7}},
 ]
 CASES += [
     {"cell": cell, "weights": "int8", **more}
-    for cell in ("lstm", "gru", "gru_reset_before", "lstm_coupled", "lstm_peephole")
+    for cell in ("lstm", "gru", "gru_reset_before", "gru_output", "lstm_coupled", "lstm_peephole")
     for more in ({}, {"copies": 3, "tokens": "embedding"}, {"directions": 2, "hidden": 64}, {"soft": ("o", "z")})
 ] + [{"cell": "lstm", "weights": "int8", "proj": 11, "copies": 2}]
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(v) for v in case.values()))
@@ -311,7 +312,7 @@ def test_cells_with_peepholes_are_not_screened(cell, screened, tmp_path):
 
 @built
 def test_encoder_and_decoder(tmp_path):
-    for network in (*map(translator, ("gru", "lstm", "gru_reset_before", "lstm_coupled_peephole")), mixed_translator()):
+    for network in (*map(translator, ("gru", "gru_output", "lstm", "gru_reset_before", "lstm_coupled_peephole")), mixed_translator()):
         for compute in native_backend.COMPUTE:
             theirs, ours = both(network, tmp_path, compute=compute)
             x, lengths = inputs_of(network), torch.tensor([9, 2, 5, 1])
@@ -347,6 +348,8 @@ COUNTED: list[dict[str, Any]] = [
     {"cell": "gru", "copies": 3, "tokens": "embedding"},
     {"cell": "gru", "soft": ("z",)},
     {"cell": "gru_reset_before", "copies": 2},
+    {"cell": "gru_output", "copies": 3, "tokens": "embedding"},
+    {"cell": "gru_output", "soft": ("o",)},
 ]
 
 
@@ -729,6 +732,8 @@ def exercise(tmp_path: Path, flags: list[str], *, compiler: str = "cc", make_fla
         "projection": network_of("lstm", proj=11),
         "gru": network_of("gru", hidden=130),
         "bytes": network_of("lstm", proj=11, copies=2, weights="int8", hidden=70),
+        "gru_output": network_of("gru_output", copies=2, hidden=130),
+        "gru_output_bytes": network_of("gru_output", weights="int8", hidden=130),
         "gru_bytes": network_of("gru", weights="int8", hidden=130),
         "kinds": network_of("lstm_peephole", tokens="embedding", copies=2, soft=("f",), clips=CLIPS),
         "coupled": network_of("lstm_coupled", directions=2, proj=11),

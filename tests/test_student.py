@@ -14,7 +14,7 @@ from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import RecipeError
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
 from rnn2bin.recipe import Gates, Recipe
-from rnn2bin.spec import DecodeSpec, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
+from rnn2bin.spec import DecodeSpec, EmbeddingSpec, GraphSpec, LayerSpec, LinearSpec, Node, RnnSpec, SectionSpec
 
 SOFT = Discretize("sigmoid")  # temperature and slope 1, levels 0 and 1: the teacher's own gates
 
@@ -68,6 +68,39 @@ def test_copies_compute_what_the_teacher_does(name, copies):
     for name, t in wide.state_dict().items():
         if "bias" not in name and "levels" not in name:
             assert t.shape == teacher.state_dict()[name].shape  # one row of weights for all copies
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("name", ["gru", "gru_reset_before", "bidirectional", "encoder-decoder"])
+def test_a_new_output_gate_changes_no_bit(name, copies):
+    """As bits it is open wherever the teacher's data may lead; only GRUs that reset after the product get one."""
+    teacher, gates = teacher_of(name), Gates(copies=copies)
+    plain, gated = student.student(teacher, gates), student.student(teacher, gates, output=True)
+    kinds = [[layer.cell for _, layer in network.spec.cell_names()] for network in (plain, gated)]
+    assert [{"gru": "gru_output"}.get(cell, cell) for cell in kinds[0]] == kinds[1] != kinds[0]
+    given_inputs = inputs(name) | {"lengths": torch.tensor([6, 2, 4])}
+    theirs, ours = plain(**given_inputs, mode=BINARY), gated(**given_inputs, mode=BINARY)
+    torch.testing.assert_close(ours.y, theirs.y)
+    assert gated.spec.floating == plain.spec.floating == teacher.spec
+
+
+def test_a_state_that_a_graph_makes_gets_no_output_gate():
+    nodes = (
+        Node("Recurrent", ("input",), ("a",), {"layer": 0}),
+        Node("Recurrent", ("a", "h0"), ("b",), {"layer": 1}),
+        Node("Recurrent", ("b",), ("c", "last"), {"layer": 2}),
+    )
+    graph = GraphSpec(nodes, "c", (5,), 5, True, tensors={"h0": (1, 3, 5)})
+    spec = RnnSpec({"main": SectionSpec((LayerSpec("gru", 5, 5),) * 3, graph=graph)})
+    assert [layer.cell for layer in student.with_outputs(spec).main.layers] == ["gru_output", "gru", "gru"]
+
+
+@pytest.mark.parametrize(("given", "wanted"), [({}, False), ({"density": 0.3}, True), ({"price": 1.0}, True)])
+def test_output_gates_come_with_a_price_on_weights(given, wanted):
+    recipe = Recipe(budget=given)
+    assert recipe.output_gate is wanted
+    assert Recipe(budget=given, gates={"output": True}).output_gate
+    assert not Recipe(budget=given, gates={"output": False}).output_gate
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -14,14 +14,15 @@ import torch
 from tolerances import assert_close
 
 from rnn2bin import data, storage, student, tasks
-from rnn2bin.cells.network import Network, Trace
+from rnn2bin.cells.network import Network, Trace, teacher_network
+from rnn2bin.cells.weights import fold
 from rnn2bin.data import Batches, Part
 from rnn2bin.distill import losses, trainer
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DivergedError, InterruptedRunError
 from rnn2bin.gates.estimators import BINARY, FLOAT
 from rnn2bin.measure import Candidate, compare
-from rnn2bin.recipe import Recipe, parse
+from rnn2bin.recipe import Gates, Recipe, parse
 from rnn2bin.spec import EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
 
 WORDS, H = 5, 6
@@ -399,3 +400,29 @@ def test_a_carried_state_survives_its_file():
     for carried in ((state, None), (None, None), (state, state)):
         again = trainer.unflatten_state(trainer.flatten_state(carried), layers)
         assert str(again) == str(carried)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("directions", [1, 2])
+def test_behind_an_output_gate_what_is_kept_is_matched(directions):
+    """Closing it hides a unit from others and changes nothing of the match; pads do not count."""
+    layer = LayerSpec("gru", 3, 4, directions)
+    spec = RnnSpec({"main": SectionSpec((layer,))})
+    torch.manual_seed(0)
+    teacher = teacher_network(spec, {name: torch.randn_like(t) for name, t in Network(spec).state_dict().items()})
+    gated = student.student(teacher, Gates(levels="strict", copies=2), output=True)
+    task, x, lengths = tasks.Task("match", "cosine", spec), torch.randn(5, 2, 3), torch.tensor([5, 3])
+    target = teacher(x, lengths=lengths)
+    found = []
+    for bias in (2.0, -2.0):
+        for cell in gated.cells().values():
+            cell.part("gates").weight_hh.zero_()  # what is shown changes nothing else then
+            cell.part("candidate").weight_hh.zero_()
+            cell.part("gates").bias[-8:] = bias
+        found.append(losses.hidden_match(task, gated(x, lengths=lengths, mode=BINARY), target))
+    assert found[0] > 0
+    assert_close(found[0], found[1])
+    out = gated(x, lengths=lengths, mode=BINARY)
+    kept = [fold(trace.states[1], 2) - its.states[0] for trace, its in zip(out.traces, target.traces, strict=True)]
+    wanted = sum(float(k[:, 0].square().sum() + k[:3, 1].square().sum()) for k in kept) / (8 * 4 * directions)
+    assert float(found[0]) == pytest.approx(wanted, rel=1e-5)

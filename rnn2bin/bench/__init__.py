@@ -101,7 +101,7 @@ def contenders(
 ) -> tuple[Contender, dict[str, Steps]]:
     """Ours and the rivals, for calls of `steps` steps."""
     if isinstance(model, Model):
-        return Ours(model, data, steps, batch=batch), rivals.contenders(model.spec, settings.against, steps=steps, batch=batch)
+        return Ours(model, data, steps, batch=batch), rivals.contenders(model.spec.floating, settings.against, steps=steps, batch=batch)
     from rnn2bin.bench import graphs
 
     calls = cut(data, model.spec, steps, batch)
@@ -173,7 +173,7 @@ class Ours:
 
     def touched(self) -> Touched:
         found = self.handle.counters()
-        return Touched(found.weights / found.steps / dense_weights(self.spec), found.bytes / found.steps)
+        return Touched(found.weights / found.steps / dense_weights(self.spec.floating), found.bytes / found.steps)
 
 
 def interleaved(

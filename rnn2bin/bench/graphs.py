@@ -50,7 +50,7 @@ class Ours:
                 continue  # the counters are those of all calls so far
             for index, handles in layers.parts.items():
                 for found in (handle.counters() for handle in handles):
-                    dense += found.steps * layer_weights(self.model.spec.main.layers[index])
+                    dense += found.steps * layer_weights(self.model.spec.main.layers[index].floating)
                     weights += found.weights
                     read += found.bytes
         return Touched(weights / dense, read / steps)
@@ -58,7 +58,7 @@ class Ours:
 
 def rivals(model: Model, calls: list[np.ndarray], against: tuple[str, ...]) -> dict[str, Steps]:
     """Name -> one call. Torch alone, and only where nn.LSTM and nn.GRU are what the layers are; none where the graph makes lengths."""
-    section = model.spec.main
+    section = model.spec.floating.main
     plain = all(y.cell in ("lstm", "gru") and not (y.clip or y.cell_clip or y.proj_clip) for y in section.layers)
     lengths = any(node.op == "Recurrent" and any(node.inputs[3:]) for node in model.nodes)
     if "torch" not in against or not plain or lengths:
@@ -72,7 +72,7 @@ class _Torch:
 
     def __init__(self, model: Model, calls: list[np.ndarray]) -> None:
         self.model, self.calls, self.at = model, [torch.from_numpy(x) for x in calls], 0
-        self.layers = [_module(layer) for layer in model.spec.main.layers]
+        self.layers = [_module(layer) for layer in model.spec.floating.main.layers]
         self.states: list[Any] = [None] * len(self.layers)
 
     @torch.no_grad()

@@ -21,8 +21,8 @@ def step_reset_after(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate:
 
 
 def step_output(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate: Gate) -> tuple[tuple[Tensor, ...], Tensor]:
-    """As `step_reset_after` with an output gate: x (B,I), state h (B,H) and c (B,n·H) -> new (h, c), and the pre-activations (B,3,n·H) of r,
-    z, o. h = o⊙c is all that is read."""
+    """As `step_reset_after` with an output gate: x (B,I), state h (B,H) and c (B,n·H) -> new (h, c), and the pre-activations (B,3,n·H) of
+    r, z, o. h = o⊙c is all that is read."""
     h, c = state
     copies = c.shape[1] // w.candidate_hh.shape[0]
     pre = w.gate_pre(x, h)

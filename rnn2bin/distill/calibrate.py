@@ -86,7 +86,7 @@ def fit(cell: Cell, mass: Tensor) -> None:
     copies = cell.layer.copies
     shift = torch.zeros(len(cell.binary), cell.layer.width, device=mass.device)
     for k, gate in enumerate(cell.layer.kind.gates):
-        if not cell.binary[k] or k >= len(mass):  # an output gate that the teacher has not stays open
+        if not cell.binary[k] or k >= len(mass):  # an output gate that it has not stays open
             continue
         learns = gate.learns if cell.learned else ()
         values, thresholds = quantizer(mass[k], copies + 1, free_lowest="lo" in learns, free_highest="hi" in learns)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rnn2bin import tasks
 from rnn2bin.cells.network import Network, Output, valid_steps
+from rnn2bin.cells.weights import fold
 from rnn2bin.gates.estimators import Discretize, Sample, sample
 from rnn2bin.recipe import Recipe
 
@@ -31,12 +32,20 @@ def total(
 
 
 def hidden_match(task: tasks.Task, output: Output, target: Output) -> Tensor:
-    """Σ over layers of the mean squared error between the layers' outputs, over real steps (both are zero at pads)."""
+    """Σ over layers of the mean squared error between the layers' outputs, over real steps (both are zero at pads). What a GRU keeps behind
+    an output gate is compared instead of what it shows of it."""
     layers = [layer for spec in task.spec.sections.values() for layer in spec.layers]
     terms, cell = [], 0
     for layer, ours, theirs in zip(layers, output.hidden, target.hidden, strict=True):
-        lengths = output.lengths[cell]
+        lengths, cells = output.lengths[cell], slice(cell, cell + layer.directions)
         steps = ours.shape[0] * ours.shape[1] if lengths is None else lengths.sum().clamp_min(1)
+        pairs = [*zip(output.traces[cells], target.traces[cells], strict=True)]
+        if all(len(mine.states) > len(its.states) for mine, its in pairs):
+            copies = pairs[0][0].states[1].shape[2] // layer.hidden_size
+            ours = torch.cat([fold(mine.states[1], copies) for mine, _ in pairs], 2)
+            theirs = torch.cat([its.states[0] for _, its in pairs], 2)
+            if lengths is not None:
+                ours, theirs = (valid_steps(lengths, len(x)) * x for x in (ours, theirs))
         terms.append((ours - theirs).square().sum() / (steps * ours.shape[2]))
         cell += layer.directions
     return torch.stack(terms).sum()

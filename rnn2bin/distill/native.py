@@ -221,8 +221,8 @@ def _weight_grad(grad: Tensor, h0: Tensor, h: Tensor, precision: str, *, shifted
 
 
 class NativeWindow(torch.autograd.Function):
-    """x_pre (T,B,G+1,H), products without a bias -> h (T,B,H), (T,B,n·H) of a GRU without an output gate, c (T,B,n·H) (nothing of such a GRU),
-    the gates' products (T,B,G,H): pre-activations but for `gates_bias`, input included.
+    """x_pre (T,B,G+1,H), products without a bias -> h (T,B,H), (T,B,n·H) of a GRU without an output gate, c (T,B,n·H) (nothing of such a
+    GRU), the gates' products (T,B,G,H): pre-activations but for `gates_bias`, input included.
 
     `weight` ((G+1)·H,H); `gates_bias`, levels (G,n·H); `bias` (H) of the candidate, `bias_hh` (H) of the GRU's recurrent candidate; states
     as wide as their traces.

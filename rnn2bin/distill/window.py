@@ -210,8 +210,8 @@ class LstmWindow(torch.autograd.Function):
 
 
 class GruWindow(torch.autograd.Function):
-    """GRU, reset after the product, with an output gate or without. x_pre (T,B,G+1,H) in the order r,z,(o,)n, the gates' without their bias ->
-    what is read h (T,B,H), empty without an output gate, the memory c (T,B,n·H), gate pre-activations (T,B,G,n·H)."""
+    """GRU, reset after the product, with an output gate or without. x_pre (T,B,G+1,H) in the order r,z,(o,)n, the gates' without their bias
+    -> what is read h (T,B,H), empty without an output gate, the memory c (T,B,n·H), gate pre-activations (T,B,G,n·H)."""
 
     @staticmethod
     def forward(  # type: ignore[override]

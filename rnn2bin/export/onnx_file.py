@@ -399,6 +399,8 @@ class _Step(_Block):
 
     def step(self, gates: str, candidate: str, states: Sequence[str]) -> list[str]:
         """Products of the input (B,G·H) and (B,H), states -> new states."""
+        if self.cell.layer.cell == "gru_output":
+            return self._gru_output(gates, candidate, *states)
         if self.cell.layer.kind.has_cell:
             return self._lstm(gates, candidate, *states)
         return self._gru(gates, candidate, states[0], reset_after=self.cell.layer.cell == "gru")
@@ -456,9 +458,18 @@ class _Step(_Block):
         return [h, c]
 
     def _gru(self, gates: str, candidate: str, h: str, *, reset_after: bool) -> list[str]:
-        w = self.cell.weights()
         read = _fold(self, self.cell.layer, h)
         pre = self._pre(gates, read)
+        return [self._updated(candidate, pre, read, h, reset_after=reset_after)]
+
+    def _gru_output(self, gates: str, candidate: str, h: str, c: str) -> list[str]:
+        pre = self._pre(gates, h)
+        c = self._updated(candidate, pre, h, c, reset_after=True)
+        return [_fold(self, self.cell.layer, self.op("Mul", self._gate(pre, 2), c)), c]
+
+    def _updated(self, candidate: str, pre: str, read: str, h: str, *, reset_after: bool) -> str:
+        """A GRU's new memory of the old one `h` (B,n·H) and of what is `read` (B,H)."""
+        w = self.cell.weights()
         r, z = (self._gate(pre, k) for k in range(2))
         matrix, bias = self.weight("candidate.weight_hh", w.candidate_hh.t()), self.weight("candidate.bias", w.candidate_bias)
         if reset_after:
@@ -470,4 +481,4 @@ class _Step(_Block):
             recurrent = self.op("MatMul", _fold(self, self.cell.layer, self.op("Mul", r, h)), matrix)
             n = self._wide(self._squash(self.op("Add", self.op("Add", candidate, recurrent), bias)))
         rest = self.op("Sub", self.number(1), z)
-        return [self.op("Add", self.op("Mul", z, h), self.op("Mul", rest, n))]
+        return self.op("Add", self.op("Mul", z, h), self.op("Mul", rest, n))

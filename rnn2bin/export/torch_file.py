@@ -43,6 +43,8 @@ def _reasons(section: Section) -> list[str]:
         reasons.append("its layers differ in kind or size, and nn.LSTM stacks equal ones; export --to onnx")
     if first.cell == "gru_reset_before":
         reasons.append("its reset gate multiplies h before U_n, which nn.GRU cannot; export --to onnx")
+    if first.cell == "gru_output":
+        reasons.append("its GRU has an output gate, which nn.GRU has not; export --to onnx, or convert with gates.output=false")
     if any(one.activation != "tanh" or one.hard_sigmoid for one in spec.layers):
         reasons.append("its cells have other activations than nn.LSTM and nn.GRU; export --to onnx")
     if any(one.cell.startswith("lstm_") for one in spec.layers):

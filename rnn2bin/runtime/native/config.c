@@ -11,10 +11,10 @@
 
 enum { MOST_CONFIG = 64 << 20 };
 
-static const char *const CELLS[] = {"lstm", "gru", "gru_reset_before", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole"};
+static const char *const CELLS[] = {"lstm", "gru", "gru_reset_before", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole", "gru_output"};
 static const char *const READOUTS[] = {"all", "last", "final", "mean", "max"};
 static const char *const ACTIVATIONS[] = {"none", "relu", "tanh", "sigmoid", "softmax", "log_softmax", "l2", "relu_l2"};
-static const char *const GATES[][MOST_GATES] = {{"i", "f", "o"}, {"r", "z"}, {"r", "z"}, {"i", "f", "o"}, {"i", "o"}, {"i", "o"}};
+static const char *const GATES[][MOST_GATES] = {{"i", "f", "o"}, {"r", "z"}, {"r", "z"}, {"i", "f", "o"}, {"i", "o"}, {"i", "o"}, {"r", "z", "o"}};
 static const char *const DIRECTIONS[] = {"fwd", "bwd"};
 
 #define COUNT(names) (int)(sizeof(names) / sizeof((names)[0]))
@@ -55,13 +55,14 @@ static int read_bound(const json *layer, const char *name, float *bound, const c
 static int read_kind(const json *found, layer_config *layer, const char *where) {
   layer->peepholes = layer->cell == CELL_LSTM_PEEPHOLE || layer->cell == CELL_LSTM_COUPLED_PEEPHOLE;
   layer->coupled = layer->cell == CELL_LSTM_COUPLED || layer->cell == CELL_LSTM_COUPLED_PEEPHOLE;
-  layer->has_cell = layer->cell == CELL_LSTM || layer->peepholes || layer->coupled;
+  bool lstm = layer->cell == CELL_LSTM || layer->peepholes || layer->coupled;
+  layer->has_cell = lstm || layer->cell == CELL_GRU_OUTPUT;
   layer->gates = layer->has_cell && !layer->coupled ? 3 : 2;
   if (read_bound(found, "clip", &layer->clip, where) || read_bound(found, "cell_clip", &layer->cell_clip, where) ||
       read_bound(found, "proj_clip", &layer->proj_clip, where))
     return -1;
   bool clips = isfinite(layer->clip) || isfinite(layer->cell_clip) || isfinite(layer->proj_clip);
-  layer->step = !layer->has_cell ? STEP_GRU : layer->cell == CELL_LSTM && !clips ? STEP_LSTM : STEP_LSTM_KINDS;
+  layer->step = !lstm ? STEP_GRU : layer->cell == CELL_LSTM && !clips ? STEP_LSTM : STEP_LSTM_KINDS;
   layer->wide_pre = layer->step == STEP_LSTM_KINDS;
   return 0;
 }
@@ -81,7 +82,7 @@ static int read_layer(const json *found, layer_config *layer, const char *where)
       (json_get(found, "copies") && size_of(found, "copies", 1, MOST_COPIES, &layer->copies, where)))
     return -1;
   if (read_kind(found, layer, where)) return -1;
-  if (layer->projection && !layer->has_cell) return fail("config.json: %s: only an LSTM has a projection", where);
+  if (layer->projection && layer->step == STEP_GRU) return fail("config.json: %s: only an LSTM has a projection", where);
   layer->recurrent = layer->projection ? layer->projection : layer->hidden;
   layer->width = layer->copies * layer->hidden;
   return 0;

@@ -7,7 +7,15 @@
 
 enum { FORMAT_VERSION = 1, MOST_LAYERS = 64, MOST_LINEAR = 16, MOST_GATES = 3, MOST_SIZE = 1 << 20, MOST_COPIES = 64 };
 
-typedef enum { CELL_LSTM, CELL_GRU, CELL_GRU_RESET_BEFORE, CELL_LSTM_PEEPHOLE, CELL_LSTM_COUPLED, CELL_LSTM_COUPLED_PEEPHOLE } cell_kind;
+typedef enum {
+  CELL_LSTM,
+  CELL_GRU,
+  CELL_GRU_RESET_BEFORE,
+  CELL_LSTM_PEEPHOLE,
+  CELL_LSTM_COUPLED,
+  CELL_LSTM_COUPLED_PEEPHOLE,
+  CELL_GRU_OUTPUT
+} cell_kind;
 typedef enum { STEP_LSTM, STEP_GRU, STEP_LSTM_KINDS, STEPS } step_kind; /* which of the kernels takes a layer's steps */
 typedef enum { READ_ALL, READ_LAST, READ_FINAL, READ_MEAN, READ_MAX } readout;
 typedef enum { ACT_NONE, ACT_RELU, ACT_TANH, ACT_SIGMOID, ACT_SOFTMAX, ACT_LOG_SOFTMAX, ACT_L2, ACT_RELU_L2 } activation;
@@ -15,7 +23,8 @@ typedef enum { ACT_NONE, ACT_RELU, ACT_TANH, ACT_SIGMOID, ACT_SOFTMAX, ACT_LOG_S
 typedef struct {
   cell_kind cell;
   step_kind step;
-  bool has_cell, coupled, peepholes; /* of LSTMs; coupled: f = 1 - i */
+  bool has_cell;                     /* h is what an output gate shows of c: LSTMs, a GRU with one */
+  bool coupled, peepholes;           /* of LSTMs; coupled: f = 1 - i */
   bool wide_pre;                     /* states have room for pre-activations of every copy: of this layer, or the decoder's */
   float clip, cell_clip, proj_clip;  /* INFINITY: nothing is clipped */
   int input, hidden, directions, projection, copies; /* projection 0: none */

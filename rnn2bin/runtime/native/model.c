@@ -210,16 +210,17 @@ static int load_vectors(loader *l, cell *c, const char *prefix) {
   if (!c->gate_bias || !c->bias) return -1;
   if (y->peepholes && !(c->peephole = floats(l, find(l, y->gates * y->hidden, 0, "%s.gates.peephole", prefix), y->gates * hidden, y->gates * hidden)))
     return -1;
-  if (y->cell != CELL_GRU) return 0;
+  if (y->cell != CELL_GRU && y->cell != CELL_GRU_OUTPUT) return 0;
   c->bias_hh = floats(l, find(l, y->hidden, 0, "%s.candidate.bias_hh", prefix), hidden, room);
   return c->bias_hh ? 0 : -1;
 }
 
 /* Levels that a skip depends on are exactly 0 and 1, and so are all where they were not learned (spec.GateSpec). */
 static bool learns(const layer_config *y, int gate, int side) {
-  static const bool lstm[MOST_GATES][2] = {{false, true}, {true, true}, {false, true}}, gru[MOST_GATES][2] = {{false, true}, {true, false}};
+  static const bool lstm[MOST_GATES][2] = {{false, true}, {true, true}, {false, true}};
+  static const bool gru[MOST_GATES][2] = {{false, true}, {true, false}, {false, true}};
   if (y->coupled) return side == 1;
-  return y->has_cell ? lstm[gate][side] : gru[gate][side];
+  return y->step == STEP_GRU ? gru[gate][side] : lstm[gate][side];
 }
 
 static int load_levels(loader *l, cell *c, const char *prefix) {
@@ -358,7 +359,7 @@ static void screen_one(screen *s, int row, const uint16_t *weights) {
   s->norm_in_all += s->norm[row];
 }
 
-/* Of an LSTM columns come and go, a GRU's stay: that one needs the finer sums that it can keep. */
+/* Behind an output gate columns come and go, a GRU's stay: that one needs the finer sums that it can keep. */
 static int make_screen(r2b_model *model, cell *c) {
   screen *s = &c->screen;
   const layer_config *y = c->layer;

@@ -1,4 +1,4 @@
-/* GRU in both reset forms, as cells/gru.py. Units that keep their state (z = 1) are not touched at all. */
+/* GRU in both reset forms, and with an output gate, as cells/gru.py. Units that keep their state (z = 1) are not touched at all. */
 
 /* update: units of which a copy is overwritten; reads: those of which an overwritten copy reads its recurrent row too; bits of groups. */
 static void gru_open(const cell *cell, const float *products, uint16_t *update, uint16_t *reads) {
@@ -15,20 +15,42 @@ static void gru_open(const cell *cell, const float *products, uint16_t *update, 
   }
 }
 
-/* n and the new state of one group of units. `inner` (H) is multiplied by r: the recurrent product, or zeros where r came before it. */
-INLINE void gru_update(const cell *cell, const float *r, const float *z, const float *n, const float *inner, float *h, float *read, int first,
-                       int count) {
+/* n and the new memory of one group of units. `inner` (H) is multiplied by r: the recurrent product, or zeros where r came before it. */
+INLINE void gru_update(const cell *cell, const float *r, const float *z, const float *n, const float *inner, float *memory, int first, int count) {
   const layer_config *layer = cell->layer;
-  float sum[GROUP] = {0};
   for (int k = 0; k < layer->width; k += layer->hidden) {
     for (int j = 0; j < count; j++) {
       int at = k + first + j;
       float candidate = tanh_of(bounded(n[first + j] + cell->bias[first + j] + r[at] * inner[first + j], layer->clip));
-      h[at] = z[at] * h[at] + (1.0f - z[at]) * candidate;
-      sum[j] += h[at];
+      memory[at] = z[at] * memory[at] + (1.0f - z[at]) * candidate;
     }
   }
+}
+
+/* What others read of one group: the mean over copies, each behind its output gate where there is one (o not NULL). */
+INLINE void gru_outputs(const layer_config *layer, const float *o, const float *memory, float *read, int first, int count) {
+  float sum[GROUP] = {0};
+  for (int k = 0; k < layer->width; k += layer->hidden)
+    for (int j = 0; j < count; j++) sum[j] += o ? o[k + first + j] * memory[k + first + j] : memory[k + first + j];
   for (int j = 0; j < count; j++) read[first + j] = sum[j] / (float)layer->copies;
+}
+
+/* Without an output gate only what was updated changes; behind one every open unit is read anew, and closed ones are 0. */
+static void gru_read(const cell *cell, const step_row *row, const float *o, int updated, scratch *work) {
+  const layer_config *layer = cell->layer;
+  const float *memory = o ? row->c : row->h;
+  if (o) {
+    any_open(cell, 2, row->products, work->open);
+    updated = open_groups(work->open, groups_in(cell), work->groups);
+    memset(row->read, 0, (size_t)layer->hidden * sizeof *row->read);
+  }
+  for (int g = 0; g < updated; g++) {
+    int first = GROUP * work->groups[g];
+    if (first + GROUP <= layer->hidden)
+      gru_outputs(layer, o, memory, row->read, first, GROUP);
+    else
+      gru_outputs(layer, o, memory, row->read, first, layer->hidden - first);
+  }
 }
 
 /* The recurrent half of the candidate, after the product: rows of closed reset gates stay what they were, and are multiplied by 0. */
@@ -53,15 +75,16 @@ static void reset_before(const cell *cell, const step_row *row, const float *r, 
 static void gru_finish(const cell *cell, step_row *row, scratch *work) {
   const layer_config *layer = cell->layer;
   uint16_t *update = work->open, *reads = work->open + groups_in(cell);
-  float *r = work->gates, *z = r + layer->width, *n = work->candidate;
+  float *r = work->gates, *z = r + layer->width, *o = layer->has_cell ? z + layer->width : NULL, *n = work->candidate;
   const float *inner = work->zeros;
   gate(cell, 0, row->products, r);
   gate(cell, 1, row->products, z);
+  if (o) gate(cell, 2, row->products, o);
   gru_open(cell, row->products, update, reads);
-  if (layer->cell == CELL_GRU)
-    inner = reset_after(cell, row, reads, work);
-  else
+  if (layer->cell == CELL_GRU_RESET_BEFORE)
     reset_before(cell, row, r, work);
+  else
+    inner = reset_after(cell, row, reads, work);
   int count = open_groups(update, groups_in(cell), work->groups);
   product_row input = {&row->active, 0, row->active.inputs, row->candidate_base, n};
   candidate_product(cell, update, &input, work);
@@ -72,10 +95,11 @@ static void gru_finish(const cell *cell, step_row *row, scratch *work) {
   for (int g = 0; g < count; g++) {
     int first = GROUP * work->groups[g];
     if (first + GROUP <= layer->hidden)
-      gru_update(cell, r, z, n, inner, row->h, row->read, first, GROUP);
+      gru_update(cell, r, z, n, inner, o ? row->c : row->h, first, GROUP);
     else
-      gru_update(cell, r, z, n, inner, row->h, row->read, first, layer->hidden - first);
+      gru_update(cell, r, z, n, inner, o ? row->c : row->h, first, layer->hidden - first);
   }
+  gru_read(cell, row, o, count, work);
 }
 
 static void gru(const cell *cell, step_row *rows, product_row *products, int count, scratch *work) {
