@@ -78,7 +78,7 @@ def histogram(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def fit(cell: Cell, mass: Tensor) -> None:
-    """mass (G,H,BINS) of the teacher's units, of all gates that it has -> levels and shifted gate biases of a cell with n ≥ 1 copies of each.
+    """mass (G,H,BINS) of the teacher's units and gates -> levels and shifted gate biases of a cell with n ≥ 1 copies of each.
 
     The mean of n copies takes n + 1 values; copy k opens between the k-th and the next. What a level may not be stays as it is: strict
     gates are fitted by their thresholds alone.
