@@ -454,7 +454,7 @@ class Recipe(Closed):
 
     @property
     def output_gate(self) -> bool:
-        """Whether GRUs get an output gate; docs/decisions/019-output-gate.md."""
+        """Whether GRUs get an output gate; docs/decisions/027-output-gate.md."""
         return self.budget.counts if self.gates.output == "auto" else self.gates.output
 
     @property

@@ -73,7 +73,7 @@ CELLS: dict[str, CellKind] = {
         # r multiplies U_n h + b_hn (PyTorch, cuDNN). z = 1 keeps h.
         CellKind("gru", gates=(GateSpec("r", ("hi",)), GateSpec("z", ("lo",), maximum=1.0)), states=("h",), candidate_bias_hh=True),
         # The same with an output gate: c is its memory, h = o⊙c what its own gates and all others read. No file has it; a GRU becomes one
-        # where density is wanted (docs/decisions/019-output-gate.md).
+        # where density is wanted (docs/decisions/027-output-gate.md).
         CellKind(
             "gru_output",
             gates=(GateSpec("r", ("hi",)), GateSpec("z", ("lo",), maximum=1.0), GateSpec("o", ("hi",))),
