@@ -388,6 +388,8 @@ def progress_bar(json_out: bool):
 def describe(now: dict[str, Any]) -> str:
     """The line beside the bar: the metric with hard gates, temperature, slope."""
     hard = "…" if now["hard"] is None else f"{now['hard']:.4f}"
+    if "trying_rate" in now:
+        return f"short run at learning rate {now['trying_rate']:g}  loss {now['loss']:.4f}"
     return f"{now['metric']} (hard gates) {hard}  τ {now['temperature']:.2f}  slope {now['slope']:.2f}  loss {now['loss']:.4f}"
 
 
@@ -410,10 +412,14 @@ def _json_report(now: dict[str, Any]) -> None:
 
 
 def _plain_report() -> Callable[[dict[str, Any]], None]:
-    """Every tenth of the way one line."""
+    """Every tenth of the way one line, of a short run its last."""
     last = [(1, -1)]  # training, tenth
 
     def report(now: dict[str, Any]) -> None:
+        if "trying_rate" in now:
+            if now["step"] == now["steps"]:
+                click.echo(f"step {now['step']}/{now['steps']}  {describe(now)}", err=True)
+            return
         at = (now.get("training", 1), 10 * now["step"] // now["steps"])
         if at > last[0]:
             if at[0] > last[0][0]:
@@ -444,5 +450,7 @@ def _rich_bar():
 
 def short(now: dict[str, Any]) -> str:
     """`describe` for the bar."""
+    if "trying_rate" in now:
+        return f"short run, rate {now['trying_rate']:g} loss {now['loss']:.3f}"
     hard = "…" if now["hard"] is None else f"{now['hard']:.4f}"
     return f"hard {hard} τ {now['temperature']:.2f} slope {now['slope']:.2f} loss {now['loss']:.3f}"

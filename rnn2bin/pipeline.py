@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from rnn2bin import data, evaluation, loaders, machine, measure, pack, processes, recipe_yaml, signals, storage, student, tasks
 from rnn2bin.cells.network import Network, teacher_network
-from rnn2bin.distill import calibrate, sampling
+from rnn2bin.distill import calibrate, rate, sampling
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import BudgetError, DataError, InterruptedRunError, ResourceError, UnsupportedError, UsageError
@@ -166,7 +166,7 @@ def check_out(out: Path, *, force: bool) -> None:
 
 
 STAMP, FLOAT_CONTROL = "job.json", "float"
-OURS = (STAMP, STAMP + ".part", FLOAT_CONTROL)  # in a work folder, beside checkpoints and the trainings of a search
+OURS = (STAMP, STAMP + ".part", FLOAT_CONTROL)  # in a work folder, beside checkpoints, short runs and the trainings of a search
 
 
 def check_work(out: Path, job_key: str, *, resume: bool, force: bool) -> Path:
@@ -192,7 +192,7 @@ def _stamp(work: Path) -> str | None:
     """The key of the conversion whose checkpoints lie in `work`; None where there is none to go on with. UsageError for anything else."""
     if not work.exists():
         return None
-    ours = lambda name: name in OURS or name.startswith(("checkpoint-", "rung-"))
+    ours = lambda name: name in OURS or name.startswith(("checkpoint-", "rung-", rate.FOLDER))
     if not work.is_dir() or not all(ours(path.name) for path in work.iterdir()):
         raise UsageError(f"{work}: checkpoints would go here, but it holds something else; move it, or choose another --out")
     try:
@@ -311,7 +311,7 @@ def _convert(
         from rnn2bin.search import descent
 
         network, trained, searched = descent.descend(job, network, trained, work, resume=resume, report=progress)
-    fine_tuned = _float_control(job, work, steps=trained.steps, resume=resume) if recipe.report.float_same_compute else None
+    fine_tuned = _float_control(job, work, trained=trained, resume=resume) if recipe.report.float_same_compute else None
     seconds = trained.seconds_before + time.perf_counter() - began
     network.eval()
 
@@ -334,19 +334,13 @@ def distil(
 ) -> tuple[Network, distiller.Trained]:
     """The student, calibrated and trained by the job's recipe; checkpoints lie in `work`."""
     network = student.of_recipe(job.teacher, job.recipe) if network is None else network
-    calibrate.calibrate(network, job.teacher, job.task, distiller.calibration_batches(job.parts.train, job.recipe, job.task))
-    trained = distiller.train(
-        network,
-        job.teacher,
-        task=job.task,
-        recipe=job.recipe,
-        train=job.parts.train,
-        valid=job.parts.valid,
-        out=work,
-        resume=resume,
-        report=progress,
-    )
-    return network, trained
+    recipe, tried = job.recipe, tuple[distiller.Tried, ...]()
+    calibrate.calibrate(network, job.teacher, job.task, distiller.calibration_batches(job.parts.train, recipe, job.task))
+    given: dict[str, Any] = {"task": job.task, "train": job.parts.train, "valid": job.parts.valid, "resume": resume, "report": progress}
+    if rate.wanted(recipe):
+        recipe, tried = rate.find(network, job.teacher, recipe=recipe, out=work, **given)
+    trained = distiller.train(network, job.teacher, recipe=recipe, out=work, **given)
+    return network, replace(trained, tried=tried)
 
 
 def command_of(source: str | Path, given: Any) -> dict[str, Any]:
@@ -360,11 +354,13 @@ def made(folder: Path, recipe: Recipe) -> dict[str, Any]:
     return {"model_sha256": storage.sha256(folder / pack.WEIGHTS), "machine": machine.computing(recipe.train.precision)}
 
 
-def _float_control(job: Job, work: Path, *, steps: int, resume: bool) -> Network:
+def _float_control(job: Job, work: Path, *, trained: distiller.Trained, resume: bool) -> Network:
     """The float network, fine-tuned with the same data, losses and steps: what of the student's metric is plain further training."""
     recipe = job.recipe.model_copy(update={"budget": Budget()})  # nor the rate that a budget brings: it would only harm
+    if trained.tried:
+        recipe = rate.with_rate(recipe, trained.rate)
     if recipe.searched:  # as long as all the trainings behind the student together
-        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})})
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": trained.steps})})
     network = Network(job.teacher.spec)
     network.load_state_dict(job.teacher.state_dict())
     folder = work / FLOAT_CONTROL
@@ -434,6 +430,8 @@ def write_report(
         "tokens_per_second": trained.tokens / seconds,
         "teacher_tokens_per_second": teacher_speed(job),
         "binarized": trained.binarized,
+        "learning_rate": trained.rate,
+        "tried_rates": [asdict(one) for one in trained.tried],
     }
     report["size"] = evaluation.sizes(job.loaded.provenance["bytes"], folder)
     report["training"] = [vars(point) for point in trained.history]
@@ -519,7 +517,7 @@ def evaluate_files(source: str | Path, packed: str | Path, *, data: Any = None) 
     model = evaluation.load_model(Path(packed))
     recipe = recipe_yaml.read(Path(packed) / "recipe.yaml")
     job = _evaluation_job(source, recipe, data, read_config(Path(packed)), readout=model.spec.main.readout)
-    if student.with_copies(model.spec, 1) != job.teacher.spec:
+    if model.spec.floating != job.teacher.spec:
         raise UsageError(f"{packed}: was not made from a network of this shape; give the source file it was converted from")
     soft = distiller.soft_mode_at(recipe.gates, 1.0)
     report, _ = evaluation.evaluate_parts(

@@ -19,7 +19,7 @@ import torch
 
 from rnn2bin import data, student, tasks
 from rnn2bin.cells.network import Network, State
-from rnn2bin.distill import calibrate, losses
+from rnn2bin.distill import calibrate, losses, rate
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import ResourceError
@@ -180,13 +180,13 @@ class Disk:
 
 def disk_of(job: Any, network: Network, out: Path) -> Disk:
     control, searched = job.recipe.report.float_same_compute, search_of(job.recipe)
-    beside = int(control) + (searched["trainings_at_most"] if searched else 0)
+    beside = int(control) + (searched["trainings_at_most"] if searched else 0) + rate.AT_MOST * rate.wanted(job.recipe)
     return space(out, packed=packed_bytes(job, network), checkpoint=checkpoint_bytes(network, job.recipe), beside=beside)
 
 
 def space(out: Path, *, packed: int, checkpoint: int, beside: int) -> Disk:
     """Checkpoints and the packed directory, at the moment when most lies there; less what an interrupted run left. `beside`: trainings
-    (the float control, those of a search) whose last checkpoints lie beside the student's."""
+    (the float control, those of a search, short runs for the rate) whose last checkpoints lie beside the student's."""
     from rnn2bin import pipeline
 
     work = pipeline.work_folder(out)
@@ -267,9 +267,10 @@ def time_of(job: Any, network: Network, preparing: float) -> Plan:
     control = total(recipe.train.steps) if recipe.report.float_same_compute else 0.0
     searched = search_of(recipe)
     further = searched["trainings_at_most"] * total(searched["steps"]) if searched else 0.0
+    short = rate.steps(recipe) * per_update + per_measurement if rate.wanted(recipe) else 0.0
     return {
-        "seconds": once + total(recipe.train.steps) + control,
-        "seconds_at_most": once + total(recipe.max_steps) + further + control,
+        "seconds": once + rate.USUAL * short + total(recipe.train.steps) + control,
+        "seconds_at_most": once + rate.AT_MOST * short + total(recipe.max_steps) + further + control,
         "seconds_per_step": per_update,
         "seconds_per_measurement": per_measurement,
         "seconds_report": report,

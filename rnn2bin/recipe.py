@@ -391,7 +391,9 @@ class Train(Closed):
     window: Count = Field(64, description="steps of truncated backpropagation; longer inputs carry their state")
     accumulation: Count = Field(1, description="batches a weight update is averaged over")
     learning_rate: Positive | Literal["auto"] = Field(
-        "auto", description="auto: 0.001; 0.016 with a density budget, which moves gates far from where the teacher has them"
+        "auto",
+        description="auto: the best of a few short runs; 0.016 with a density budget, which moves gates far from where the teacher has "
+        "them; 0.001 in runs of less than 500 steps and for modules",
     )
     final_learning_rate: Share = Field(0.02, description="share of the learning rate left at the end (cosine)")
     warmup: Share = Field(0.02, description="share of the steps over which the learning rate rises")
@@ -447,7 +449,7 @@ class Recipe(Closed):
 
     @property
     def learning_rate(self) -> float:
-        """The highest rate of the run; docs/decisions/014-density-rate.md and 018-default-rate.md."""
+        """The highest rate of the run, where none is looked for; docs/decisions/014-density-rate.md, 018-default-rate.md, 028-rate.md."""
         if self.train.learning_rate != "auto":
             return self.train.learning_rate
         return 1e-3 if self.budget.density is None else 1.6e-2

@@ -398,7 +398,7 @@ def test_a_carried_state_survives_its_file():
     state = [[(torch.randn(2, 3), torch.randn(2, 4))], [(torch.randn(2, 3), torch.randn(2, 4))]]
     layers = (LayerSpec("lstm", 1, 4, proj_size=3),) * 2
     for carried in ((state, None), (None, None), (state, state)):
-        again = trainer.unflatten_state(trainer.flatten_state(carried), layers)
+        again = trainer.unflatten_state(trainer.flatten_state(carried), layers, layers)
         assert str(again) == str(carried)
 
 

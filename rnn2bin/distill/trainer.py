@@ -34,6 +34,7 @@ from rnn2bin.gates import schedules
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
 from rnn2bin.measure import Candidate, compare
 from rnn2bin.recipe import Gates, Recipe
+from rnn2bin.spec import LayerSpec
 
 SELECTION_SEQUENCES = 1024  # the validation part is cut to these for the measurements during training
 SELECTION_TOKENS = 65_536
@@ -70,8 +71,17 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A short run: its rate and the hard metric at its end, None where it diverged."""
+
+    rate: float
+    metric: float | None
+
+
+@dataclass(frozen=True)
 class Trained:
-    """What training leaves: the points measured, the mode the chosen checkpoint's soft gates ran in, and counts."""
+    """What training leaves: the points measured, the mode the chosen checkpoint's soft gates ran in, and counts; its rate of learning, and
+    the short runs by which that was chosen."""
 
     history: list[Point]
     soft_mode: Discretize
@@ -79,6 +89,8 @@ class Trained:
     best_step: int
     tokens: int
     binarized: bool
+    rate: float
+    tried: tuple[Tried, ...] = ()
     seconds_before: float = field(default=0.0, compare=False)  # that earlier processes spent on the steps this one went on from
 
 
@@ -396,7 +408,7 @@ class DistillTrainer(AnnealTrainer):
         self.price = budgets.Price(**json.loads((folder / "price.json").read_text()))
         rows = load_file(folder / "carried.safetensors", device=str(self.args.device))
         rows = {name: share(tensor, processes.rank(), processes.count()) for name, tensor in rows.items()}
-        self.carried = unflatten_state(rows, self.task.spec.entry.layers)
+        self.carried = unflatten_state(rows, self.teacher.spec.entry.layers, self.student().spec.entry.layers)
 
 
 def training_walk(recipe: Recipe) -> Walk:
@@ -558,7 +570,14 @@ def fit(trainer: AnnealTrainer, *, resume: bool = False, report: Callable[[dict[
     at = next(p for p in trainer.history if p.step == trainer.best_step)
     soft = FLOAT if trainer.float_student else soft_mode_at(trainer.recipe.gates, at.progress)
     return Trained(
-        trainer.history, soft, trainer.history[-1].step, at.step, trainer.tokens, trainer.binarized, seconds_before=trainer.seconds_before
+        trainer.history,
+        soft,
+        trainer.history[-1].step,
+        at.step,
+        trainer.tokens,
+        trainer.binarized,
+        trainer.recipe.learning_rate,
+        seconds_before=trainer.seconds_before,
     )
 
 
@@ -592,8 +611,10 @@ def joined(carried: list[tuple[State | None, State | None]]) -> tuple[State | No
     return of([one[0] for one in carried]), of([one[1] for one in carried])
 
 
-def unflatten_state(tensors: dict[str, Tensor], layers: tuple[Any, ...]) -> tuple[State | None, State | None]:
-    def of(who: str) -> State | None:
+def unflatten_state(
+    tensors: dict[str, Tensor], teacher: tuple[LayerSpec, ...], student: tuple[LayerSpec, ...]
+) -> tuple[State | None, State | None]:
+    def of(who: str, layers: tuple[LayerSpec, ...]) -> State | None:
         if not any(name.startswith(who) for name in tensors):
             return None
         return [
@@ -601,4 +622,4 @@ def unflatten_state(tensors: dict[str, Tensor], layers: tuple[Any, ...]) -> tupl
             for i, layer in enumerate(layers)
         ]
 
-    return of("teacher"), of("student")
+    return of("teacher", teacher), of("student", student)

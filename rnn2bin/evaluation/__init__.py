@@ -59,7 +59,7 @@ class Watch:
     def _histogram(self, into: dict[tuple[str, str], Tensor], out: Output, mode: Discretize) -> None:
         for prefix, cell, pre, lengths in self._cells(out):
             real = pre if lengths is None else pre[valid_steps(lengths, pre.shape[0])[..., 0]]
-            for k, gate in enumerate(cell.layer.kind.gate_names):
+            for k, gate in enumerate(cell.layer.kind.gate_names[: real.shape[-2]]):  # the teacher's may be fewer
                 values = sample(cell.modes(mode)[k], real[..., k, :]).float().cpu()
                 counts = torch.histc(values, BINS, 0.0, 1.0)
                 into[prefix, gate] = into.get((prefix, gate), torch.zeros(BINS)) + counts

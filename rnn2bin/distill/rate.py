@@ -1,0 +1,91 @@
+"""The rate of learning that a network wants, found by short runs of the whole anneal (docs/decisions/028-rate.md).
+
+What a rate does depends on the network more than on anything a recipe could say: a converged one is harmed by the rate that another needs
+to get anywhere. A short run, annealed and decayed to its end, orders rates as the long one does. Each starts from the same calibrated
+student and is measured as checkpoints are, on the validation part with hard gates.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rnn2bin import tasks
+from rnn2bin.cells.network import Network
+from rnn2bin.data import Part
+from rnn2bin.distill import trainer
+from rnn2bin.distill.trainer import Tried
+from rnn2bin.errors import DivergedError
+from rnn2bin.recipe import Recipe
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+SHARE, FEWEST, MOST = 1 / 40, 50, 200  # steps of a short run: of the conversion's, and bounds
+SHORTEST = 500  # a conversion of fewer steps is not worth them: it takes the default
+USUAL, AT_MOST = 3, 4  # short runs
+FOLDER = "rate-"  # before the rate: where a short run's checkpoint lies
+
+
+def wanted(recipe: Recipe) -> bool:
+    """Whether the rate is to be looked for: where the recipe leaves it open, and no budget says it (decision 014)."""
+    return recipe.train.learning_rate == "auto" and recipe.budget.density is None and recipe.train.steps >= SHORTEST
+
+
+def steps(recipe: Recipe) -> int:
+    """Of one short run."""
+    return min(max(round(SHARE * recipe.train.steps), FEWEST), MOST)
+
+
+def with_rate(recipe: Recipe, rate: float) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": rate})})
+
+
+def climb(measure: Callable[[float], float], rates: tuple[float, ...] = RATES, *, first: int = 2) -> dict[float, float]:
+    """From `rates[first]` down while that is better, else up while that is: what was measured, in that order; more is better."""
+    found = {first: measure(rates[first])}
+    for way in (-1, 1):
+        at = first
+        while 0 <= (new := at + way) < len(rates):
+            found[new] = measure(rates[new])
+            if found[new] <= found[at]:
+                break
+            at = new
+        if at != first:
+            break
+    return {rates[at]: value for at, value in found.items()}
+
+
+def find(
+    student: Network,
+    teacher: Network,
+    *,
+    task: tasks.Task,
+    recipe: Recipe,
+    train: Part,
+    valid: Part,
+    out: Path,
+    resume: bool = False,
+    report: Callable[[dict[str, Any]], None] | None = None,
+) -> tuple[Recipe, tuple[Tried, ...]]:
+    """The recipe with the best rate, and what was tried; `student` is calibrated, and stays as it is. Raises as `trainer.train` does, but
+    for a rate at which training diverges: that one is out."""
+    count, sign = steps(recipe), 1 if task.higher_is_better else -1
+    short = recipe.train.model_copy(update={"steps": count, "max_steps": count, "evaluate_every": count})
+
+    metrics: dict[float, float | None] = {}
+
+    def measure(rate: float) -> float:
+        one = with_rate(recipe.model_copy(update={"train": short}), rate)
+        watch = report and (lambda now: report(now | {"trying_rate": rate}))
+        folder, network = out / f"{FOLDER}{rate:g}", copy.deepcopy(student)
+        try:
+            run = trainer.train(network, teacher, task=task, recipe=one, train=train, valid=valid, out=folder, resume=resume, report=watch)
+        except DivergedError:
+            metrics[rate] = None
+            return float("-inf")
+        metrics[rate] = run.history[-1].hard
+        return sign * run.history[-1].hard
+
+    found = climb(measure)
+    return with_rate(recipe, max(found, key=lambda rate: found[rate])), tuple(Tried(*one) for one in metrics.items())

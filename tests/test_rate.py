@@ -1,0 +1,111 @@
+"""The rate of learning that a conversion finds for itself: which rates are tried, what is taken, that nothing but validation decides."""
+
+import pytest
+import torch
+
+from rnn2bin import data, pipeline, student, tasks
+from rnn2bin.cells.network import Network, teacher_network
+from rnn2bin.distill import rate, trainer
+from rnn2bin.errors import DivergedError
+from rnn2bin.recipe import Recipe
+from rnn2bin.spec import LayerSpec, LinearSpec, RnnSpec, SectionSpec
+
+RATES = (1.0, 2.0, 3.0, 4.0, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "tried"),
+    [
+        ((0, 1, 2, 1, 0), (3, 2, 4)),  # the first is best
+        ((1, 3, 2, 9, 9), (3, 2, 1)),  # lower is better: higher ones are not asked for
+        ((5, 4, 3, 2, 1), (3, 2, 1)),
+        ((0, 1, 2, 3, 4), (3, 2, 4, 5)),
+        ((2, 2, 2, 2, 2), (3, 2, 4)),  # as good is no reason to go on
+        ((0, float("-inf"), 1, float("-inf"), 9), (3, 2, 4)),
+    ],
+)
+def test_the_climb_goes_on_while_it_gets_better(values, tried):
+    found = rate.climb(lambda one: values[int(one) - 1], RATES)
+    assert tuple(found) == tried
+    assert all(value == values[int(one) - 1] for one, value in found.items())
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, True),
+        ({"train": {"learning_rate": 0.01}}, False),
+        ({"budget": {"density": 0.3}}, False),
+        ({"budget": {"price": 0.3}}, True),
+        ({"train": {"steps": rate.SHORTEST - 1}}, False),
+        ({"train": {"steps": rate.SHORTEST}}, True),
+    ],
+)
+def test_when_it_is_looked_for(given, wanted):
+    assert rate.wanted(Recipe(**given)) is wanted
+
+
+@pytest.mark.parametrize(("steps", "short"), [(500, 50), (4000, 100), (100_000, 200)])
+def test_short_runs_are_a_share_of_the_long_one(steps, short):
+    assert rate.steps(Recipe(train={"steps": steps})) == short
+
+
+def job(tmp_path) -> dict:
+    spec = RnnSpec({"main": SectionSpec((LayerSpec("gru", 3, 6),), head=(LinearSpec(6, 4),), readout="last")})
+    torch.manual_seed(0)
+    teacher = teacher_network(spec, {name: torch.randn_like(t) for name, t in Network(spec).state_dict().items()})
+    part = lambda n, seed: data.Part(torch.randn(n, 5, 3, generator=torch.Generator().manual_seed(seed)))
+    recipe = Recipe(train={"steps": 500, "batch_size": 8, "precision": "float32"})
+    task = tasks.resolve(recipe, spec, part(4, 1))
+    parts = {"train": tasks.settled(task, part(64, 2)), "valid": tasks.settled(task, part(32, 3))}
+    return {"student": student.of_recipe(teacher, recipe), "teacher": teacher, "task": task, "recipe": recipe, "out": tmp_path, **parts}
+
+
+def test_the_best_of_real_short_runs_is_taken_and_the_student_stays(tmp_path):
+    given = job(tmp_path)
+    network, seen = given.pop("student"), []
+    before = {name: t.clone() for name, t in network.state_dict().items()}
+    recipe, tried = rate.find(network, given.pop("teacher"), report=seen.append, **given)
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+    sign = 1 if given["task"].higher_is_better else -1
+    assert recipe.learning_rate == max(tried, key=lambda one: sign * one.metric).rate
+    assert len({one.metric for one in tried}) > 1
+    assert {now["trying_rate"] for now in seen} == {one.rate for one in tried}
+    assert {now["steps"] for now in seen} == {50}
+    assert recipe.model_copy(update={"train": given["recipe"].train}) == given["recipe"]
+
+
+def test_what_was_run_is_taken_up_again(tmp_path, monkeypatch):
+    given = job(tmp_path)
+    network, teacher = given.pop("student"), given.pop("teacher")
+    first = rate.find(network, teacher, **given)
+    monkeypatch.setattr(trainer.DistillTrainer, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert rate.find(network, teacher, resume=True, **given) == first
+
+
+def test_a_rate_that_diverges_is_out(tmp_path, monkeypatch):
+    given = job(tmp_path)
+    train = trainer.train
+
+    def diverges(*args, recipe, **kwargs):
+        if recipe.learning_rate > 5e-4:
+            raise DivergedError("the loss is nan")
+        return train(*args, recipe=recipe, **kwargs)
+
+    monkeypatch.setattr(trainer, "train", diverges)
+    recipe, tried = rate.find(given.pop("student"), given.pop("teacher"), **given)
+    assert recipe.learning_rate <= 5e-4
+    assert tried[0] == trainer.Tried(1e-3, None)
+
+
+def test_a_conversion_finds_and_reports_it(tmp_path):
+    torch.manual_seed(0)
+    torch.save(torch.nn.GRU(3, 6).state_dict(), tmp_path / "gru.pt")
+    torch.save({"inputs": torch.randn(80, 5, 3)}, tmp_path / "data.pt")
+    knobs = ["train.steps=500", "train.max_steps=500", "train.evaluate_every=250", "train.batch_size=8", "report.controls=false"]
+    result = pipeline.convert(tmp_path / "gru.pt", data=tmp_path / "data.pt", out=tmp_path / "out", overrides=knobs)
+    cost = result.report["cost"]
+    assert cost["learning_rate"] in {one["rate"] for one in cost["tried_rates"]}
+    assert cost["steps"] == 500
+    assert len(cost["tried_rates"]) in (3, 4)
+    assert not (tmp_path / "out.work").exists()
