@@ -338,8 +338,8 @@ class Budget(Closed):
 
     density: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None,
-        description="wanted share of the layers' weights read at a step, about 0.01 is missed; a GRU without an output gate is counted by its "
-        "changed units",
+        description="wanted share of the layers' weights read at a step, about 0.01 is missed; a GRU without an output gate is counted "
+        "by its changed units",
     )
     until: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="share of the run after which `density` is reached")
     price: NotNegative = Field(
