@@ -1,0 +1,62 @@
+"""Cells as loops in NumPy, written from the papers' equations and not from the oracle: one sequence, one copy, float64.
+
+A reference is made of a direction's weights by name and the hidden size; it is called with x (I,), the states and what a gate makes of a
+pre-activation, and gives the new states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+Reference = Callable[[Array, list[Array], Callable[[Array], Array]], list[Array]]
+
+
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+def _blocks(w: dict[str, Array], name: str, hidden: int) -> list[Array]:
+    return [w[name][k : k + hidden] for k in range(0, len(w[name]), hidden)]
+
+
+def peephole_full(w: dict[str, Array], hidden: int) -> Reference:
+    (wi, wf, wo), (ui, uf, uo), (bi, bf, bo), (pi, pf, po) = (
+        _blocks(w, f"gates.{n}", hidden) for n in ("weight_ih", "weight_hh", "bias", "peephole")
+    )
+
+    def step(x: Array, state: list[Array], gate: Callable[[Array], Array]) -> list[Array]:
+        h, c = state
+        i = gate(wi @ x + ui @ h + pi @ c + bi)
+        f = gate(wf @ x + uf @ h + pf @ c + bf)
+        c = f * c + i * np.tanh(w["candidate.weight_ih"] @ x + w["candidate.weight_hh"] @ h + w["candidate.bias"])
+        o = gate(wo @ x + uo @ h + po @ c + bo)
+        return [o * np.tanh(c), c]
+
+    return step
+
+
+def one_gate(kind: str) -> Callable[[dict[str, Array], int], Reference]:
+    def of(w: dict[str, Array], hidden: int) -> Reference:
+        def step(x: Array, state: list[Array], gate: Callable[[Array], Array]) -> list[Array]:
+            (h,) = state
+            new = np.tanh(w["candidate.weight_ih"] @ x + w["candidate.weight_hh"] @ h + w["candidate.bias"])
+            if kind == "vanilla":
+                return [new]
+            f = gate(w["gates.weight_ih"] @ x + w["gates.weight_hh"] @ h + w["gates.bias"])
+            return [f * h + (1 - f) * new] if kind == "minimal" else [h + f * new]
+
+        return step
+
+    return of
+
+
+REFERENCES: dict[str, Callable[[dict[str, Array], int], Reference]] = {
+    "lstm_peephole_full": peephole_full,
+    "rnn": one_gate("vanilla"),
+    "rnn_minimal": one_gate("minimal"),
+    "rnn_residual": one_gate("residual"),
+}
