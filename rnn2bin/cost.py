@@ -21,6 +21,7 @@ from rnn2bin.spec import DIRECTIONS, SectionSpec
 from rnn2bin.tasks import Prepared
 
 Bits = Callable[[Tensor], Tensor]  # pre-activations -> 1[pre > 0]
+_NEVER = -1e9  # a pre-activation that opens nothing
 _LEAST = torch.finfo(torch.float32).tiny
 
 
@@ -249,13 +250,24 @@ class _Look:
             return self.read.closed_and_open(gate, other, self.bit).double()
         return self.closes(gate) if first else self.opens(other)
 
+    def _copies(self, state: int) -> Tensor:
+        """Whether a state is not zero, (T,B,layers,copies,H)."""
+        layer = self.read.cell.layer
+        copies = layer.copies if layer.kind.states[state] == "c" or not layer.kind.has_cell else 1
+        return (self.read.trace.states[state] != 0).unflatten(-1, (-1, copies, self.hidden))
+
     def after(self, state: int) -> Tensor:
-        values = self.read.trace.states[state] != 0
-        copies = self.read.cell.layer.copies if self.read.cell.layer.kind.states[state] == "c" or not self.read.cell.layer.kind.has_cell else 1
-        return values.unflatten(-1, (-1, copies, self.hidden)).any(-2).flatten(2).double()
+        return self._copies(state).any(-2).flatten(2).double()
 
     def before(self, state: int) -> Tensor:
         return _before(self.after(state), 0 if self.read.rested else 1)
+
+    def reads(self, gate: int, state: int) -> Tensor:
+        if not self.read.cell.binary[gate]:
+            return self.before(state)
+        there = _before(self._copies(state).double(), 0 if self.read.rested else 1)[:, :, 0] > 0
+        pre = self.read.trace.pre[:, :, gate].unflatten(-1, (-1, self.hidden))
+        return self.bit(pre.masked_fill(~there, _NEVER).amax(-2)).double()
 
 
 def _declared(read: Read, bit: Bits) -> Count:

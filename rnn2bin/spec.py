@@ -126,6 +126,11 @@ CELLS: dict[str, CellKind] = {
         CellKind("rnn_minimal", "rnn", (GateSpec("f", ("lo",), maximum=1.0),), ("h",)),
         # h = h + f φ(…): f = 0 keeps h.
         CellKind("rnn_residual", "rnn", (GateSpec("f", ("hi",)),), ("h",)),
+        # On the way from an RNN to the LSTM (R2RT 2016): differences 1, 2, 3 of cells/memory.py, all of which make the LSTM.
+        CellKind("prototype", "memory", _LSTM_GATES, ("h",)),
+        CellKind("prototype_normalized", "memory", _LSTM_GATES, ("h",)),
+        *(CellKind(f"pseudo{which}", "memory", _LSTM_GATES, ("h", "c")) for which in ("", "_2", "_3", "_13", "_23", "_123")),
+        *(CellKind(f"pseudo{which}", "memory", _LSTM_GATES, ("h", "c", "r")) for which in ("_1", "_12")),
     )
 }
 MOST_DEPTH = 9  # layers within a step: their numbers in gates' names have one digit

@@ -54,9 +54,49 @@ def one_gate(kind: str) -> Callable[[dict[str, Array], int], Reference]:
     return of
 
 
+def memory(kind: str) -> Callable[[dict[str, Array], int], Reference]:
+    """Each cell as it is told in "Written Memories", not as switches: which vector each part reads is written out."""
+
+    def of(w: dict[str, Array], hidden: int) -> Reference:
+        (wi, wf, wo), (ui, uf, uo), (bi, bf, bo) = (_blocks(w, f"gates.{n}", hidden) for n in ("weight_ih", "weight_hh", "bias"))
+        phi = np.tanh
+
+        def step(x: Array, state: list[Array], gate: Callable[[Array], Array]) -> list[Array]:
+            candidate = lambda read: phi(w["candidate.weight_ih"] @ x + w["candidate.weight_hh"] @ read + w["candidate.bias"])
+            input_of, forget_of, output_of = (
+                lambda v, w_=w_, u_=u_, b_=b_: gate(w_ @ x + u_ @ v + b_) for w_, u_, b_ in ((wi, ui, bi), (wf, uf, bf), (wo, uo, bo))
+            )
+            if kind.startswith("prototype"):
+                (s,) = state
+                i, f, o = input_of(s), forget_of(s), output_of(s)
+                s = f * s + i * candidate(o * s)
+                return [s / np.sqrt(((s - s.mean()) ** 2).mean() + 1)] if kind == "prototype_normalized" else [s]
+            differences = kind.partition("_")[2]
+            s = state[1]
+            if "1" in differences:
+                shadow = state[0] if "3" in differences else state[2]
+                looked = shadow if "2" in differences else phi(s)
+                i, f, o = input_of(looked), forget_of(looked), output_of(looked)
+                s = f * s + i * candidate(shadow)
+            else:
+                o = output_of(phi(s))
+                looked = o * phi(s) if "2" in differences else phi(s)
+                i, f = input_of(looked), forget_of(looked)
+                s = f * s + i * candidate(o * phi(s))
+            out = o * phi(s) if "3" in differences else phi(s)
+            return [out, s, o * phi(s)] if differences in ("1", "12") else [out, s]
+
+        return step
+
+    return of
+
+
+MEMORIES = ("prototype", "prototype_normalized", "pseudo", *(f"pseudo_{d}" for d in ("1", "2", "3", "12", "13", "23", "123")))
+
 REFERENCES: dict[str, Callable[[dict[str, Array], int], Reference]] = {
     "lstm_peephole_full": peephole_full,
     "rnn": one_gate("vanilla"),
     "rnn_minimal": one_gate("minimal"),
     "rnn_residual": one_gate("residual"),
+    **{name: memory(name) for name in MEMORIES},
 }

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy_cells import REFERENCES, Reference, sigmoid
+from numpy_cells import MEMORIES, REFERENCES, Reference, sigmoid
 from test_runtime_native import both, built, filled, flat
 from tolerances import assert_close
+from torch.nn.utils.stateless import _reparametrize_module
 
 from rnn2bin import tasks
 from rnn2bin.cells.network import EQUATIONS, Network, walk, zero_state
@@ -99,7 +100,7 @@ def test_gradients_in_float64(name, depth):
 
     def run(x, *rest):
         own = dict(zip(names, rest[len(state) :], strict=True))
-        with torch.nn.utils.stateless._reparametrize_module(cell, own):
+        with _reparametrize_module(cell, own):
             trace = run_cell(cell, x, rest[: len(state)], Discretize("sigmoid", temperature=0.7))
         return (*trace.states, trace.pre)
 
@@ -193,8 +194,9 @@ def test_a_stream_agrees_exactly_with_a_call(name, depth, tmp_path):
 @pytest.mark.parametrize("more", [{}, {"tokens": True}, {"copies": 3}, {"soft": ("o", "z", "f", "g", "t")}], ids=str)
 @every
 def test_weights_touched_are_what_density_counts(name, depth, more, tmp_path):
-    """From states without a zero; densities count the first step as whole."""
-    network = network_of(name, depth=depth, head=False, levels="strict", scale=0.25, **with_soft(name, depth, more))
+    """From states without a zero; densities count the first step as whole. An LSTM's columns are counted by o: learned levels keep c from 0."""
+    levels = "learned" if CELLS[name].is_lstm else "strict"
+    network = network_of(name, depth=depth, head=False, levels=levels, scale=0.25, **with_soft(name, depth, more))
     network.spec = RnnSpec(network.spec.sections)
     _, ours = both(network, tmp_path, compute="fp16")
     x = inputs_of(network, batch=1)
@@ -216,6 +218,22 @@ def test_weights_touched_are_what_density_counts(name, depth, more, tmp_path):
     assert dense == T * sum(a * b for a, b in weights.values())
     if network.spec.main.layers[0].kind.gates and "soft" not in more:
         assert total < dense
+
+
+@pytest.mark.parametrize("mode", [FLOAT, BINARY], ids=["float", "binary"])
+def test_all_three_differences_are_the_lstm(mode):
+    cell, lstm = (make_cell(layer_of(name, hidden=7), binary=mode is BINARY) for name in ("pseudo_123", "lstm"))
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    for ours, theirs in zip(*(walk(c, x, zero_state(c.layer, B, x), mode).states for c in (cell, lstm)), strict=True):
+        assert_close(ours, theirs)
+
+
+def test_each_set_of_differences_is_a_cell_of_its_own():
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    outs = [
+        walk(c, x, zero_state(c.layer, B, x), FLOAT).states[0] for c in (make_cell(layer_of(n, hidden=7), binary=False) for n in MEMORIES)
+    ]
+    assert all((a - b).abs().max() > 1e-3 for k, a in enumerate(outs) for b in outs[:k])
 
 
 def test_every_new_cell_says_what_it_reads():

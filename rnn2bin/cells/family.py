@@ -36,6 +36,9 @@ class Look(Protocol):
     def closes_and_opens(self, gate: int, other: int) -> Tensor:
         """1 (T,B,H) where any copy of a unit closes `gate` and opens `other`, soft ones doing both."""
 
+    def reads(self, gate: int, state: int) -> Tensor:
+        """1 (T,B,H) where any copy of a unit opens this gate and its own state is not zero before the step."""
+
     def before(self, state: int) -> Tensor:
         """1 (T,B,·) where a state is not zero in any copy before the step."""
 

@@ -138,6 +138,11 @@ class Cell(nn.Module):
         """`gates`, `candidate` or `projection`."""
         return self.get_submodule(name)  # type: ignore[return-value]
 
+    def tensor(self, name: str) -> Tensor:
+        """A weight by its name of `LayerSpec.tensors`."""
+        part, leaf = name.split(".")
+        return getattr(self.part(part), leaf)
+
     def _add_levels(self, *, learned: bool) -> None:
         gates, hidden = self.layer.kind.gates, self.layer.width
         self.levels = Tensors()
@@ -151,7 +156,7 @@ class Cell(nn.Module):
 
     def matrices(self) -> dict[str, Tensor]:
         """The cell's matrices by name, on their grids where they have any."""
-        found: dict[str, Tensor] = {name: self.get_parameter(name) for name, shape in self.layer.tensors().items() if len(shape) == 2}
+        found = {name: self.tensor(name) for name, shape in self.layer.tensors().items() if len(shape) == 2}
         if self.grid == "none":
             return found
         for names in self._rows(found):
@@ -171,7 +176,7 @@ class Cell(nn.Module):
         return rows + [[name] for name in rest]
 
     def weights(self) -> CellWeights:
-        tensors = {name: self.get_parameter(name) for name in self.layer.tensors()} | self.matrices()
+        tensors = {name: self.tensor(name) for name in self.layer.tensors()} | self.matrices()
         none = tensors["candidate.bias"].new_zeros(0)
         return CellWeights(
             tensors.get("gates.weight_ih", none),

@@ -23,6 +23,16 @@ static const cell_kind CELLS[] = {
     {"rnn", STEP_RNN, "", "", "h", .variant = RNN_VANILLA},
     {"rnn_minimal", STEP_RNN, "f", "l", "h", .variant = RNN_MINIMAL},
     {"rnn_residual", STEP_RNN, "f", "h", "h", .variant = RNN_RESIDUAL},
+    {"prototype", STEP_MEMORY, "ifo", "hbh", "h", .variant = BARE},
+    {"prototype_normalized", STEP_MEMORY, "ifo", "hbh", "h", .variant = BARE | NORMALIZED},
+    {"pseudo", STEP_MEMORY, "ifo", "hbh", "hc", .variant = 0},
+    {"pseudo_1", STEP_MEMORY, "ifo", "hbh", "hcr", .variant = READS_LATE},
+    {"pseudo_2", STEP_MEMORY, "ifo", "hbh", "hc", .variant = GATES_READ},
+    {"pseudo_3", STEP_MEMORY, "ifo", "hbh", "hc", .variant = OUTPUT_READ},
+    {"pseudo_12", STEP_MEMORY, "ifo", "hbh", "hcr", .variant = READS_LATE | GATES_READ},
+    {"pseudo_13", STEP_MEMORY, "ifo", "hbh", "hc", .variant = READS_LATE | OUTPUT_READ},
+    {"pseudo_23", STEP_MEMORY, "ifo", "hbh", "hc", .variant = GATES_READ | OUTPUT_READ},
+    {"pseudo_123", STEP_MEMORY, "ifo", "hbh", "hc", .variant = READS_LATE | GATES_READ | OUTPUT_READ},
 };
 static const char *const READOUTS[] = {"all", "last", "final", "mean", "max"};
 static const char *const ACTIVATIONS[] = {"none", "relu", "tanh", "sigmoid", "softmax", "log_softmax", "l2", "relu_l2"};
