@@ -126,6 +126,10 @@ CELLS: dict[str, CellKind] = {
         CellKind("rnn_minimal", "rnn", (GateSpec("f", ("lo",), maximum=1.0),), ("h",)),
         # h = h + f φ(…): f = 0 keeps h.
         CellKind("rnn_residual", "rnn", (GateSpec("f", ("hi",)),), ("h",)),
+        # y = t φ(…) + (1 − t) x: t = 0 carries. No step reads another.
+        CellKind("highway", "highway", (GateSpec("t", ("hi",), maximum=1.0),), ("h",), recurrent=False),
+        # The same over the state, through `depth` layers a step, of which the first reads the input.
+        CellKind("recurrent_highway", "highway", (GateSpec("t", ("hi",), maximum=1.0),), ("h",), deep="inner"),
         # On the way from an RNN to the LSTM (R2RT 2016): differences 1, 2, 3 of cells/memory.py, all of which make the LSTM.
         CellKind("prototype", "memory", _LSTM_GATES, ("h",)),
         CellKind("prototype_normalized", "memory", _LSTM_GATES, ("h",)),

@@ -91,6 +91,28 @@ def memory(kind: str) -> Callable[[dict[str, Array], int], Reference]:
     return of
 
 
+def highway(w: dict[str, Array], hidden: int) -> Reference:
+    def step(x: Array, state: list[Array], gate: Callable[[Array], Array]) -> list[Array]:
+        t = gate(w["gates.weight_ih"] @ x + w["gates.bias"])
+        return [t * np.tanh(w["candidate.weight_ih"] @ x + w["candidate.bias"]) + (1 - t) * x]
+
+    return step
+
+
+def recurrent_highway(w: dict[str, Array], hidden: int) -> Reference:
+    gates, candidates = (list(zip(_blocks(w, f"{p}.weight_hh", hidden), _blocks(w, f"{p}.bias", hidden))) for p in ("gates", "candidate"))
+
+    def step(x: Array, state: list[Array], gate: Callable[[Array], Array]) -> list[Array]:
+        (s,) = state
+        for layer, ((rt, bt), (rh, bh)) in enumerate(zip(gates, candidates, strict=True)):
+            first = layer == 0
+            t = gate((w["gates.weight_ih"] @ x if first else 0) + rt @ s + bt)
+            s = t * np.tanh((w["candidate.weight_ih"] @ x if first else 0) + rh @ s + bh) + (1 - t) * s
+        return [s]
+
+    return step
+
+
 MEMORIES = ("prototype", "prototype_normalized", "pseudo", *(f"pseudo_{d}" for d in ("1", "2", "3", "12", "13", "23", "123")))
 
 REFERENCES: dict[str, Callable[[dict[str, Array], int], Reference]] = {
@@ -99,4 +121,6 @@ REFERENCES: dict[str, Callable[[dict[str, Array], int], Reference]] = {
     "rnn_minimal": one_gate("minimal"),
     "rnn_residual": one_gate("residual"),
     **{name: memory(name) for name in MEMORIES},
+    "highway": highway,
+    "recurrent_highway": recurrent_highway,
 }

@@ -250,6 +250,7 @@ def test_what_does_not_fit_a_cell_is_refused():
         (LayerSpec("rnn_minimal", I, H, clip=1.0), "clips"),
         (LayerSpec("rnn_minimal", I, H, depth=2), "depth"),
         (LayerSpec("lstm", I, H, depth=10**9), "depth"),
+        (LayerSpec("highway", I, H), "carries its input"),
     ):
         with pytest.raises(UnsupportedError, match=why):
             check(RnnSpec({"main": SectionSpec((bad,))}))
