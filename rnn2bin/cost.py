@@ -259,6 +259,9 @@ class _Look:
     def after(self, state: int) -> Tensor:
         return self._copies(state).any(-2).flatten(2).double()
 
+    def layers(self, units: Tensor) -> Tensor:
+        return units.unflatten(-1, (-1, self.hidden))
+
     def before(self, state: int) -> Tensor:
         return _before(self.after(state), 0 if self.read.rested else 1)
 

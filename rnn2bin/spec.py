@@ -103,6 +103,7 @@ _LSTM_GATES = (GateSpec("i", ("hi",)), GateSpec("f", ("lo", "hi"), maximum=1.0),
 # f = 1 − i: one decision, 0 keeps the cell exactly, 1 overwrites it, wholly or in part.
 _COUPLED_GATES = (GateSpec("i", ("hi",), maximum=1.0), GateSpec("o", ("hi",)))
 
+_GLOBAL = (GateSpec("g", (), shared=True),)
 _GRU_GATES = (GateSpec("r", ("hi",)), GateSpec("z", ("lo",), maximum=1.0))
 
 CELLS: dict[str, CellKind] = {
@@ -135,6 +136,10 @@ CELLS: dict[str, CellKind] = {
         CellKind("prototype_normalized", "memory", _LSTM_GATES, ("h",)),
         *(CellKind(f"pseudo{which}", "memory", _LSTM_GATES, ("h", "c")) for which in ("", "_2", "_3", "_13", "_23", "_123")),
         *(CellKind(f"pseudo{which}", "memory", _LSTM_GATES, ("h", "c", "r")) for which in ("_1", "_12")),
+        # A stack whose layers all read all layers of the step before, through global gates (Chung et al. 2015).
+        CellKind("gf_tanh", "feedback", (), ("h",), deep="stack", links=_GLOBAL),
+        CellKind("gf_gru", "feedback", _GRU_GATES, ("h",), deep="stack", links=_GLOBAL),
+        CellKind("gf_lstm", "feedback", _LSTM_GATES, ("h", "c"), deep="stack", links=_GLOBAL),
     )
 }
 MOST_DEPTH = 9  # layers within a step: their numbers in gates' names have one digit

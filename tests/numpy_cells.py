@@ -113,6 +113,51 @@ def recurrent_highway(w: dict[str, Array], hidden: int) -> Reference:
     return step
 
 
+def gated_feedback(unit: str) -> Callable[[dict[str, Array], int], Reference]:
+    """Chung et al. 2015: eq. 4-6, with a bias in the global gates."""
+
+    def of(w: dict[str, Array], hidden: int) -> Reference:
+        layers = len(w["candidate.bias"]) // hidden
+
+        def row(part: str, j: int, rows: int) -> Array:
+            return w[f"{part}.weight_ih"] if j == 0 else w[f"{part}.weight_below"][(j - 1) * rows : j * rows]
+
+        def step(x: Array, state: list[Array], gate: Callable[[Array], Array]) -> list[Array]:
+            old = np.split(state[0], layers)
+            star = np.concatenate(old)
+            c_old = np.split(state[1], layers) if unit == "lstm" else []
+            below, new, c_new = x, [], []
+            for j in range(layers):
+                fed = np.zeros(hidden)
+                for i in range(layers):
+                    number = j * layers + i
+                    pre = row("global", j, layers)[i] @ below + w["global.weight_hh"][number] @ star + w["global.bias"][number]
+                    matrix = w["candidate.weight_hh"][j * hidden : (j + 1) * hidden, i * hidden : (i + 1) * hidden]
+                    fed = fed + gate(np.array([pre]))[0] * (matrix @ old[i])
+                entered = row("candidate", j, hidden) @ below + w["candidate.bias"][j * hidden : (j + 1) * hidden]
+                if unit == "tanh":
+                    h = np.tanh(entered + fed)
+                else:
+                    count = {"gru": 2, "lstm": 3}[unit] * hidden
+                    pre = row("gates", j, count) @ below + (w["gates.weight_hh"] @ old[j] + w["gates.bias"])[j * count : (j + 1) * count]
+                    gates = [gate(p) for p in np.split(pre, count // hidden)]
+                    if unit == "gru":
+                        r, z = gates
+                        h = z * old[j] + (1 - z) * np.tanh(entered + r * fed)
+                    else:
+                        i_, f, o = gates
+                        c = f * c_old[j] + i_ * np.tanh(entered + fed)
+                        c_new.append(c)
+                        h = o * np.tanh(c)
+                new.append(h)
+                below = h
+            return [np.concatenate(new), *([np.concatenate(c_new)] if c_new else [])]
+
+        return step
+
+    return of
+
+
 MEMORIES = ("prototype", "prototype_normalized", "pseudo", *(f"pseudo_{d}" for d in ("1", "2", "3", "12", "13", "23", "123")))
 
 REFERENCES: dict[str, Callable[[dict[str, Array], int], Reference]] = {
@@ -121,6 +166,7 @@ REFERENCES: dict[str, Callable[[dict[str, Array], int], Reference]] = {
     "rnn_minimal": one_gate("minimal"),
     "rnn_residual": one_gate("residual"),
     **{name: memory(name) for name in MEMORIES},
+    **{f"gf_{unit}": gated_feedback(unit) for unit in ("tanh", "gru", "lstm")},
     "highway": highway,
     "recurrent_highway": recurrent_highway,
 }

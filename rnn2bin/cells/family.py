@@ -20,9 +20,17 @@ Phi = Callable[[Tensor], Tensor]
 class Look(Protocol):
     """A cell's trace, as counts over units (T,B) that have a gradient where the bits have one."""
 
-    hidden: int
-    input_size: int
-    depth: int
+    @property
+    def hidden(self) -> int:
+        """H."""
+
+    @property
+    def input_size(self) -> int:
+        """I."""
+
+    @property
+    def depth(self) -> int:
+        """L."""
 
     def every(self, units: int) -> Tensor:
         """So many units at every step."""
@@ -38,6 +46,9 @@ class Look(Protocol):
 
     def reads(self, gate: int, state: int) -> Tensor:
         """1 (T,B,H) where any copy of a unit opens this gate and its own state is not zero before the step."""
+
+    def layers(self, units: Tensor) -> Tensor:
+        """What is (T,B,L·H) of a stack, for each layer (T,B,L,H)."""
 
     def before(self, state: int) -> Tensor:
         """1 (T,B,·) where a state is not zero in any copy before the step."""

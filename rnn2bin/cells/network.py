@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rnn2bin.cells import gru, highway, lstm, lstm_coupled, lstm_peephole, memory, rnn
+from rnn2bin.cells import feedback, gru, highway, lstm, lstm_coupled, lstm_peephole, memory, rnn
 from rnn2bin.cells.family import Equations
 from rnn2bin.cells.ops import MISFITS, OPS
 from rnn2bin.cells.weights import Cell, Tensors, fold
@@ -22,7 +22,7 @@ from rnn2bin.errors import UnsupportedError
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
 from rnn2bin.spec import DIRECTIONS, LayerSpec, Node, RnnSpec, SectionSpec
 
-EQUATIONS: dict[str, Equations] = {**rnn.CELLS, **memory.CELLS, **highway.CELLS}
+EQUATIONS: dict[str, Equations] = {**rnn.CELLS, **memory.CELLS, **highway.CELLS, **feedback.CELLS}
 STEPS = {
     **{name: equations.step for name, equations in EQUATIONS.items()},
     "lstm": lstm.step,

@@ -35,6 +35,9 @@ static const cell_kind CELLS[] = {
     {"pseudo_13", STEP_MEMORY, "ifo", "hbh", "hc", .variant = READS_LATE | OUTPUT_READ},
     {"pseudo_23", STEP_MEMORY, "ifo", "hbh", "hc", .variant = GATES_READ | OUTPUT_READ},
     {"pseudo_123", STEP_MEMORY, "ifo", "hbh", "hc", .variant = READS_LATE | GATES_READ | OUTPUT_READ},
+    {"gf_tanh", STEP_FEEDBACK, "", "", "h", .variant = FEEDBACK_TANH, .deep = STACK, .link = 'g'},
+    {"gf_gru", STEP_FEEDBACK, "rz", "hl", "h", .variant = FEEDBACK_GRU, .deep = STACK, .link = 'g'},
+    {"gf_lstm", STEP_FEEDBACK, "ifo", "hbh", "hc", .variant = FEEDBACK_LSTM, .deep = STACK, .link = 'g'},
 };
 static const char *const READOUTS[] = {"all", "last", "final", "mean", "max"};
 static const char *const ACTIVATIONS[] = {"none", "relu", "tanh", "sigmoid", "softmax", "log_softmax", "l2", "relu_l2"};

@@ -7,9 +7,10 @@
 
 enum { FORMAT_VERSION = 1, MOST_LAYERS = 64, MOST_LINEAR = 16, MOST_DEPTH = 9, MOST_GATES = 112, MOST_SIZE = 1 << 20, MOST_COPIES = 64 };
 
-typedef enum { STEP_LSTM, STEP_GRU, STEP_LSTM_KINDS, STEP_RNN, STEP_MEMORY, STEP_HIGHWAY, STEPS } step_kind; /* which of the kernels takes a layer's steps */
+typedef enum { STEP_LSTM, STEP_GRU, STEP_LSTM_KINDS, STEP_RNN, STEP_MEMORY, STEP_HIGHWAY, STEP_FEEDBACK, STEPS } step_kind; /* which of the kernels takes a layer's steps */
 enum { RNN_VANILLA, RNN_MINIMAL, RNN_RESIDUAL }; /* variants of STEP_RNN */
 enum { READS_LATE = 1, GATES_READ = 2, OUTPUT_READ = 4, BARE = 8, NORMALIZED = 16 }; /* bits of STEP_MEMORY's */
+enum { FEEDBACK_TANH, FEEDBACK_GRU, FEEDBACK_LSTM }; /* variants of STEP_FEEDBACK */
 typedef enum { PEEPHOLES_NONE, PEEPHOLES_DIAGONAL, PEEPHOLES_FULL } peephole_kind;
 typedef enum { FLAT, INNER, STACK } deep_kind; /* a step goes through one layer; several that hand a state on; several with a state each */
 

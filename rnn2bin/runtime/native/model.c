@@ -460,7 +460,34 @@ static int plan_peepholes(const layer_config *y, block_source *to) {
   return 2;
 }
 
+/* A stack: of each layer what is below it and its own state for its gates; the same and every layer's for the global gates; what is below it
+ * for its candidate, then a block for every layer (kernels/feedback.h). */
+static int plan_stack(const layer_config *y, block_source *to) {
+  int count = 0, layers = y->depth, units = y->unit_gates / layers * y->hidden;
+  for (int j = 0; j < layers; j++) {
+    const struct {
+      const char *input, *below;
+      int rows;
+    } under[] = {{"gates.weight_ih", "gates.weight_below", units},
+                 {"global.weight_ih", "global.weight_below", layers},
+                 {"candidate.weight_ih", "candidate.weight_below", y->hidden}};
+    for (int k = 0; k < 3; k++) {
+      int rows = under[k].rows;
+      if (!rows) continue;
+      to[count++] = j ? (block_source){.state = under[k].below, .state_row = (j - 1) * rows, .rows = rows, .state_cols = y->hidden}
+                      : (block_source){.input = under[k].input, .rows = rows};
+      if (k == 0) to[count++] = (block_source){.state = "gates.weight_hh", .state_row = j * rows, .rows = rows, .state_cols = y->hidden};
+      if (k == 1) to[count++] = (block_source){.state = "global.weight_hh", .state_row = j * rows, .rows = rows, .state_cols = layers * y->hidden};
+    }
+    for (int i = 0; i < layers; i++)
+      to[count++] = (block_source){.state = "candidate.weight_hh", .state_row = j * y->hidden, .rows = y->hidden,
+                                   .state_col = i * y->hidden, .state_cols = y->hidden};
+  }
+  return count;
+}
+
 static int plan_blocks(const layer_config *y, block_source *to) {
+  if (y->kind->deep == STACK) return plan_stack(y, to);
   if (y->kind->peepholes == PEEPHOLES_FULL) return plan_peepholes(y, to);
   return in_blocks(y) ? plan_parts(y, to) : 0;
 }
@@ -624,7 +651,7 @@ static void measure(r2b_model *model, section *s) {
     at_least(&model->longest, padded(y->projection, LINE));
     at_least(&model->most_columns, y->input + (y->recurrent > y->hidden ? y->recurrent : y->hidden));
     at_least(&model->most_columns, y->depth * y->hidden);
-    at_least(&model->most_width, y->width);
+    at_least(&model->most_width, y->width > y->depth * y->hidden ? y->width : y->depth * y->hidden);
     at_least(&model->most_values, (y->gates + y->coupled) * y->width); /* a coupled f is made beside i */
     at_least(&model->most_gates, padded(y->gates * y->hidden, 128));
     at_least(&model->most_hidden, padded(y->hidden, LINE));
