@@ -15,12 +15,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from rnn2bin.cells.network import Lookup, Network, Output, Trace, reverse, valid_steps
+from rnn2bin.cells.network import EQUATIONS, Lookup, Network, Output, Trace, reverse, valid_steps
 from rnn2bin.cells.weights import Cell
 from rnn2bin.spec import DIRECTIONS, SectionSpec
 from rnn2bin.tasks import Prepared
 
 Bits = Callable[[Tensor], Tensor]  # pre-activations -> 1[pre > 0]
+_NEVER = -1e9  # a pre-activation that opens nothing
 _LEAST = torch.finfo(torch.float32).tiny
 
 
@@ -127,7 +128,7 @@ def _inputs(x: Tensor | Lookup, below: Tensor | None, lengths: Tensor | None, ba
 def _emitted(read: Read, bit: Bits, *, backward: bool) -> Tensor | None:
     """Units (T,B) whose output the layer above reads, in natural order; None where the bits do not say it."""
     layer = read.cell.layer
-    if not layer.kind.has_cell or layer.proj_size or not read.cell.binary[-1]:
+    if not layer.kind.closes or layer.proj_size or not read.cell.binary[-1]:
         return None
     count = read.opened(-1, bit)
     return reverse(count.unsqueeze(-1), read.lengths).squeeze(-1) if backward else count
@@ -149,7 +150,10 @@ def head(spec: SectionSpec, below: Tensor, lengths: Tensor | None) -> Count:
 def count(read: Read, *, bit: Bits = bits) -> Count:
     """What a cell reads over a batch. Where the state before the first step is not zero (a decoder, a later window of a text) that step
     counts as dense, since what the step before left open is not in this batch."""
-    return _COUNTS.get(read.cell.layer.cell, _lstm)(read, bit)
+    kind = read.cell.layer.kind
+    if kind.name in EQUATIONS:
+        return _declared(read, bit)
+    return _COUNTS.get(kind.name, _lstm)(read, bit)
 
 
 def _before(values: Tensor, start: float) -> Tensor:
@@ -159,7 +163,7 @@ def _before(values: Tensor, start: float) -> Tensor:
 
 def _lstm(read: Read, bit: Bits) -> Count:
     """Per step: all gate rows over the non-zero columns; a candidate row for each open input gate; the projection's columns for open o.
-    Peepholes are vectors: as biases, they are not counted."""
+    Diagonal peepholes are vectors: as biases, they are not counted. Full ones are matrices over the cells that are not zero."""
     layer, mask = read.cell.layer, read.mask
     hidden, steps = layer.hidden_size, mask.sum()
     full, blocks = torch.full_like(mask, hidden), len(layer.kind.gates) * hidden
@@ -176,6 +180,11 @@ def _lstm(read: Read, bit: Bits) -> Count:
     if layer.proj_size:
         touched = touched + (reads * layer.proj_size * mask).sum()
         dense = dense + hidden * layer.proj_size * steps
+    if layer.kind.peepholes == "full":
+        cells = _Look.of(read, bit)
+        seen_cells = (blocks - hidden) * cells.before(1).sum(-1) + hidden * cells.after(1).sum(-1)
+        more, more_dense = (seen_cells * mask).sum(), blocks * hidden * steps
+        touched, dense, recurrent, recurrent_dense = touched + more, dense + more_dense, recurrent + more, recurrent_dense + more_dense
     seen, width = (columns * mask).sum(), recurrent_size * steps
     return Count(touched, touched, dense, recurrent, recurrent_dense, seen, width, (rows * mask).sum(), hidden * steps)
 
@@ -230,3 +239,85 @@ def _gru_output(read: Read, bit: Bits) -> Count:
 
 
 _COUNTS = {"gru": _gru, "gru_reset_before": _gru, "gru_output": _gru_output}
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What `cells.family.Look` asks, of a trace."""
+
+    read: Read
+    bit: Bits
+    hidden: int
+    input_size: int
+    depth: int
+
+    @classmethod
+    def of(cls, read: Read, bit: Bits) -> _Look:
+        layer = read.cell.layer
+        return cls(read, bit, layer.hidden_size, layer.input_size, layer.depth)
+
+    def every(self, units: int) -> Tensor:
+        return torch.full_like(self.read.mask, units)
+
+    def _all_units(self) -> Tensor:
+        return self.every(1).unsqueeze(-1).expand(-1, -1, self.hidden)
+
+    def opens(self, gate: int) -> Tensor:
+        if not self.read.cell.binary[gate]:
+            return self._all_units()
+        return self.bit(self.read.trace.highest(gate, self.read.cell.layer.copies)).double()
+
+    def closes(self, gate: int) -> Tensor:
+        return self.read.closed(gate, self.bit).double() if self.read.cell.binary[gate] else self._all_units()
+
+    def closes_and_opens(self, gate: int, other: int) -> Tensor:
+        first, second = self.read.cell.binary[gate], self.read.cell.binary[other]
+        if first and second:
+            return self.read.closed_and_open(gate, other, self.bit).double()
+        return self.closes(gate) if first else self.opens(other)
+
+    def _copies(self, state: int) -> Tensor:
+        """Whether a state is not zero, (T,B,layers,copies,H)."""
+        layer = self.read.cell.layer
+        copies = layer.copies if layer.kind.states[state] == "c" or not layer.kind.has_cell else 1
+        return (self.read.trace.states[state] != 0).unflatten(-1, (-1, copies, self.hidden))
+
+    def after(self, state: int) -> Tensor:
+        return self._copies(state).any(-2).flatten(2).double()
+
+    def layers(self, units: Tensor) -> Tensor:
+        return units.unflatten(-1, (-1, self.hidden))
+
+    def before(self, state: int) -> Tensor:
+        return _before(self.after(state), 0 if self.read.rested else 1)
+
+    def reads(self, gate: int, state: int) -> Tensor:
+        if not self.read.cell.binary[gate]:
+            return self.before(state)
+        there = _before(self._copies(state).double(), 0 if self.read.rested else 1)[:, :, 0] > 0
+        pre = self.read.trace.pre[:, :, gate].unflatten(-1, (-1, self.hidden))
+        return self.bit(pre.masked_fill(~there, _NEVER).amax(-2)).double()
+
+
+def _declared(read: Read, bit: Bits) -> Count:
+    """The matrices that the cell's equations name. What a step reads of the state before it is whole at first, as in `count`."""
+    layer, mask = read.cell.layer, read.mask
+    steps, zero = mask.sum(), mask.new_zeros(())
+    sums = {f.name: zero for f in fields(Count)}
+    seen = False
+    for product in EQUATIONS[layer.cell].reads(_Look.of(read, bit)):
+        height, width = product.of
+        if product.candidate:
+            sums["rows"], sums["rows_dense"] = sums["rows"] + (product.rows * mask).sum(), sums["rows_dense"] + height * steps
+        columns = read.inputs if product.columns is None else product.columns
+        if columns is None:  # tokens: a table stands for the input's columns
+            continue
+        touched, dense = (product.rows * columns * mask).sum(), height * width * steps
+        recurrent = product.columns is not None
+        for name, more in (("touched", touched), ("incremental", touched), ("dense", dense)):
+            sums[name] = sums[name] + more
+        if recurrent:
+            sums["recurrent"], sums["recurrent_dense"] = sums["recurrent"] + touched, sums["recurrent_dense"] + dense
+        if recurrent and not seen:
+            sums["columns"], sums["columns_dense"], seen = (columns * mask).sum(), width * steps, True
+    return Count(**sums)

@@ -31,7 +31,7 @@ Task = Literal["auto", "next-token", "classify", "tag", "regress", "match", "tra
 Metric = Literal["auto", "bits_per_token", "accuracy", "mse", "cosine", "agreement", "sequence_accuracy"]
 ScheduleKind = Literal["constant", "linear", "exponential", "cosine", "step"]
 
-GATE_NAMES = tuple(dict.fromkeys(name for kind in CELLS.values() for name in kind.gate_names))
+GATE_NAMES = tuple(dict.fromkeys(gate.name for kind in CELLS.values() for gate in (*kind.gates, *kind.links)))
 _T = TypeVar("_T")
 
 
@@ -48,7 +48,7 @@ def _check_gates(given: Iterable[tuple[tuple[str | int, ...], Any]], validate: C
             input=gate,
         )
         for loc, gate in given
-        if isinstance(gate, str) and (name := gate.rpartition(".")[2]) not in GATE_NAMES
+        if isinstance(gate, str) and (name := gate.rpartition(".")[2]).rstrip("0123456789") not in GATE_NAMES
     ]
     try:
         value = validate()

@@ -9,6 +9,7 @@ Gate rows and candidate rows are separate tensors, so that a runtime can skip ca
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 from rnn2bin.errors import UnsupportedError
@@ -32,18 +33,41 @@ class GateSpec:
     name: str
     learns: tuple[Literal["lo", "hi"], ...]
     maximum: float | None = None  # learned levels stay within [0, maximum]: a forget gate above 1 would let the cell grow
+    shared: bool = False  # one decision for all units, with weights of its own: a global gate
+
+    @property
+    def letter(self) -> str:
+        """Its name without the numbers of layers that a deep cell adds: a recipe means all of them by it."""
+        return self.name.rstrip("0123456789")
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a bit of 1 leaves the state as it is: units ask for their rows where they do not keep."""
+        return self.learns == ("lo",)
 
 
 @dataclass(frozen=True)
 class CellKind:
-    """A family of cells: its gates in canonical order, its states, and which tensors it has beside those that all have: a recurrent bias of
-    the candidate, peepholes (diagonal: each unit's gates see its own cell). `came_from`: the float cell, where that is another."""
+    """A kind of cell: its gates in canonical order, its states, and which tensors it has.
+
+    `family`: the file of cells/ that has its equations, and of the native runtime's kernels/ that has them in C.
+    States: h, of which others read; c, a unit's memory; r, what its own candidate reads at the next step.
+    `candidate_bias_hh`: a recurrent bias of the candidate. `peepholes`: gates see c, diagonal (each unit its own) or full (a matrix).
+    `recurrent`: whether a step reads the one before it.
+    `deep`: a step goes through `LayerSpec.depth` layers, "inner" ones that hand one state on, or a "stack" of which each has its own and reads
+    all others'; gates and tensors are then those of each layer, and of a stack `links` are gates from every layer to every layer.
+    `came_from`: the float cell, where that is another.
+    """
 
     name: str
+    family: str
     gates: tuple[GateSpec, ...]
     states: tuple[str, ...]
     candidate_bias_hh: bool = False
-    peepholes: bool = False
+    peepholes: Literal["", "diagonal", "full"] = ""
+    recurrent: bool = True
+    deep: Literal["", "inner", "stack"] = ""
+    links: tuple[GateSpec, ...] = ()
     came_from: str = ""
 
     @property
@@ -51,40 +75,85 @@ class CellKind:
         return tuple(g.name for g in self.gates)
 
     @property
+    def unit_gates(self) -> int:
+        """Gates that decide for each unit; they stand before those that decide for all."""
+        return sum(not g.shared for g in self.gates)
+
+    @property
     def has_cell(self) -> bool:
-        """Whether h is what an output gate, the last, shows of c: its columns of h wait for that. LSTMs' candidate rows wait for i, the
-        first gate."""
+        """Whether h is what is shown of c, a memory of its own."""
         return "c" in self.states
+
+    @property
+    def is_lstm(self) -> bool:
+        """An LSTM of any kind: its candidate rows wait for i, the first gate, its columns of h for o, the last."""
+        return self.family == "lstm"
+
+    @property
+    def closes(self) -> bool:
+        """Whether its last gate is an output gate: where that is 0, so is h."""
+        return self.is_lstm or self.name == "gru_output"
+
+    def at(self, depth: int) -> CellKind:
+        """This kind with its gates at a depth: t of two layers is t1, t2; g23 goes from layer 2 to layer 3."""
+        return _at(self, depth) if self.deep else self
+
+
+@lru_cache
+def _at(kind: CellKind, depth: int) -> CellKind:
+    layers = range(1, depth + 1)
+    gates = [replace(g, name=f"{g.name}{k}") for k in layers for g in kind.gates]
+    links = [replace(g, name=f"{g.name}{source}{target}") for target in layers for source in layers for g in kind.links]
+    return replace(kind, gates=(*gates, *links), links=())
 
 
 _LSTM_GATES = (GateSpec("i", ("hi",)), GateSpec("f", ("lo", "hi"), maximum=1.0), GateSpec("o", ("hi",)))
 # f = 1 − i: one decision, 0 keeps the cell exactly, 1 overwrites it, wholly or in part.
 _COUPLED_GATES = (GateSpec("i", ("hi",), maximum=1.0), GateSpec("o", ("hi",)))
 
+_GLOBAL = (GateSpec("g", (), shared=True),)
+_GRU_GATES = (GateSpec("r", ("hi",)), GateSpec("z", ("lo",), maximum=1.0))
+
 CELLS: dict[str, CellKind] = {
     kind.name: kind
     for kind in (
-        CellKind("lstm", gates=_LSTM_GATES, states=("h", "c")),
+        CellKind("lstm", "lstm", _LSTM_GATES, ("h", "c")),
         # i and f see P c before the step, o sees P c after it (Gers & Schmidhuber 2000, Graves 2013, the ONNX input P).
-        CellKind("lstm_peephole", gates=_LSTM_GATES, states=("h", "c"), peepholes=True),
+        CellKind("lstm_peephole", "lstm", _LSTM_GATES, ("h", "c"), peepholes="diagonal"),
+        # The same with a matrix: every gate sees every cell.
+        CellKind("lstm_peephole_full", "lstm", _LSTM_GATES, ("h", "c"), peepholes="full"),
         # CIFG (Greff et al. 2015), the ONNX attribute input_forget.
-        CellKind("lstm_coupled", gates=_COUPLED_GATES, states=("h", "c")),
-        CellKind("lstm_coupled_peephole", gates=_COUPLED_GATES, states=("h", "c"), peepholes=True),
+        CellKind("lstm_coupled", "lstm", _COUPLED_GATES, ("h", "c")),
+        CellKind("lstm_coupled_peephole", "lstm", _COUPLED_GATES, ("h", "c"), peepholes="diagonal"),
         # r multiplies U_n h + b_hn (PyTorch, cuDNN). z = 1 keeps h.
-        CellKind("gru", gates=(GateSpec("r", ("hi",)), GateSpec("z", ("lo",), maximum=1.0)), states=("h",), candidate_bias_hh=True),
+        CellKind("gru", "gru", _GRU_GATES, ("h",), candidate_bias_hh=True),
         # The same with an output gate: c is its memory, h = o⊙c what its own gates and all others read. No file has it; a GRU becomes one
         # where density is wanted (docs/decisions/027-output-gate.md).
-        CellKind(
-            "gru_output",
-            gates=(GateSpec("r", ("hi",)), GateSpec("z", ("lo",), maximum=1.0), GateSpec("o", ("hi",))),
-            states=("h", "c"),
-            candidate_bias_hh=True,
-            came_from="gru",
-        ),
+        CellKind("gru_output", "gru", (*_GRU_GATES, GateSpec("o", ("hi",))), ("h", "c"), candidate_bias_hh=True, came_from="gru"),
         # r multiplies h before U_n (Cho 2014, the ONNX default, TensorFlow 1).
-        CellKind("gru_reset_before", gates=(GateSpec("r", ("hi",)), GateSpec("z", ("lo",), maximum=1.0)), states=("h",)),
+        CellKind("gru_reset_before", "gru", _GRU_GATES, ("h",)),
+        # No gate: carried through beside layers that have some.
+        CellKind("rnn", "rnn", (), ("h",)),
+        # h = f h + (1 − f) φ(…): f = 1 keeps h.
+        CellKind("rnn_minimal", "rnn", (GateSpec("f", ("lo",), maximum=1.0),), ("h",)),
+        # h = h + f φ(…): f = 0 keeps h.
+        CellKind("rnn_residual", "rnn", (GateSpec("f", ("hi",)),), ("h",)),
+        # y = t φ(…) + (1 − t) x: t = 0 carries. No step reads another.
+        CellKind("highway", "highway", (GateSpec("t", ("hi",), maximum=1.0),), ("h",), recurrent=False),
+        # The same over the state, through `depth` layers a step, of which the first reads the input.
+        CellKind("recurrent_highway", "highway", (GateSpec("t", ("hi",), maximum=1.0),), ("h",), deep="inner"),
+        # On the way from an RNN to the LSTM (R2RT 2016): differences 1, 2, 3 of cells/memory.py, all of which make the LSTM.
+        CellKind("prototype", "memory", _LSTM_GATES, ("h",)),
+        CellKind("prototype_normalized", "memory", _LSTM_GATES, ("h",)),
+        *(CellKind(f"pseudo{which}", "memory", _LSTM_GATES, ("h", "c")) for which in ("", "_2", "_3", "_13", "_23", "_123")),
+        *(CellKind(f"pseudo{which}", "memory", _LSTM_GATES, ("h", "c", "r")) for which in ("_1", "_12")),
+        # A stack whose layers all read all layers of the step before, through global gates (Chung et al. 2015).
+        CellKind("gf_tanh", "feedback", (), ("h",), deep="stack", links=_GLOBAL),
+        CellKind("gf_gru", "feedback", _GRU_GATES, ("h",), deep="stack", links=_GLOBAL),
+        CellKind("gf_lstm", "feedback", _LSTM_GATES, ("h", "c"), deep="stack", links=_GLOBAL),
     )
 }
+MOST_DEPTH = 9  # layers within a step: their numbers in gates' names have one digit
 
 
 @dataclass(frozen=True)
@@ -99,6 +168,8 @@ class LayerSpec:
 
     What is clipped to [−n, n], 0 where nothing is: `clip` the pre-activations of float gates and of the candidate (ONNX; a bit is the same
     with and without), `cell_clip` an LSTM's c after its update, `proj_clip` its h after the projection (TensorFlow 1).
+
+    `depth`: how many layers a step goes through, of kinds that are deep; all are `hidden_size` wide, others read the last one's h.
     """
 
     cell: str
@@ -112,6 +183,7 @@ class LayerSpec:
     clip: float = 0.0
     cell_clip: float = 0.0
     proj_clip: float = 0.0
+    depth: int = 1
 
     @property
     def width(self) -> int:
@@ -119,12 +191,14 @@ class LayerSpec:
 
     @property
     def state_sizes(self) -> tuple[int, ...]:
-        """Of h, or of h and c: an LSTM's h is what others read, a GRU's h stands there for every copy."""
-        return (self.recurrent_size, self.width) if self.kind.has_cell else (self.width,)
+        """Of each state. Where there is a c, h is what others read; else h stands there for every copy. A stack's are its layers' in a row."""
+        sizes = {"h": self.recurrent_size if self.kind.has_cell else self.width, "c": self.width, "r": self.hidden_size}
+        return tuple(sizes[name] * (self.depth if self.kind.deep == "stack" else 1) for name in self.kind.states)
 
     @property
     def kind(self) -> CellKind:
-        return CELLS[self.cell]
+        """With the gates that it has at this depth."""
+        return CELLS[self.cell].at(self.depth)
 
     @property
     def floating(self) -> LayerSpec:
@@ -140,22 +214,35 @@ class LayerSpec:
         return self.directions * self.recurrent_size
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of one direction's weights, levels apart."""
-        gate_rows = len(self.kind.gates) * self.hidden_size
-        shapes: dict[str, tuple[int, ...]] = {
-            "gates.weight_ih": (gate_rows, self.input_size),
-            "gates.weight_hh": (gate_rows, self.recurrent_size),
-            "gates.bias": (gate_rows * self.copies,),
-            "candidate.weight_ih": (self.hidden_size, self.input_size),
-            "candidate.weight_hh": (self.hidden_size, self.recurrent_size),
-            "candidate.bias": (self.hidden_size,),
-        }
-        if self.kind.peepholes:
-            shapes["gates.peephole"] = (gate_rows,)
-        if self.kind.candidate_bias_hh:
-            shapes["candidate.bias_hh"] = (self.hidden_size,)
+        """Name -> shape of one direction's weights, levels apart. A deep cell's layers follow one another in the rows; the input's columns
+        are the first's alone, `weight_below` are a stack's others'."""
+        hidden, kind, layers = self.hidden_size, self.kind, self.depth
+        first_rows = kind.unit_gates // layers * hidden
+        parts = {"gates": (first_rows, kind.unit_gates * hidden), "candidate": (hidden, layers * hidden)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for part, (first, every) in parts.items():
+            if not every:
+                continue
+            shapes[f"{part}.weight_ih"] = (first, self.input_size)
+            if kind.deep == "stack" and layers > 1:
+                shapes[f"{part}.weight_below"] = (every - first, hidden)
+            if kind.recurrent:
+                shapes[f"{part}.weight_hh"] = (every, self.recurrent_size)
+            shapes[f"{part}.bias"] = (every * (self.copies if part == "gates" else 1),)
+        if kind.deep == "stack":
+            shapes["candidate.weight_hh"] = (layers * hidden, layers * hidden)  # block (j, i) reads layer i for layer j
+            shapes["global.weight_ih"] = (layers, self.input_size)
+            if layers > 1:
+                shapes["global.weight_below"] = ((layers - 1) * layers, hidden)
+            shapes["global.weight_hh"] = (layers * layers, layers * hidden)
+            shapes["global.bias"] = (layers * layers,)
+        if kind.peepholes:
+            rows = kind.unit_gates * hidden
+            shapes["gates.peephole"] = (rows, hidden) if kind.peepholes == "full" else (rows,)
+        if kind.candidate_bias_hh:
+            shapes["candidate.bias_hh"] = (hidden,)
         if self.proj_size:
-            shapes["projection.weight"] = (self.proj_size, self.hidden_size)
+            shapes["projection.weight"] = (self.proj_size, hidden)
         return shapes
 
 
@@ -333,8 +420,8 @@ def check(spec: RnnSpec) -> None:
                 reasons.append(f"{name}.layers.{index}: {layer.directions} directions; there are {len(DIRECTIONS)}")
             if layer.cell not in CELLS:
                 reasons.append(f"{name}.layers.{index}: unknown cell {layer.cell!r}; known: {', '.join(CELLS)}")
-            elif (layer.proj_clip and not layer.proj_size) or (layer.cell_clip and not layer.kind.has_cell):
-                reasons.append(f"{name}.layers.{index}: clips a {'projection' if layer.proj_clip else 'cell'} that it does not have")
+            else:
+                reasons += [f"{name}.layers.{index}: {reason}" for reason in _layer_reasons(layer)]
             if not all(0 <= bound < MOST_CLIP for bound in (layer.clip, layer.cell_clip, layer.proj_clip)):
                 reasons.append(f"{name}.layers.{index}: what is clipped is clipped to a positive number, or 0 where nothing is")
             if layer.activation not in CELL_ACTIVATIONS or not 0 <= layer.hard_sigmoid < 100:
@@ -366,6 +453,21 @@ def check(spec: RnnSpec) -> None:
             reasons.append("decoder: its layers must have the cells and sizes of the encoder's, whose last states start it")
     if reasons:
         raise UnsupportedError(*reasons)
+
+
+def _layer_reasons(layer: LayerSpec) -> list[str]:
+    kind, reasons = CELLS[layer.cell], []
+    if (layer.proj_clip and not layer.proj_size) or (layer.cell_clip and not kind.is_lstm):
+        reasons.append(f"clips a {'projection' if layer.proj_clip else 'cell'} that it does not have")
+    if (layer.clip or layer.proj_size) and kind.family not in ("lstm", "gru"):
+        reasons.append(f"{layer.cell} clips and projects nothing")
+    if not 1 <= layer.depth <= (MOST_DEPTH if kind.deep else 1):
+        reasons.append(f"{layer.cell} has a depth of 1{f' to {MOST_DEPTH}' if kind.deep else ''}, not {layer.depth}")
+    if not kind.recurrent and layer.input_size != layer.hidden_size:
+        reasons.append(f"{layer.cell} carries its input: its {layer.input_size} inputs must be as many as its {layer.hidden_size} units")
+    if layer.copies > 1 and not kind.unit_gates:
+        reasons.append(f"{layer.cell} has no gate of which a unit could have copies")
+    return reasons
 
 
 def _graph_reasons(section: SectionSpec) -> list[str]:

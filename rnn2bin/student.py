@@ -24,12 +24,17 @@ def plan(spec: RnnSpec, gates: Gates) -> dict[str, tuple[bool, ...]]:
     used: set[str] = set()
     result = {}
     for prefix, layer in spec.cell_names():
-        names = {gate: {gate, f"{prefix}.{gate}", f"{prefix.rpartition('.')[0]}.{gate}"} for gate in layer.kind.gate_names}
+        names = {
+            gate.name: {f"{place}{name}" for place in ("", f"{prefix}.", f"{prefix.rpartition('.')[0]}.") for name in (gate.name, gate.letter)}
+            for gate in layer.kind.gates
+        }
         result[prefix] = tuple(not names[gate] & set(gates.soft) for gate in names)
         used |= {n for gate in names for n in names[gate]}
     unknown = [name for name in gates.soft if name not in used]
     if unknown:
         raise RecipeError(*(f"gates.soft: {name!r} is no gate of this network; its gates: {_gate_list(spec)}" for name in unknown))
+    if not any(result.values()):
+        raise RecipeError(f"its layers ({', '.join(dict.fromkeys(y.cell for _, y in spec.cell_names()))}) have no gates: nothing to make binary")
     if not any(any(b) for b in result.values()):
         raise RecipeError("gates.soft: every gate of this network is left soft; there is nothing to make binary")
     return result
@@ -53,18 +58,26 @@ def student(teacher: Network, gates: Gates, *, weights: str = "fp16", output: bo
     network = Network(spec, plan(spec, gates), levels=gates.levels).to(next(teacher.parameters()).device)
     state = dict(teacher.state_dict())
     for prefix, layer in spec.cell_names():
-        for name, start in (("weight_ih", 0.0), ("weight_hh", 0.0), ("bias", OUTPUT_BIAS)):
-            rows = state[f"{prefix}.gates.{name}"]
-            missing_rows = len(layer.kind.gates) * layer.hidden_size - len(rows)
-            state[f"{prefix}.gates.{name}"] = torch.cat([rows, rows.new_full((missing_rows, *rows.shape[1:]), start)])
-        bias = state[f"{prefix}.gates.bias"].view(-1, 1, layer.hidden_size)
-        state[f"{prefix}.gates.bias"] = bias.repeat(1, layer.copies, 1).flatten()
+        if layer.kind.came_from:
+            state |= with_open_output(state, f"{prefix}.gates", layer.hidden_size)
+        if layer.kind.unit_gates:
+            bias = state[f"{prefix}.gates.bias"].view(-1, 1, layer.hidden_size)
+            state[f"{prefix}.gates.bias"] = bias.repeat(1, layer.copies, 1).flatten()
     missing, unexpected = network.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert all(".levels." in name for name in missing), missing
     if weights == "int8":
         network.round_weights()
     return network
+
+
+def with_open_output(state: dict[str, Tensor], name: str, hidden_size: int) -> dict[str, Tensor]:
+    """A GRU's gate rows with those of an output gate behind them."""
+    found = {}
+    for part, start in (("weight_ih", 0.0), ("weight_hh", 0.0), ("bias", OUTPUT_BIAS)):
+        rows = state[f"{name}.{part}"]
+        found[f"{name}.{part}"] = torch.cat([rows, rows.new_full((hidden_size, *rows.shape[1:]), start)])
+    return found
 
 
 def copies_of(gates: Gates) -> int:
@@ -76,7 +89,7 @@ def copies_of(gates: Gates) -> int:
 
 def with_copies(spec: RnnSpec, copies: int) -> RnnSpec:
     """The same network, each unit with that many decisions for each gate."""
-    layers = lambda section: tuple(replace(layer, copies=copies) for layer in section.layers)
+    layers = lambda section: tuple(replace(layer, copies=copies) if layer.kind.unit_gates else layer for layer in section.layers)
     return replace(spec, sections={name: replace(section, layers=layers(section)) for name, section in spec.sections.items()})
 
 

@@ -14,16 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rnn2bin.cells import gru, lstm, lstm_coupled, lstm_peephole
+from rnn2bin.cells import feedback, gru, highway, lstm, lstm_coupled, lstm_peephole, memory, rnn
+from rnn2bin.cells.family import Equations
 from rnn2bin.cells.ops import MISFITS, OPS
 from rnn2bin.cells.weights import Cell, Tensors, fold
 from rnn2bin.errors import UnsupportedError
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
 from rnn2bin.spec import DIRECTIONS, LayerSpec, Node, RnnSpec, SectionSpec
 
+EQUATIONS: dict[str, Equations] = {**rnn.CELLS, **memory.CELLS, **highway.CELLS, **feedback.CELLS}
 STEPS = {
+    **{name: equations.step for name, equations in EQUATIONS.items()},
     "lstm": lstm.step,
     "lstm_peephole": lstm_peephole.step,
+    "lstm_peephole_full": lstm_peephole.step,
     "lstm_coupled": lstm_coupled.step,
     "lstm_coupled_peephole": lstm_coupled.step_peephole,
     "gru": gru.step_reset_after,
@@ -153,7 +157,9 @@ def zero_state(layer: LayerSpec, batch: int, like: Tensor) -> CellState:
 
 def output_of(layer: LayerSpec, h: Tensor) -> Tensor:
     """The state h (…,·) of a layer -> what others read of it (…,R)."""
-    return fold(h, layer.copies) if len(layer.kind.states) == 1 else h
+    if layer.kind.deep == "stack":  # of its last layer
+        h = h[..., -(h.shape[-1] // layer.depth) :]
+    return h if layer.kind.has_cell else fold(h, layer.copies)
 
 
 def valid_steps(lengths: Tensor, steps: int) -> Tensor:
@@ -218,6 +224,8 @@ def given_states(layer: LayerSpec, x: Tensor, h0: Tensor | None, c0: Tensor | No
     """What a graph starts a layer over x (T,B,I) from, h0 (D,B,R) and c0 (D,B,H), for each direction; None where it says nothing."""
     if h0 is None and c0 is None:
         return None
+    if layer.kind.deep == "stack" or "r" in layer.kind.states:
+        raise UnsupportedError(f"{layer.cell}: its states are more than the h and c that a graph hands over")
     zeros = [x.new_zeros(layer.directions, x.shape[1], size) for size in (layer.recurrent_size, layer.hidden_size)]
     given = [zero if s is None else s.expand_as(zero) for s, zero in zip((h0, c0), zeros, strict=True)]
     return [
@@ -392,7 +400,7 @@ class Run:
         for at, direction in enumerate(DIRECTIONS[: layer.directions]):
             cell, backward = self.section.cell(index, direction), direction == "bwd"
             carried = self.start[index] if self.start is not None else start
-            before = carried[at] if carried else zero_state(layer, x.shape[1], cell.part("gates").bias)
+            before = carried[at] if carried else zero_state(layer, x.shape[1], cell.part("candidate").bias)
             trace = self.walk(cell, _reversed(x, lengths) if backward else x, before, self.mode)
             out = output_of(layer, trace.states[0])
             outs.append(reverse(out, lengths) if backward else out)

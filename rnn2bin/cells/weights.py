@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -41,7 +41,7 @@ PHI = {
 
 @dataclass(frozen=True)
 class CellWeights:
-    """Plain tensors of one cell; shapes in `LayerSpec.tensors`."""
+    """Plain tensors of one cell; shapes in `LayerSpec.tensors`. One that its kind does not have is empty; `all` has every one by name."""
 
     gates_ih: Tensor
     gates_hh: Tensor
@@ -56,23 +56,37 @@ class CellWeights:
     clip: float = 0.0
     cell_clip: float = 0.0
     proj_clip: float = 0.0
+    all: Mapping[str, Tensor] = field(default_factory=dict)
+    depth: int = 1
 
-    def gate_pre(self, x: Tensor, h: Tensor) -> Tensor:
-        """x (B,I), h (B,R) -> pre-activations (B,G,n·H): one product a unit, one threshold a copy."""
-        product = x @ self.gates_ih.t() + h @ self.gates_hh.t()
-        hidden = self.candidate_hh.shape[0]
-        gates = product.shape[1] // hidden
-        return (product.view(-1, gates, 1, hidden) + self.gates_bias.view(gates, -1, hidden)).flatten(2)
+    @property
+    def hidden(self) -> int:
+        return self.candidate_bias.shape[0] // self.depth
+
+    def gate_pre(self, x: Tensor, h: Tensor, *, first: int = 0, last: int | None = None) -> Tensor:
+        """x (B,I), h (B,R) -> pre-activations (B,G,n·H) of the gates from `first` to before `last`, all if not given: one product a unit,
+        one threshold a copy."""
+        rows = slice(first * self.hidden, None if last is None else last * self.hidden)
+        return self.thresholds(x @ self.gates_ih[rows].t() + h @ self.gates_hh[rows].t(), first=first)
+
+    def thresholds(self, product: Tensor, *, first: int = 0) -> Tensor:
+        """Products (B,g·H) of the gates from `first` on -> their pre-activations (B,g,n·H)."""
+        gates = product.shape[1] // self.hidden
+        bias = self.gates_bias.view(self.gates_hh.shape[0] // self.hidden if self.gates_hh.numel() else gates, -1, self.hidden)
+        return (product.view(-1, gates, 1, self.hidden) + bias[first : first + gates]).flatten(2)
 
     def squash(self, pre: Tensor) -> Tensor:
         """The candidate's pre-activation -> its value."""
         return self.phi(clipped(pre, self.clip))
 
     def peek(self, c: Tensor) -> Tensor:
-        """c (B,n·H) -> what each gate sees of it (B,G,n·H): every copy of a unit its own cell, through the unit's one weight."""
+        """c (B,n·H) -> what each gate sees of it (B,G,n·H). Diagonal: every copy of a unit its own cell, through the unit's one weight;
+        full: the mean over copies of every cell."""
         assert self.peephole is not None  # spec.CellKind.peepholes
-        hidden = self.candidate_hh.shape[0]
-        return (self.peephole.view(-1, 1, hidden) * c.view(len(c), 1, -1, hidden)).flatten(2)
+        if self.peephole.ndim == 2:
+            copies = c.shape[1] // self.hidden
+            return (fold(c, copies) @ self.peephole.t()).unflatten(1, (-1, self.hidden)).repeat(1, 1, copies)
+        return (self.peephole.view(-1, 1, self.hidden) * c.view(len(c), 1, -1, self.hidden)).flatten(2)
 
     def emit(self, h: Tensor) -> Tensor:
         """An LSTM's o·φ(c), folded (B,H) -> what others read (B,R)."""
@@ -124,6 +138,11 @@ class Cell(nn.Module):
         """`gates`, `candidate` or `projection`."""
         return self.get_submodule(name)  # type: ignore[return-value]
 
+    def tensor(self, name: str) -> Tensor:
+        """A weight by its name of `LayerSpec.tensors`."""
+        part, leaf = name.split(".")
+        return getattr(self.part(part), leaf)
+
     def _add_levels(self, *, learned: bool) -> None:
         gates, hidden = self.layer.kind.gates, self.layer.width
         self.levels = Tensors()
@@ -137,43 +156,64 @@ class Cell(nn.Module):
 
     def matrices(self) -> dict[str, Tensor]:
         """The cell's matrices by name, on their grids where they have any."""
-        rows = [["gates.weight_ih", "gates.weight_hh"], ["candidate.weight_ih", "candidate.weight_hh"]]
-        rows += [["projection.weight"]] if self.layer.proj_size else []
-        found: dict[str, Tensor] = {name: self.get_parameter(name) for names in rows for name in names}
+        found = {name: self.tensor(name) for name, shape in self.layer.tensors().items() if len(shape) == 2}
         if self.grid == "none":
             return found
-        for names in rows:
-            together = names[-1:] if self.grid == "recurrent" else names
-            found |= zip(together, rounded(*(found[name] for name in together)), strict=True)
+        for names in self._rows(found):
+            together = [n for n in names if not n.endswith("_ih")] if self.grid == "recurrent" else names
+            if together:
+                found |= zip(together, rounded(*(found[name] for name in together)), strict=True)
         return found
 
+    def _rows(self, found: Mapping[str, Tensor]) -> list[list[str]]:
+        """Matrices that share their rows' grids: those of the input and of the state, where each row has both."""
+        rest, rows = list(found), []
+        for part in ("gates", "candidate"):
+            both = [f"{part}.weight_ih", f"{part}.weight_hh"]
+            if all(name in found for name in both) and len({found[name].shape[0] for name in both}) == 1:
+                rows.append(both)
+                rest = [name for name in rest if name not in both]
+        return rows + [[name] for name in rest]
+
     def weights(self) -> CellWeights:
-        gates, candidate, matrices = self.part("gates"), self.part("candidate"), self.matrices()
+        tensors = {name: self.tensor(name) for name in self.layer.tensors()} | self.matrices()
+        none = tensors["candidate.bias"].new_zeros(0)
         return CellWeights(
-            matrices["gates.weight_ih"],
-            matrices["gates.weight_hh"],
-            gates.bias,
-            matrices["candidate.weight_ih"],
-            matrices["candidate.weight_hh"],
-            candidate.bias,
-            getattr(candidate, "bias_hh", None),
-            matrices.get("projection.weight"),
-            gates.peephole if self.layer.kind.peepholes else None,
+            tensors.get("gates.weight_ih", none),
+            tensors.get("gates.weight_hh", none),
+            tensors.get("gates.bias", none),
+            tensors["candidate.weight_ih"],
+            tensors.get("candidate.weight_hh", none),
+            tensors["candidate.bias"],
+            tensors.get("candidate.bias_hh"),
+            tensors.get("projection.weight"),
+            tensors.get("gates.peephole"),
             PHI[self.layer.activation].value,
             self.layer.clip,
             self.layer.cell_clip,
             self.layer.proj_clip,
+            tensors,
+            self.layer.depth,
         )
 
     def level_values(self) -> tuple[Tensor, Tensor]:
         """(lo, hi), each (G,n·H); what is not learned is exactly 0 and exactly 1."""
         if not any(self.binary):
             shape = (len(self.binary), self.layer.width)
-            like = self.part("gates").bias
+            like = self.part("candidate").bias
             return like.new_zeros(shape), like.new_ones(shape)
         lo = torch.where(self._lo_free, self.levels.lo, torch.zeros_like(self.levels.lo))
         hi = torch.where(self._hi_free, self.levels.hi, torch.ones_like(self.levels.hi))
         return lo, hi
+
+    @torch.no_grad()
+    def shift(self, by: Tensor) -> None:
+        """Raise every gate's threshold by (G,n·H); a gate that decides for all units has one."""
+        units = self.layer.kind.unit_gates
+        if units:
+            self.part("gates").bias.sub_(by[:units].flatten())
+        if units < len(by):
+            self.part("global").bias.sub_(by[units:, 0])
 
     @torch.no_grad()
     def project_levels(self) -> None:

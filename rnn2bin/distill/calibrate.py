@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rnn2bin import tasks
-from rnn2bin.cells.network import Lookup, Network, valid_steps
+from rnn2bin.cells.network import EQUATIONS, Lookup, Network, valid_steps
 from rnn2bin.cells.weights import PHI, Cell
 from rnn2bin.data import Batch
 from rnn2bin.distill.window import run_cell
@@ -53,8 +53,11 @@ def calibrate(student: Network, teacher: Network, task: tasks.Task, batches: Ite
 
 def importance(cell: Cell, values: Tensor, start: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> Tensor:
     """Square of what each gate multiplies, (T,B,G,H); 1 where the trace does not tell it."""
-    before = [torch.cat([s[None], all_[:-1]]) for s, all_ in zip(start, states, strict=True)]
-    if cell.layer.kind.has_cell:
+    kind = cell.layer.kind
+    before = tuple(torch.cat([s[None], all_[:-1]]) for s, all_ in zip(start, states, strict=True))
+    if kind.name in EQUATIONS:
+        parts = EQUATIONS[kind.name].multiplied(values, before, states, PHI[cell.layer.activation].value)
+    elif kind.is_lstm:
         (i, *forget, _), c_before, c = values.unbind(2), before[1], states[1]
         out = PHI[cell.layer.activation].value(c)
         if forget:
@@ -64,6 +67,8 @@ def importance(cell: Cell, values: Tensor, start: tuple[Tensor, ...], states: tu
     else:
         z = values[:, :, 1]
         parts = [torch.ones_like(z), (before[0] - states[0]) / (1 - z).clamp_min(1e-3)]
+    if not parts:
+        return torch.ones_like(values)
     return torch.stack([p.square().clamp_max(4.0) for p in parts], 2) + 1e-6
 
 
@@ -89,8 +94,11 @@ def fit(cell: Cell, mass: Tensor) -> None:
         if not cell.binary[k] or k >= len(mass):  # an output gate that it has not stays open
             continue
         learns = gate.learns if cell.learned else ()
-        values, thresholds = quantizer(mass[k], copies + 1, free_lowest="lo" in learns, free_highest="hi" in learns)
-        steps = copies * values.diff(dim=0)  # (copies, H): what opening a copy adds, of its own value
+        here = mass[k].mean(0).expand_as(mass[k]) if gate.shared else mass[k]
+        count = 1 if gate.shared else copies
+        values, thresholds = quantizer(here, count + 1, free_lowest="lo" in learns, free_highest="hi" in learns)
+        values, thresholds = values.repeat(1, copies // count), thresholds.repeat(1, copies // count)
+        steps = count * values.diff(dim=0)  # (copies, H): what opening a copy adds, of its own value
         if "hi" in learns:
             lo = (values[:1] if "lo" in learns else torch.zeros_like(values[:1])).expand_as(steps)
             hi = lo + steps
@@ -102,7 +110,7 @@ def fit(cell: Cell, mass: Tensor) -> None:
         if cell.learned:
             cell.levels.lo[k], cell.levels.hi[k] = lo.flatten(), hi.flatten()
         shift[k] = pre_of(cell, thresholds).flatten()
-    cell.part("gates").bias.sub_(shift.flatten())
+    cell.shift(shift)
     cell.project_levels()
 
 

@@ -65,6 +65,8 @@ def gate_match(output: Output, target: Output, masks: list[Tensor]) -> Tensor:
     """Mean squared error between the student's gates as probabilities and the teacher's."""
     terms = []
     for ours, theirs, mask in zip(output.pre, target.pre, masks, strict=True):
+        if not theirs.numel():  # a cell without gates
+            continue
         ours = ours[:, :, : theirs.shape[2]]  # an output gate that the teacher has not stands last
         value = torch.sigmoid(ours).unflatten(-1, (-1, theirs.shape[3])).mean(-2)  # over the copies of a unit
         error = (value - torch.sigmoid(theirs)).square() * mask
@@ -83,12 +85,12 @@ def budget(student: Network, output: Output, masks: list[Tensor], wanted: dict[s
     terms = []
     for (_, cell), pre, mask in zip(student.cells().items(), output.pre, masks, strict=True):
         every = pre.unflatten(-1, (cell.layer.copies, -1))
-        for k, gate in enumerate(cell.layer.kind.gate_names):
-            if gate in wanted and cell.binary[k]:
+        for k, gate in enumerate(cell.layer.kind.gates):
+            if gate.letter in wanted and cell.binary[k]:
                 # A row is read when any copy of its unit wants it: one that is open, or for z one that does not keep.
-                unit = every[:, :, k : k + 1].amin(-2) if gate == "z" else every[:, :, k : k + 1].amax(-2)
+                unit = every[:, :, k : k + 1].amin(-2) if gate.keeps else every[:, :, k : k + 1].amax(-2)
                 rate = open_rates(unit, mask)[0]
-                terms.append(torch.relu((1 - rate if gate == "z" else rate) - wanted[gate]))
+                terms.append(torch.relu((1 - rate if gate.keeps else rate) - wanted[gate.letter]))
     return torch.stack(terms).sum() if terms else output.y.new_zeros(())
 
 

@@ -376,7 +376,7 @@ class DistillTrainer(AnnealTrainer):
 
         def seen(name: str, prepared: tasks.Prepared, out: Output) -> None:
             if name == "soft":
-                saturated.extend(float(losses.saturation(soft_mode, pre)) for pre in out.pre)
+                saturated.extend(float(losses.saturation(soft_mode, pre)) for pre in out.pre if pre.numel())
             elif name == "hard" and wanted:
                 densities.append(float(budgets.density(student, prepared, out, learn=False)))
 

@@ -14,11 +14,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rnn2bin.cells.network import CellState, Lookup, Trace
+from rnn2bin.cells.network import walk as oracle_walk
 from rnn2bin.cells.weights import PHI, Cell, clipped, fold
 from rnn2bin.distill import native
 from rnn2bin.gates.estimators import Discretize, derivative, logistic_noise, sample
 
 Modes = tuple[Discretize, ...]
+# Cells with a window here. All others walk as the oracle does, step by step through autograd: exact, and slower (docs/adding-a-cell.md).
+WINDOWS = frozenset({"lstm", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole", "gru", "gru_reset_before"})
 ONE_HOT_LIMIT = 512  # tokens: beyond, adding rows one by one beats the product with one-hot rows
 
 
@@ -441,7 +444,10 @@ def run_cell(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize,
 
     `precision`: "bfloat16" rounds the operands of products where the native kernels run (`native.takes`); elsewhere it changes nothing.
     """
-    w, kind = cell.weights(), cell.layer.kind
+    kind = cell.layer.kind
+    if kind.name not in WINDOWS:
+        return oracle_walk(cell, x, state, mode)
+    w = cell.weights()
     modes, (lo, hi) = cell.modes(mode), cell.level_values()
     gates, hidden, width = len(kind.gates), cell.layer.hidden_size, cell.layer.width
     weight_ih = torch.cat([w.gates_ih, w.candidate_ih])

@@ -116,7 +116,7 @@ def _flipped(section: Section, handle: Handle, cell: tuple[int, int], pre: Tenso
     """Counts the flips of a cell (layer, direction) in its last step among `rows` (B,), the oracle's pre-activations being `pre` (B,G,n·H);
     gives the rows in which a decision flipped."""
     ours = torch.from_numpy(handle.gates(*cell))
-    binary = torch.tensor(section.cell(cell[0], DIRECTIONS[cell[1]]).binary).view(1, -1, 1)
+    binary = torch.tensor(section.cell(cell[0], DIRECTIONS[cell[1]]).binary, dtype=torch.bool).view(1, -1, 1)
     flips = ((pre > 0) != (ours > 0)) & binary & rows.view(-1, 1, 1)
     outside = flips & (pre.abs() > MARGIN)
     found["flips_outside"] += int(outside.sum())

@@ -40,6 +40,8 @@ def write(network: Network, *, suffix: str) -> tuple[bytes, list[str]]:
         raise UnsupportedError("an encoder–decoder, whose decoder feeds on what it writes, is not exported to ONNX")
     section = network.get_submodule("main")
     assert isinstance(section, Section)
+    if others := sorted({layer.cell for layer in section.spec.layers if layer.kind.family not in ("lstm", "gru")}):
+        raise UnsupportedError(f"{', '.join(others)}: such cells are not exported to ONNX; they run on both backends of this package")
     opset = GRAPH_OPSET if section.spec.graph else OPSET
     graph = _Graph(section)
     graph.build()
@@ -414,13 +416,22 @@ class _Step(_Block):
         pre = self.op("Add", self.op("Reshape", whole, self.constant([-1, count, 1, hidden])), bias)
         return self.op("Reshape", pre, self.constant([-1, count, layer.width]))
 
+    def _peek(self, k: int, gate: str, c: str) -> str:
+        """What gate `k` sees of the cells c (B,n·H)."""
+        layer, w = self.cell.layer, self.cell.weights()
+        assert w.peephole is not None
+        rows = w.peephole.unflatten(0, (-1, layer.hidden_size))[k]
+        if layer.kind.peepholes == "diagonal":
+            return self.op("Mul", self.weight(f"gates.peephole.{gate}", rows.repeat(layer.copies)), c)
+        each_copy = rows.repeat(layer.copies, layer.copies) / layer.copies
+        return self.op("MatMul", c, self.weight(f"gates.peephole.{gate}", each_copy.t()))
+
     def _gate(self, pre: str, k: int, c: str = "") -> str:
         """The multipliers (B,n·H) of gate `k`. `c`: the cell that it sees, where it has a peephole."""
         layer, cell, gate = self.cell.layer, self.cell, self.cell.layer.kind.gate_names[k]
         one = self.op("Gather", pre, self.constant(k), axis=1)
         if layer.kind.peepholes:
-            peephole = cell.part("gates").peephole.view(-1, layer.hidden_size)[k].repeat(layer.copies)
-            one = self.op("Add", one, self.op("Mul", self.weight(f"gates.peephole.{gate}", peephole), c))
+            one = self.op("Add", one, self._peek(k, gate, c))
         if cell.binary[k]:
             lo, hi = cell.level_values()
             levels = [self.weight(f"levels.{gate}.{side}", t[k]) for side, t in (("hi", hi), ("lo", lo))]

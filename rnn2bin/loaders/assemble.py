@@ -237,7 +237,7 @@ class Work:
     def direction(self, prefix: str, cell: str, source: LayerSource) -> LayerSpec | None:
         """weight_ih (G*H, I), weight_hh (G*H, R), biases (G*H,), weight_hr (R, H); G counts the candidate block too."""
         blocks = len(BLOCKS[cell])
-        if source.weight_hr and not CELLS[cell].has_cell:
+        if source.weight_hr and not CELLS[cell].is_lstm:
             self.reasons.append(f"{source.weight_hr}: only an LSTM has a projection")
         projection = self.take(source.weight_hr, "the projection", (None, None)) if source.weight_hr else None
         size = self.tensors[source.weight_hh].shape if source.weight_hh in self.tensors else ()

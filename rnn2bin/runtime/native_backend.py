@@ -184,12 +184,12 @@ class Handle:
     def _places(self) -> list[list[list[tuple[int, int, int, int]]]]:
         size = lambda layer, d, which: self._native.r2b_state_size(self.model._handle, layer, d, which)
         return [
-            [[(layer, d, which, n) for which in range(2) if (n := size(layer, d, which))] for d in range(2) if size(layer, d, 0)]
+            [[(layer, d, which, n) for which in range(3) if (n := size(layer, d, which))] for d in range(2) if size(layer, d, 0)]
             for layer in self.layers
         ]
 
     def read(self) -> State:
-        """[layer][direction] -> (h,) or (h, c), each (B, ·); of the layers that this state is of."""
+        """[layer][direction] -> (h,), (h, c) or (h, c, r), each (B, ·); of the layers that this state is of."""
         return [[tuple(self._read(*place) for place in both) for both in layer] for layer in self._places()]
 
     def _read(self, layer: int, direction: int, which: int, size: int) -> np.ndarray:

@@ -9,17 +9,62 @@
 #include "error.h"
 #include "json.h"
 
-enum { MOST_CONFIG = 64 << 20 };
+enum { MOST_CONFIG = 64 << 20, MOST_VALUES = 1 << 28 };
 
-static const char *const CELLS[] = {"lstm", "gru", "gru_reset_before", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole", "gru_output"};
+/* A row a cell, as in rnn2bin/spec.py. */
+static const cell_kind CELLS[] = {
+    {"lstm", STEP_LSTM, "ifo", "hbh", "hc", .variant = 0},
+    {"lstm_peephole", STEP_LSTM_KINDS, "ifo", "hbh", "hc", .peepholes = PEEPHOLES_DIAGONAL},
+    {"lstm_peephole_full", STEP_LSTM_KINDS, "ifo", "hbh", "hc", .peepholes = PEEPHOLES_FULL},
+    {"lstm_coupled", STEP_LSTM_KINDS, "io", "hh", "hc", .variant = 0},
+    {"lstm_coupled_peephole", STEP_LSTM_KINDS, "io", "hh", "hc", .peepholes = PEEPHOLES_DIAGONAL},
+    {"gru", STEP_GRU, "rz", "hl", "h", .reset_after = true},
+    {"gru_reset_before", STEP_GRU, "rz", "hl", "h", .variant = 0},
+    {"gru_output", STEP_GRU, "rzo", "hlh", "hc", .reset_after = true},
+    {"rnn", STEP_RNN, "", "", "h", .variant = RNN_VANILLA},
+    {"rnn_minimal", STEP_RNN, "f", "l", "h", .variant = RNN_MINIMAL},
+    {"rnn_residual", STEP_RNN, "f", "h", "h", .variant = RNN_RESIDUAL},
+    {"highway", STEP_HIGHWAY, "t", "h", "h", .memoryless = true},
+    {"recurrent_highway", STEP_HIGHWAY, "t", "h", "h", .deep = INNER},
+    {"prototype", STEP_MEMORY, "ifo", "hbh", "h", .variant = BARE},
+    {"prototype_normalized", STEP_MEMORY, "ifo", "hbh", "h", .variant = BARE | NORMALIZED},
+    {"pseudo", STEP_MEMORY, "ifo", "hbh", "hc", .variant = 0},
+    {"pseudo_1", STEP_MEMORY, "ifo", "hbh", "hcr", .variant = READS_LATE},
+    {"pseudo_2", STEP_MEMORY, "ifo", "hbh", "hc", .variant = GATES_READ},
+    {"pseudo_3", STEP_MEMORY, "ifo", "hbh", "hc", .variant = OUTPUT_READ},
+    {"pseudo_12", STEP_MEMORY, "ifo", "hbh", "hcr", .variant = READS_LATE | GATES_READ},
+    {"pseudo_13", STEP_MEMORY, "ifo", "hbh", "hc", .variant = READS_LATE | OUTPUT_READ},
+    {"pseudo_23", STEP_MEMORY, "ifo", "hbh", "hc", .variant = GATES_READ | OUTPUT_READ},
+    {"pseudo_123", STEP_MEMORY, "ifo", "hbh", "hc", .variant = READS_LATE | GATES_READ | OUTPUT_READ},
+    {"gf_tanh", STEP_FEEDBACK, "", "", "h", .variant = FEEDBACK_TANH, .deep = STACK, .link = 'g'},
+    {"gf_gru", STEP_FEEDBACK, "rz", "hl", "h", .variant = FEEDBACK_GRU, .deep = STACK, .link = 'g'},
+    {"gf_lstm", STEP_FEEDBACK, "ifo", "hbh", "hc", .variant = FEEDBACK_LSTM, .deep = STACK, .link = 'g'},
+};
 static const char *const READOUTS[] = {"all", "last", "final", "mean", "max"};
 static const char *const ACTIVATIONS[] = {"none", "relu", "tanh", "sigmoid", "softmax", "log_softmax", "l2", "relu_l2"};
-static const char *const GATES[][MOST_GATES] = {{"i", "f", "o"}, {"r", "z"}, {"r", "z"}, {"i", "f", "o"}, {"i", "o"}, {"i", "o"}, {"r", "z", "o"}};
 static const char *const DIRECTIONS[] = {"fwd", "bwd"};
 
 #define COUNT(names) (int)(sizeof(names) / sizeof((names)[0]))
 
-const char *gate_name(cell_kind cell, int gate) { return GATES[cell][gate]; }
+void gate_name(const layer_config *layer, int gate, char name[4]) {
+  int each = (int)strlen(layer->kind->gates), link = gate - layer->unit_gates;
+  memset(name, 0, 4);
+  if (gate >= layer->unit_gates) {
+    name[0] = layer->kind->link;
+    name[1] = (char)('1' + link % layer->depth);
+    name[2] = (char)('1' + link / layer->depth);
+    return;
+  }
+  name[0] = layer->kind->gates[gate % each];
+  if (layer->kind->deep != FLAT) name[1] = (char)('1' + gate / each);
+}
+
+/* Levels that a skip depends on are exactly 0 and 1 (spec.GateSpec). */
+bool gate_learns(const layer_config *layer, int gate, int side) {
+  if (gate >= layer->unit_gates) return false;
+  char which = layer->kind->levels[gate % (int)strlen(layer->kind->levels)];
+  return which == 'b' || which == (side ? 'h' : 'l');
+}
 
 static int one_of(const json *value, const char *const *names, int count, int *found) {
   for (*found = 0; *found < count; ++*found)
@@ -52,39 +97,61 @@ static int read_bound(const json *layer, const char *name, float *bound, const c
   return 0;
 }
 
+/* Sizes that follow from the kind. */
+static void measure_layer(layer_config *layer) {
+  const cell_kind *kind = layer->kind;
+  int layers = kind->deep == STACK ? layer->depth : 1;
+  layer->recurrent = layer->projection ? layer->projection : layer->hidden;
+  layer->width = layer->copies * layer->hidden;
+  layer->has_cell = strchr(kind->states, 'c') != NULL;
+  layer->unit_gates = (int)strlen(kind->gates) * layer->depth;
+  layer->gates = layer->unit_gates + (kind->link ? layer->depth * layer->depth : 0);
+  layer->coupled = layer->has_cell && layer->step <= STEP_LSTM_KINDS && layer->gates == 2;
+  layer->state[0] = layers * (layer->has_cell ? layer->recurrent : layer->width);
+  layer->state[1] = layer->has_cell ? layers * layer->width : 0;
+  layer->state[2] = strchr(kind->states, 'r') ? layer->hidden : 0;
+}
+
 static int read_kind(const json *found, layer_config *layer, const char *where) {
-  layer->peepholes = layer->cell == CELL_LSTM_PEEPHOLE || layer->cell == CELL_LSTM_COUPLED_PEEPHOLE;
-  layer->coupled = layer->cell == CELL_LSTM_COUPLED || layer->cell == CELL_LSTM_COUPLED_PEEPHOLE;
-  bool lstm = layer->cell == CELL_LSTM || layer->peepholes || layer->coupled;
-  layer->has_cell = lstm || layer->cell == CELL_GRU_OUTPUT;
-  layer->gates = layer->has_cell && !layer->coupled ? 3 : 2;
+  const cell_kind *kind = NULL;
+  const json *name = json_get(found, "cell");
+  for (int k = 0; k < COUNT(CELLS); k++)
+    if (json_is(name, CELLS[k].name)) kind = &CELLS[k];
+  if (!kind) return fail("config.json: %s: unknown cell; update rnn2bin", where);
+  layer->kind = kind;
   if (read_bound(found, "clip", &layer->clip, where) || read_bound(found, "cell_clip", &layer->cell_clip, where) ||
       read_bound(found, "proj_clip", &layer->proj_clip, where))
     return -1;
   bool clips = isfinite(layer->clip) || isfinite(layer->cell_clip) || isfinite(layer->proj_clip);
-  layer->step = !lstm ? STEP_GRU : layer->cell == CELL_LSTM && !clips ? STEP_LSTM : STEP_LSTM_KINDS;
-  layer->wide_pre = layer->step == STEP_LSTM_KINDS;
+  layer->step = kind->step == STEP_LSTM && clips ? STEP_LSTM_KINDS : kind->step;
+  layer->wide_pre = writes_pre(layer);
+  if (in_blocks(layer) && (clips || layer->projection)) return fail("config.json: %s: %s clips and projects nothing", where, kind->name);
+  if (kind->memoryless && layer->input != layer->hidden)
+    return fail("config.json: %s: %s has as many inputs as units", where, kind->name);
+  if (layer->depth > 1 && kind->deep == FLAT) return fail("config.json: %s: %s has no depth", where, kind->name);
+  if (layer->copies > 1 && !*kind->gates) return fail("config.json: %s: %s has no gate of which units could have copies", where, kind->name);
   return 0;
 }
 
 static int read_layer(const json *found, layer_config *layer, const char *where) {
-  int cell;
   const json *phi = json_get(found, "activation"), *hard = json_get(found, "hard_sigmoid");
-  if (phi && !json_is(phi, "tanh")) return fail("config.json: %s: cells with another activation than tanh run on the torch backend", where);
   layer->hard_sigmoid = hard && !(hard->kind == JSON_NUMBER && is_zero(hard));
-  if (one_of(json_get(found, "cell"), CELLS, COUNT(CELLS), &cell)) return fail("config.json: %s: unknown cell; update rnn2bin", where);
-  layer->cell = (cell_kind)cell;
-  layer->copies = 1; /* directories from before there were copies do not say so */
+  layer->copies = layer->depth = 1; /* directories from before there were any do not say so */
   if (size_of(found, "input_size", 1, MOST_SIZE, &layer->input, where) ||
       size_of(found, "hidden_size", 1, MOST_SIZE, &layer->hidden, where) ||
       size_of(found, "directions", 1, 2, &layer->directions, where) ||
       size_of(found, "proj_size", 0, MOST_SIZE, &layer->projection, where) ||
-      (json_get(found, "copies") && size_of(found, "copies", 1, MOST_COPIES, &layer->copies, where)))
+      (json_get(found, "copies") && size_of(found, "copies", 1, MOST_COPIES, &layer->copies, where)) ||
+      (json_get(found, "depth") && size_of(found, "depth", 1, MOST_DEPTH, &layer->depth, where)))
     return -1;
   if (read_kind(found, layer, where)) return -1;
-  if (layer->projection && layer->step == STEP_GRU) return fail("config.json: %s: only an LSTM has a projection", where);
-  layer->recurrent = layer->projection ? layer->projection : layer->hidden;
-  layer->width = layer->copies * layer->hidden;
+  layer->relu = phi && json_is(phi, "relu") && layer->step == STEP_RNN && layer->kind->variant == RNN_VANILLA;
+  if (phi && !json_is(phi, "tanh") && !layer->relu)
+    return fail("config.json: %s: cells with another activation than tanh run on the torch backend", where);
+  measure_layer(layer);
+  if ((int64_t)layer->gates * layer->width > MOST_VALUES || (int64_t)layer->depth * layer->hidden > MOST_SIZE)
+    return fail("config.json: %s: too many units", where);
+  if (layer->projection && (!layer->has_cell || layer->step == STEP_GRU)) return fail("config.json: %s: only an LSTM has a projection", where);
   return 0;
 }
 
@@ -132,14 +199,15 @@ static int check_widths(const section_config *section) {
 }
 
 static int read_gates(const json *gates, section_config *section) {
-  char name[48];
+  char name[48], letter[4];
   for (int k = 0; k < section->layers; k++) {
     layer_config *layer = &section->layer[k];
     for (int d = 0; d < layer->directions; d++) {
       snprintf(name, sizeof name, "%s.layers.%d.%s", section->name, k, DIRECTIONS[d]);
       const json *cell = json_get(gates, name);
       for (int g = 0; g < layer->gates; g++) {
-        const json *gate = json_get(cell, gate_name(layer->cell, g));
+        gate_name(layer, g, letter);
+        const json *gate = json_get(cell, letter);
         layer->binary[d][g] = json_is(gate, "binary");
         if (!layer->binary[d][g] && !json_is(gate, "soft")) return fail("config.json: gates of %s must be binary or soft", name);
         if (!layer->binary[d][g] && layer->hard_sigmoid)
@@ -207,7 +275,7 @@ static int read_decoder(const json *decode, network_config *config) {
     layer_config *a = &encoder->layer[k];
     const layer_config *b = &decoder->layer[k];
     a->wide_pre |= b->wide_pre; /* they share states */
-    same = a->cell == b->cell && a->width == b->width && a->hidden == b->hidden && a->recurrent == b->recurrent && a->directions == b->directions;
+    same = a->kind == b->kind && a->depth == b->depth && a->width == b->width && a->hidden == b->hidden && a->recurrent == b->recurrent && a->directions == b->directions;
   }
   return same ? 0 : fail("config.json: decoder: its layers must have the cells and sizes of the encoder's");
 }

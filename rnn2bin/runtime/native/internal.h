@@ -69,6 +69,14 @@ typedef struct {
   float half_in_all, error_in_all, norm_in_all; /* sums over rows */
 } screen;
 
+/* A matrix of `rows` units, its columns those of the input, where it reads it and no table stands for them, then those of a state. */
+typedef struct {
+  matrix all;
+  row_matrix by_row;
+  int rows, inputs; /* inputs: columns of the input */
+  int table_at;     /* where in a table's row its share of the input is; -1: it does not read the input */
+} block;
+
 /* One direction of one layer. Vectors over copies are `width` long, unit j of copy k at k * hidden + j. */
 typedef struct {
   const layer_config *layer;
@@ -79,9 +87,13 @@ typedef struct {
   row_matrix candidate_by_row, gates_by_row; /* gates_by_row where they are screened */
   screen screen;
   float *gate_bias, *lo, *hi; /* (G, width) */
-  float *peephole;            /* (G, H), or NULL */
-  float *bias, *bias_hh;      /* (H); bias_hh NULL but for a reset-after GRU */
-  float *table;               /* (V, gate_rows + candidate_rows): W * embedding, or NULL */
+  float *peephole;            /* (G, H), or NULL: none, or full ones, which are blocks */
+  float *bias, *bias_hh;      /* (depth * H), (H); bias_hh NULL but for a reset-after GRU */
+  float *link_bias;           /* (depth * depth), or NULL */
+  float *table;               /* (V, table_stride): W * embedding, or NULL; of blocks one behind the other, else gates and candidate */
+  int table_stride;
+  block *blocks; /* what a cell in blocks has for `gates` and `candidate`, and an LSTM with full peepholes beside them */
+  int block_count;
 } cell;
 
 typedef struct {
@@ -107,7 +119,7 @@ struct r2b_model {
   float *zeros; /* as long as the longest row of products */
   int longest;  /* of products: gate_rows + candidate_rows, padded rows of linear layers */
   int widest;   /* of what one part hands to the next */
-  int most_columns, most_hidden, most_width, most_gates;
+  int most_columns, most_hidden, most_width, most_gates, most_values; /* most_values: of all gates, width each */
   void **owned; /* all allocations */
   size_t owned_count, owned_room;
 };

@@ -26,10 +26,10 @@ typedef struct {
   columns active;    /* the input's are listed already; the kernel adds the recurrent ones */
   int gates_from;    /* columns before this one are in `gates_base` already */
   const float *gates_base, *candidate_base; /* (gate_rows), (candidate_rows): the input's share so far, or zeros */
-  float *h, *c;      /* the state, updated; c only of an LSTM */
+  float *h, *c, *r;  /* the state, updated; h alone is never NULL */
   float *read;       /* (R): what others read of h, before the step and after it */
   float *products;   /* (gate_rows): written */
-  float *pre;        /* (G, width): written by lstm_kinds.h alone */
+  float *pre;        /* (G, width): written where `writes_pre` */
   screen_row screen; /* where the cell is screened */
 } step_row;
 
@@ -38,7 +38,8 @@ typedef struct {
   float *gates;     /* (G, width) */
   float *candidate; /* (H) */
   float *recurrent; /* (H) */
-  float *spare;     /* (width) */
+  float *spare;     /* (longest product) */
+  float *wide;      /* (width) */
   uint16_t *open;   /* (2, H / GROUP): bits of units */
   int32_t *groups;  /* (H / GROUP) */
   int32_t *wanted;  /* (G * H) */

@@ -13,7 +13,7 @@
 #include "safetensors.h"
 
 /* Products of embedding and weights are made once a token where that takes milliseconds; else once a step. */
-enum { HUGE_PAGE = 2 << 20, MOST_SCREENED = 1 << 15 }; /* columns whose products of bytes fit 32 bits */
+enum { HUGE_PAGE = 2 << 20, MOST_SCREENED = 1 << 15, MOST_BLOCKS = 160 }; /* columns whose products of bytes fit 32 bits */
 static const uint64_t MOST_FOLDED_PRODUCTS = 1u << 28, MOST_TABLE_BYTES = 1u << 28;
 
 typedef struct {
@@ -204,25 +204,21 @@ static int find_weights(loader *l, const layer_config *y, const char *prefix, so
 
 static int load_vectors(loader *l, cell *c, const char *prefix) {
   const layer_config *y = c->layer;
-  size_t hidden = (size_t)y->hidden, wide = (size_t)y->gates * (size_t)y->width, room = (size_t)c->candidate_rows;
-  c->gate_bias = floats(l, find(l, (int64_t)wide, 0, "%s.gates.bias", prefix), wide, wide + room); /* the last unit's group is read whole */
-  c->bias = floats(l, find(l, y->hidden, 0, "%s.candidate.bias", prefix), hidden, room);
-  if (!c->gate_bias || !c->bias) return -1;
-  if (y->peepholes && !(c->peephole = floats(l, find(l, y->gates * y->hidden, 0, "%s.gates.peephole", prefix), y->gates * hidden, y->gates * hidden)))
+  size_t units = (size_t)(y->depth * y->hidden), wide = (size_t)y->unit_gates * (size_t)y->width, room = (size_t)c->candidate_rows;
+  size_t links = (size_t)(y->gates - y->unit_gates);
+  /* the last unit's group is read whole */
+  if (wide && !(c->gate_bias = floats(l, find(l, (int64_t)wide, 0, "%s.gates.bias", prefix), wide, wide + room))) return -1;
+  if (!(c->bias = floats(l, find(l, (int64_t)units, 0, "%s.candidate.bias", prefix), units, units + room))) return -1;
+  if (links && !(c->link_bias = floats(l, find(l, (int64_t)links, 0, "%s.global.bias", prefix), links, links))) return -1;
+  size_t eyes = (size_t)y->gates * (size_t)y->hidden;
+  if (y->kind->peepholes == PEEPHOLES_DIAGONAL && !(c->peephole = floats(l, find(l, (int64_t)eyes, 0, "%s.gates.peephole", prefix), eyes, eyes)))
     return -1;
-  if (y->cell != CELL_GRU && y->cell != CELL_GRU_OUTPUT) return 0;
-  c->bias_hh = floats(l, find(l, y->hidden, 0, "%s.candidate.bias_hh", prefix), hidden, room);
+  if (!y->kind->reset_after) return 0;
+  c->bias_hh = floats(l, find(l, y->hidden, 0, "%s.candidate.bias_hh", prefix), (size_t)y->hidden, room);
   return c->bias_hh ? 0 : -1;
 }
 
-/* Levels that a skip depends on are exactly 0 and 1, and so are all where they were not learned (spec.GateSpec). */
-static bool learns(const layer_config *y, int gate, int side) {
-  static const bool lstm[MOST_GATES][2] = {{false, true}, {true, true}, {false, true}};
-  static const bool gru[MOST_GATES][2] = {{false, true}, {true, false}, {false, true}};
-  if (y->coupled) return side == 1;
-  return y->step == STEP_GRU ? gru[gate][side] : lstm[gate][side];
-}
-
+/* Levels that were not learned are exactly 0 and 1. */
 static int load_levels(loader *l, cell *c, const char *prefix) {
   const layer_config *y = c->layer;
   const char *const names[] = {"lo", "hi"};
@@ -234,53 +230,58 @@ static int load_levels(loader *l, cell *c, const char *prefix) {
     float *values = *levels[side] = floats(l, find(l, y->gates, y->width, "%s.levels.%s", prefix, names[side]), wide, wide);
     if (!values) return -1;
     for (int g = 0; g < y->gates; g++)
-      for (int j = 0; j < y->width && !(l->model->config.learned && c->binary[g] && learns(y, g, side)); j++)
+      for (int j = 0; j < y->width && !(l->model->config.learned && c->binary[g] && gate_learns(y, g, side)); j++)
         values[g * y->width + j] = (float)side;
   }
   return 0;
 }
 
-/* A table's row: the input's share of one token, made by the kernels themselves, so that no bit differs from a product at the step. */
-static void fold_token(loader *l, const cell *with, columns *active, float *row) {
-  r2b_counters counters = {0};
-  product_row gates = {active, 0, active->total, l->model->zeros, row}, candidate = gates;
-  candidate.out = row + with->gate_rows;
-  l->model->kernels->product(&with->gates, &gates, 1, &counters);
-  l->model->kernels->product(&with->candidate, &candidate, 1, &counters);
+/* The input's share of some rows, and where in a table's row it goes. */
+typedef struct {
+  const part *from;
+  int rows, at;
+} share;
+
+/* The columns of one token's embedding, `values` (wide). */
+static void embed(const section *s, int token, int wide, float *values) {
+  for (int j = 0; j < wide; j++) values[j] = s->embedding ? half_to_float(s->embedding[(size_t)token * (size_t)wide + (size_t)j]) : j == token;
 }
 
-static int fold_table(loader *l, const section *s, cell *c, const sources *from) {
+/* A table's rows: the input's share of each token, made by the kernels themselves, so that no bit differs from a product at the step. With
+ * `carried_at` >= 0 what the token is goes there too, for a cell that hands its input on. */
+static int fold_table(loader *l, const section *s, cell *c, const share *shares, int count, int carried_at) {
   r2b_model *model = l->model;
-  int wide = c->layer->input, rows = c->gate_rows + c->candidate_rows, failed = 0;
-  cell with = *c;
+  int wide = c->layer->input, vocabulary = s->config->vocabulary;
   const grid halves = {0};
-  size_t kept = model->owned_count;
   columns active = {0};
-  float *values;
-  c->table = model_allocate(model, ((size_t)s->config->vocabulary * (size_t)rows + 128) * sizeof(float)); /* whole tiles can be read */
+  r2b_counters counters = {0};
+  c->table = model_allocate(model, ((size_t)vocabulary * (size_t)c->table_stride + 128) * sizeof(float)); /* whole tiles can be read */
   if (!c->table) return -1;
-  kept = model->owned_count;
-  failed = new_matrix(model, &with.gates, c->layer->gates * c->layer->hidden, wide, &halves) ||
-           new_matrix(model, &with.candidate, c->layer->hidden, wide, &halves);
-  values = failed ? NULL : model_allocate(model, (size_t)wide * sizeof(float));
+  size_t kept = model->owned_count;
+  matrix *with = model_allocate(model, (size_t)count * sizeof *with);
+  float *values = with ? model_allocate(model, (size_t)wide * sizeof(float)) : NULL;
   active.index = values ? model_allocate(model, (size_t)(wide + SLACK) * sizeof(int32_t)) : NULL;
   active.value = active.index ? model_allocate(model, (size_t)(wide + SLACK) * sizeof(float)) : NULL;
-  if (active.value) {
-    lay_out(&with.gates, &from->gates[0], 0);
-    lay_out(&with.candidate, &from->candidate[0], 0);
-    for (int v = 0; v < s->config->vocabulary; v++) {
-      for (int j = 0; j < wide; j++) values[j] = s->embedding ? half_to_float(s->embedding[(size_t)v * (size_t)wide + (size_t)j]) : j == v;
-      active.total = active.inputs = model->kernels->list(values, wide, 0, active.index, active.value);
-      fold_token(l, &with, &active, c->table + (size_t)v * (size_t)rows);
+  int failed = active.value ? 0 : -1;
+  for (int k = 0; !failed && k < count; k++)
+    if (!(failed = new_matrix(model, &with[k], shares[k].rows, wide, &halves))) lay_out(&with[k], shares[k].from, 0);
+  for (int v = 0; !failed && v < vocabulary; v++) {
+    float *row = c->table + (size_t)v * (size_t)c->table_stride;
+    embed(s, v, wide, values);
+    active.total = active.inputs = model->kernels->list(values, wide, 0, active.index, active.value);
+    for (int k = 0; k < count; k++) {
+      product_row one = {&active, 0, active.total, model->zeros, row + shares[k].at};
+      model->kernels->product(&with[k], &one, 1, &counters);
     }
+    if (carried_at >= 0) memcpy(row + carried_at, values, (size_t)wide * sizeof *values);
   }
   while (model->owned_count > kept) free(model->owned[--model->owned_count]);
-  return active.value ? 0 : -1;
+  return failed;
 }
 
 static bool folds(const section *s, const cell *c) {
   if (!reads_tokens(s->config)) return false;
-  uint64_t rows = (uint64_t)(c->gate_rows + c->candidate_rows), vocabulary = (uint64_t)s->config->vocabulary;
+  uint64_t rows = (uint64_t)c->table_stride, vocabulary = (uint64_t)s->config->vocabulary;
   uint64_t products = rows * vocabulary * (uint64_t)(s->embedding ? c->layer->input : 1);
   return products <= MOST_FOLDED_PRODUCTS && rows * vocabulary * sizeof(float) <= MOST_TABLE_BYTES;
 }
@@ -391,7 +392,7 @@ static bool is_wanted(const r2b_model *model, const cell *c) {
 }
 
 static bool screens(const r2b_model *model, const cell *c) {
-  bool all = is_wanted(model, c) && !c->layer->peepholes && model->kernels->screens && c->gates.cols <= MOST_SCREENED;
+  bool all = is_wanted(model, c) && !c->layer->kind->peepholes && !in_blocks(c->layer) && model->kernels->screens && c->gates.cols <= MOST_SCREENED;
   for (int g = 0; g < c->layer->gates; g++) all &= c->binary[g];
   return all;
 }
@@ -413,23 +414,197 @@ static int lay_out_whole(r2b_model *model, matrix *m, int rows, const part *from
   return 0;
 }
 
+/* Where a block's columns come from: `rows` rows of a tensor from `row` on for the input, and of another for the state. */
+typedef struct {
+  const char *input, *state; /* "gates.weight_ih"; NULL: none */
+  int input_row, state_row, rows;
+  int state_col, state_cols; /* of the state's tensor */
+} block_source;
+
+/* Rows and columns of a tensor of a layer. */
+static void shape_of(const layer_config *y, const char *name, int64_t *rows, int64_t *cols) {
+  int units = y->unit_gates / y->depth * y->hidden, layers = y->depth, stack = y->kind->deep == STACK;
+  bool gates = name[0] == 'g' && name[1] == 'a', links = name[0] == 'g' && !gates;
+  int first = links ? layers : gates ? units : y->hidden;
+  *rows = first * layers;
+  *cols = y->hidden;
+  if (strstr(name, ".weight_ih")) *rows = first, *cols = y->input;
+  if (strstr(name, ".weight_below")) *rows = first * (layers - 1);
+  if (stack && strstr(name, ".weight_hh") && !gates) *cols = layers * y->hidden;
+  if (strstr(name, ".peephole")) *rows = units;
+}
+
+/* A block for every gate, then for every candidate. */
+static int plan_parts(const layer_config *y, block_source *to) {
+  int count = 0, each = y->unit_gates / y->depth;
+  for (int k = 0; k < y->unit_gates + y->depth; k++) {
+    bool candidate = k >= y->unit_gates;
+    int at = candidate ? k - y->unit_gates : k;
+    to[count++] = (block_source){
+        .input = at >= (candidate ? 1 : each) ? NULL : candidate ? "candidate.weight_ih" : "gates.weight_ih",
+        .state = y->kind->memoryless ? NULL : candidate ? "candidate.weight_hh" : "gates.weight_hh",
+        .input_row = at * y->hidden,
+        .state_row = at * y->hidden,
+        .rows = y->hidden,
+        .state_cols = y->hidden,
+    };
+  }
+  return count;
+}
+
+/* Full peepholes: what the gates before the cell's update see of it, and the one behind. */
+static int plan_peepholes(const layer_config *y, block_source *to) {
+  int before = (y->gates - 1) * y->hidden;
+  to[0] = (block_source){.state = "gates.peephole", .rows = before, .state_cols = y->hidden};
+  to[1] = (block_source){.state = "gates.peephole", .state_row = before, .rows = y->hidden, .state_cols = y->hidden};
+  return 2;
+}
+
+/* A stack: of each layer what is below it and its own state for its gates; the same and every layer's for the global gates; what is below it
+ * for its candidate, then a block for every layer (kernels/feedback.h). */
+static int plan_stack(const layer_config *y, block_source *to) {
+  int count = 0, layers = y->depth, units = y->unit_gates / layers * y->hidden;
+  for (int j = 0; j < layers; j++) {
+    const struct {
+      const char *input, *below;
+      int rows;
+    } under[] = {{"gates.weight_ih", "gates.weight_below", units},
+                 {"global.weight_ih", "global.weight_below", layers},
+                 {"candidate.weight_ih", "candidate.weight_below", y->hidden}};
+    for (int k = 0; k < 3; k++) {
+      int rows = under[k].rows;
+      if (!rows) continue;
+      to[count++] = j ? (block_source){.state = under[k].below, .state_row = (j - 1) * rows, .rows = rows, .state_cols = y->hidden}
+                      : (block_source){.input = under[k].input, .rows = rows};
+      if (k == 0) to[count++] = (block_source){.state = "gates.weight_hh", .state_row = j * rows, .rows = rows, .state_cols = y->hidden};
+      if (k == 1) to[count++] = (block_source){.state = "global.weight_hh", .state_row = j * rows, .rows = rows, .state_cols = layers * y->hidden};
+    }
+    for (int i = 0; i < layers; i++)
+      to[count++] = (block_source){.state = "candidate.weight_hh", .state_row = j * y->hidden, .rows = y->hidden,
+                                   .state_col = i * y->hidden, .state_cols = y->hidden};
+  }
+  return count;
+}
+
+static int plan_blocks(const layer_config *y, block_source *to) {
+  if (y->kind->deep == STACK) return plan_stack(y, to);
+  if (y->kind->peepholes == PEEPHOLES_FULL) return plan_peepholes(y, to);
+  return in_blocks(y) ? plan_parts(y, to) : 0;
+}
+
+/* Some rows and columns of a tensor, copied where they do not lie together; the caller frees `copy`. */
+static int cut(loader *l, const layer_config *y, const char *prefix, const char *name, int row, int rows, int col, int cols, part *found,
+               uint8_t **copy) {
+  int64_t all, wide;
+  shape_of(y, name, &all, &wide);
+  const uint8_t *data = find(l, all, wide, "%s.%s", prefix, name);
+  *copy = NULL;
+  if (!data) return -1;
+  *found = (part){data + 2 * (size_t)row * (size_t)wide, cols, NULL};
+  if (cols == wide) return 0;
+  *copy = malloc(2 * (size_t)rows * (size_t)cols);
+  if (!*copy) return fail("out of memory");
+  for (int r = 0; r < rows; r++)
+    memcpy(*copy + 2 * (size_t)r * (size_t)cols, found->data + 2 * ((size_t)r * (size_t)wide + (size_t)col), 2 * (size_t)cols);
+  found->data = *copy;
+  return 0;
+}
+
+static int lay_out_block_of(r2b_model *model, block *b, part *parts, int count, int inputs) {
+  grid grid = {0};
+  int cols = 0, first = 0;
+  for (int k = 0; k < count; k++) cols += parts[k].cols;
+  if ((cols && find_grid(model, parts, count, b->rows, &grid)) || new_matrix(model, &b->all, b->rows, cols, &grid) ||
+      new_row_matrix(model, &b->by_row, b->rows, cols, &grid))
+    return -1;
+  b->inputs = inputs;
+  for (int k = 0; k < count; first += parts[k++].cols) {
+    if (to_bytes(&parts[k], b->rows, &grid)) return -1;
+    lay_out(&b->all, &parts[k], first);
+    lay_out_rows(&b->by_row, b->rows, &parts[k], first);
+    free(parts[k].bytes);
+    parts[k].bytes = NULL;
+  }
+  return 0;
+}
+
+static int load_block(loader *l, cell *c, block *b, const block_source *from, const char *prefix) {
+  part parts[2] = {{0}, {0}};
+  uint8_t *copy = NULL;
+  int count = 0, inputs = from->input && c->inputs ? c->layer->input : 0, failed = 0;
+  b->rows = from->rows;
+  if (inputs) failed = cut(l, c->layer, prefix, from->input, from->input_row, from->rows, 0, inputs, &parts[count++], &copy);
+  if (!failed && from->state)
+    failed = cut(l, c->layer, prefix, from->state, from->state_row, from->rows, from->state_col, from->state_cols, &parts[count++], &copy);
+  failed = failed || lay_out_block_of(l->model, b, parts, count, inputs);
+  for (int k = 0; k < 2; k++) free(parts[k].bytes);
+  free(copy);
+  return failed ? -1 : 0;
+}
+
+/* The input's shares of a cell in blocks for every token. */
+static int fold_blocks(loader *l, const section *s, cell *c, const block_source *from, const char *prefix) {
+  share shares[MOST_BLOCKS];
+  part parts[MOST_BLOCKS];
+  uint8_t *copy;
+  int count = 0;
+  for (int k = 0; k < c->block_count; k++) {
+    if (!from[k].input) continue;
+    if (cut(l, c->layer, prefix, from[k].input, from[k].input_row, from[k].rows, 0, c->layer->input, &parts[count], &copy)) return -1;
+    shares[count] = (share){&parts[count], from[k].rows, c->blocks[k].table_at};
+    count++;
+  }
+  return fold_table(l, s, c, shares, count, c->layer->kind->memoryless ? c->table_stride - padded(c->layer->input, LINE) : -1);
+}
+
+static int load_blocks(loader *l, section *s, cell *c, int index, const char *prefix) {
+  block_source from[MOST_BLOCKS];
+  const layer_config *y = c->layer;
+  c->block_count = plan_blocks(y, from);
+  if (!(c->blocks = model_allocate(l->model, (size_t)c->block_count * sizeof *c->blocks))) return -1;
+  int stride = 0;
+  for (int k = 0; k < c->block_count; k++) {
+    c->blocks[k].table_at = from[k].input ? stride : -1;
+    stride += from[k].input ? padded(from[k].rows, LINE) : 0;
+  }
+  if (in_blocks(y)) {
+    c->table_stride = stride + (y->kind->memoryless ? padded(y->input, LINE) : 0);
+    bool folded = index == 0 && folds(s, c);
+    c->inputs = folded ? 0 : y->input;
+    if (folded && fold_blocks(l, s, c, from, prefix)) return -1;
+  }
+  for (int k = 0; k < c->block_count; k++)
+    if (load_block(l, c, &c->blocks[k], &from[k], prefix)) return -1;
+  return 0;
+}
+
+/* A cell of gates and a candidate: all rows of gates together, and a candidate to choose rows of. */
+static int load_whole(loader *l, section *s, cell *c, int index, const char *prefix) {
+  const layer_config *y = c->layer;
+  sources from;
+  if (find_weights(l, y, prefix, &from)) return -1;
+  c->table_stride = c->gate_rows + c->candidate_rows;
+  bool folded = index == 0 && folds(s, c);
+  c->inputs = folded ? 0 : y->input;
+  const share shares[] = {{&from.gates[0], y->gates * y->hidden, 0}, {&from.candidate[0], y->hidden, c->gate_rows}};
+  int failed = (folded && fold_table(l, s, c, shares, 2, -1)) || lay_out_cell(l->model, c, &from) ||
+               (screens(l->model, c) && load_screen(l, c, &from)) ||
+               (y->projection && lay_out_whole(l->model, &c->projection, y->projection, &from.projection));
+  for (int k = 0; k < 2; k++) free(from.gates[k].bytes), free(from.candidate[k].bytes);
+  return failed ? -1 : 0;
+}
+
 static int load_cell(loader *l, section *s, int index, int direction) {
-  r2b_model *model = l->model;
   cell *c = &s->cells[index][direction];
   const layer_config *y = c->layer = &s->config->layer[index];
   char prefix[48];
-  sources from;
   snprintf(prefix, sizeof prefix, "%s.layers.%d.%s", s->config->name, index, direction ? "bwd" : "fwd");
   c->binary = y->binary[direction];
   c->gate_rows = padded(y->gates * y->hidden, LINE);
   c->candidate_rows = padded(y->hidden, LINE);
-  if (find_weights(l, y, prefix, &from) || load_vectors(l, c, prefix) || load_levels(l, c, prefix)) return -1;
-  bool folded = index == 0 && folds(s, c);
-  c->inputs = folded ? 0 : y->input;
-  int failed = (folded && fold_table(l, s, c, &from)) || lay_out_cell(model, c, &from) || (screens(model, c) && load_screen(l, c, &from)) ||
-               (y->projection && lay_out_whole(model, &c->projection, y->projection, &from.projection));
-  for (int k = 0; k < 2; k++) free(from.gates[k].bytes), free(from.candidate[k].bytes);
-  return failed ? -1 : 0;
+  if (load_vectors(l, c, prefix) || load_levels(l, c, prefix)) return -1;
+  if (!in_blocks(y) && load_whole(l, s, c, index, prefix)) return -1;
+  return load_blocks(l, s, c, index, prefix);
 }
 
 static int load_linear(loader *l, section *s, int index) {
@@ -475,7 +650,9 @@ static void measure(r2b_model *model, section *s) {
     at_least(&model->longest, padded(y->gates * y->hidden, 128) + padded(y->hidden, LINE)); /* as much as screening looks at */
     at_least(&model->longest, padded(y->projection, LINE));
     at_least(&model->most_columns, y->input + (y->recurrent > y->hidden ? y->recurrent : y->hidden));
-    at_least(&model->most_width, y->width);
+    at_least(&model->most_columns, y->depth * y->hidden);
+    at_least(&model->most_width, y->width > y->depth * y->hidden ? y->width : y->depth * y->hidden);
+    at_least(&model->most_values, (y->gates + y->coupled) * y->width); /* a coupled f is made beside i */
     at_least(&model->most_gates, padded(y->gates * y->hidden, 128));
     at_least(&model->most_hidden, padded(y->hidden, LINE));
     at_least(&model->widest, y->input);

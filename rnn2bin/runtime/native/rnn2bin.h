@@ -78,7 +78,7 @@ R2B_API int r2b_generate(r2b_state *state, int64_t *tokens, int64_t *steps);
 /* From here on outputs come without a last activation that keeps their order (sigmoid, softmax, log-softmax). */
 R2B_API void r2b_leave_logits(r2b_state *state);
 
-/* States of a layer and direction (0 forward, 1 backward), `which` 0: h, 1: c of an LSTM; (B, size). */
+/* States of a layer and direction (0 forward, 1 backward), `which` 0: h, 1: c, 2: r, of cells that have them; (B, size). */
 R2B_API int64_t r2b_state_size(const r2b_model *model, int64_t layer, int64_t direction, int64_t which); /* 0: there is none */
 R2B_API int r2b_get_state(const r2b_state *state, int64_t layer, int64_t direction, int64_t which, float *values);
 R2B_API int r2b_set_state(r2b_state *state, int64_t layer, int64_t direction, int64_t which, const float *values);

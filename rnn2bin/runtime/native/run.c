@@ -50,7 +50,7 @@ static void list_inputs(r2b_state *s, const call *c, int index, const float *bel
 
 /* Gate rows are all wanted at every step: the inputs' share of a chunk's steps is one product, which reads each weight once. Candidate rows
  * wait for their gates; screening reads half as much at a step. */
-static bool in_advance(const call *c, const cell *cell) { return cell->inputs && c->count > 1 && !cell->screen.planes; }
+static bool in_advance(const call *c, const cell *cell) { return cell->inputs && c->count > 1 && !cell->screen.planes && !in_blocks(cell->layer); }
 
 static void make_in_advance(r2b_state *s, const call *c, const cell *cell) {
   int rows = 0;
@@ -70,15 +70,16 @@ static int fill_rows(r2b_state *s, const call *c, int index, int direction, int 
     if (!is_real(c, step, b)) continue;
     int at = (direction ? length_of(c, b) - 1 - step : step) * s->batch + b;
     bool advanced = in_advance(c, cell);
-    const float *folded = cell->table ? cell->table + c->tokens[at] * (cell->gate_rows + cell->candidate_rows) : s->model->zeros;
+    const float *folded = cell->table ? cell->table + c->tokens[at] * cell->table_stride : s->model->zeros;
     s->outs[count] = out + (size_t)at * (size_t)wide + direction * cell->layer->recurrent;
     s->rows[count] = (step_row){
         .active = s->active[at],
         .gates_from = advanced ? s->active[at].inputs : 0,
         .gates_base = advanced ? s->products + (size_t)at * (size_t)s->model->longest : folded,
-        .candidate_base = cell->table ? folded + cell->gate_rows : s->model->zeros,
+        .candidate_base = cell->table ? folded + cell->gate_rows : s->model->zeros, /* not of blocks */
         .h = state->h + (size_t)b * (size_t)state->h_size,
         .c = state->c + (size_t)b * (size_t)state->c_size,
+        .r = state->r + (size_t)b * (size_t)state->r_size,
         .read = state->read + (size_t)b * (size_t)state->read_size,
         .products = state->products + (size_t)b * (size_t)state->product_size,
         .pre = state->pre ? state->pre + (size_t)b * (size_t)(cell->layer->gates * cell->layer->width) : NULL,

@@ -23,13 +23,15 @@ static float *carve_floats(arena *a, size_t count) { return carve(a, count, size
 
 static void carve_cell(arena *a, cell_state *to, const layer_config *y, size_t batch, bool screened) {
   bool lstm = y->has_cell;
-  to->h_size = lstm ? y->recurrent : y->width;
-  to->c_size = lstm ? y->width : 0;
+  to->h_size = y->state[0];
+  to->c_size = y->state[1];
+  to->r_size = y->state[2];
   to->read_size = y->recurrent;
   to->product_size = padded(y->gates * y->hidden, 128); /* screening writes whole tiles */
   to->h = carve_floats(a, batch * (size_t)to->h_size);
   to->c = carve_floats(a, batch * (size_t)to->c_size);
-  to->read = lstm || y->copies == 1 ? to->h : carve_floats(a, batch * (size_t)to->read_size);
+  to->r = carve_floats(a, batch * (size_t)to->r_size);
+  to->read = to->h_size == to->read_size ? to->h : carve_floats(a, batch * (size_t)to->read_size);
   to->products = carve_floats(a, batch * (size_t)to->product_size);
   to->pre = y->wide_pre ? carve_floats(a, batch * (size_t)(y->gates * y->width)) : NULL;
   to->sum_size = 4 * padded(y->gates * y->hidden, 128);
@@ -48,11 +50,12 @@ static void carve_columns(arena *a, columns *to, const r2b_model *model) {
 }
 
 static void carve_scratch(arena *a, scratch *to, const r2b_model *model) {
-  size_t width = (size_t)model->most_width, hidden = (size_t)model->most_hidden, longest = (size_t)model->longest;
-  to->gates = carve_floats(a, MOST_GATES * width);
+  size_t hidden = (size_t)model->most_hidden, longest = (size_t)model->longest;
+  to->gates = carve_floats(a, (size_t)model->most_values);
   to->candidate = carve_floats(a, hidden);
   to->recurrent = carve_floats(a, hidden);
   to->spare = carve_floats(a, longest > hidden ? longest : hidden);
+  to->wide = carve_floats(a, (size_t)model->most_width);
   to->open = carve(a, 2 * hidden / GROUP, sizeof(uint16_t));
   to->groups = carve(a, hidden, sizeof(int32_t));
   to->wanted = carve(a, (size_t)model->most_gates + SLACK, sizeof(int32_t));
@@ -148,6 +151,7 @@ void r2b_reset(r2b_state *state) {
       cell_state *c = &state->cells[k][d];
       memset(c->h, 0, sizeof(float) * (size_t)state->batch * (size_t)c->h_size);
       memset(c->c, 0, sizeof(float) * (size_t)state->batch * (size_t)c->c_size);
+      memset(c->r, 0, sizeof(float) * (size_t)state->batch * (size_t)c->r_size);
       memset(c->read, 0, sizeof(float) * (size_t)state->batch * (size_t)c->read_size);
     }
 }
@@ -164,38 +168,40 @@ static const layer_config *layer_at(const r2b_model *model, int64_t layer, int64
 
 int64_t r2b_state_size(const r2b_model *model, int64_t layer, int64_t direction, int64_t which) {
   const layer_config *y = layer_at(model, layer, direction);
-  if (!y || which < 0 || which > 1) return 0;
-  if (which == 1) return y->has_cell ? y->width : 0;
-  return y->has_cell ? y->recurrent : y->width;
+  return !y || which < 0 || which > 2 ? 0 : y->state[which];
 }
 
 static int64_t size_here(const r2b_state *state, int64_t layer, int64_t direction, int64_t which) {
   return layer < state->first || layer >= state->end ? 0 : r2b_state_size(state->model, layer, direction, which);
 }
 
+static float *values_of(const cell_state *c, int64_t which) { return which == 2 ? c->r : which ? c->c : c->h; }
+
 int r2b_get_state(const r2b_state *state, int64_t layer, int64_t direction, int64_t which, float *values) {
   int64_t size = size_here(state, layer, direction, which);
   if (!size) return fail("there is no such state");
-  const cell_state *c = &state->cells[layer][direction];
-  memcpy(values, which ? c->c : c->h, sizeof(float) * (size_t)state->batch * (size_t)size);
+  memcpy(values, values_of(&state->cells[layer][direction], which), sizeof(float) * (size_t)state->batch * (size_t)size);
   return 0;
+}
+
+/* What others read of h: of a stack its last layer's, of copies that have an h each their mean. */
+static void read_of(const layer_config *y, const float *h, float *read) {
+  const float *last = h + y->state[0] - (y->has_cell ? y->recurrent : y->width);
+  for (int j = 0; j < y->recurrent; j++) {
+    float sum = last[j];
+    for (int k = y->hidden; !y->has_cell && k < y->width; k += y->hidden) sum += last[k + j];
+    read[j] = y->has_cell ? sum : sum / (float)y->copies;
+  }
 }
 
 int r2b_set_state(r2b_state *state, int64_t layer, int64_t direction, int64_t which, const float *values) {
   int64_t size = size_here(state, layer, direction, which);
   if (!size) return fail("there is no such state");
   cell_state *c = &state->cells[layer][direction];
-  memcpy(which ? c->c : c->h, values, sizeof(float) * (size_t)state->batch * (size_t)size);
+  memcpy(values_of(c, which), values, sizeof(float) * (size_t)state->batch * (size_t)size);
   if (which || c->read == c->h) return 0;
-  const layer_config *y = layer_at(state->model, layer, direction); /* a GRU's copies: others read their mean */
-  for (int b = 0; b < state->batch; b++) {
-    const float *h = c->h + (size_t)b * (size_t)c->h_size;
-    for (int j = 0; j < y->hidden; j++) {
-      float sum = 0.0f;
-      for (int k = 0; k < y->width; k += y->hidden) sum += h[k + j];
-      c->read[(size_t)b * (size_t)c->read_size + (size_t)j] = sum / (float)y->copies;
-    }
-  }
+  for (int b = 0; b < state->batch; b++)
+    read_of(layer_at(state->model, layer, direction), c->h + (size_t)b * (size_t)c->h_size, c->read + (size_t)b * (size_t)c->read_size);
   return 0;
 }
 
@@ -205,7 +211,7 @@ int r2b_get_gates(const r2b_state *state, int64_t layer, int64_t direction, floa
   const cell_state *c = &state->cells[layer][direction];
   const cell *cell = c->ran;
   if (!cell) return fail("no step has run");
-  if (cell->layer->step == STEP_LSTM_KINDS) return memcpy(pre, c->pre, sizeof(float) * (size_t)state->batch * (size_t)(y->gates * y->width)), 0;
+  if (writes_pre(cell->layer)) return memcpy(pre, c->pre, sizeof(float) * (size_t)state->batch * (size_t)(y->gates * y->width)), 0;
   for (int b = 0; b < state->batch; b++)
     for (int g = 0; g < y->gates; g++)
       for (int j = 0; j < y->width; j++)

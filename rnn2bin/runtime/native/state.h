@@ -6,10 +6,10 @@
 
 /* One direction of one layer, (B, ·) each. An encoder's and its decoder's are the same. */
 typedef struct {
-  float *h, *c, *read; /* read is h itself where others read h as it is */
+  float *h, *c, *r, *read; /* read is h itself where others read h as it is */
   float *products;
   float *pre; /* (B, G * width), or NULL: see layer_config.wide_pre */
-  int h_size, c_size, read_size, product_size;
+  int h_size, c_size, r_size, read_size, product_size;
   int32_t *sums, *before; /* of a screened GRU: (B, ·) each */
   int sum_size, before_size;
   const cell *of, *ran; /* whose sums they are; what ran last: encoder and decoder share states, not weights */

@@ -13,12 +13,17 @@
 #include "product.h"
 #include "gate.h"
 #include "candidate.h"
+#include "blocks.h"
 #if defined(R2B_VNNI)
 #include "screen.h"
 #endif
 #include "lstm.h"
 #include "lstm_kinds.h"
 #include "gru.h"
+#include "rnn.h"
+#include "memory.h"
+#include "highway.h"
+#include "feedback.h"
 
 static uint64_t read_all(const uint64_t *memory, uint64_t words) {
   uint64_t sum[32] = {0}, all = 0;
@@ -32,7 +37,7 @@ const kernels NAME(kernels) = {
     .name = ISA,
     .list = list,
     .product = whole_product,
-    .step = {lstm, gru, lstm_kinds},
+    .step = {lstm, gru, lstm_kinds, rnn, memory, highway, feedback},
     .activate = activate,
     .read = read_all,
 #if defined(R2B_VNNI)

@@ -52,13 +52,17 @@ static void by_row(const row_matrix *m, int count, const product_row *row, scrat
   work->counters->bytes += (uint64_t)weight_size(&m->grid) * (uint64_t)m->stride * (uint64_t)count;
 }
 
-/* out = init + W * active in the rows of the open units; in others it may be anything finite. */
-static void candidate_product(const cell *cell, const uint16_t *open, const product_row *row, scratch *work) {
-  int active = row->to - row->from, hidden = cell->layer->hidden;
-  int units = open_units(open, groups_in(cell), work->wanted);
+/* out = init + W * active in the rows of the open units, of `hidden`; in others it may be anything finite. */
+static void chosen_product(const matrix *all, const row_matrix *rows, int hidden, const uint16_t *open, const product_row *row, scratch *work) {
+  int active = row->to - row->from;
+  int units = open_units(open, padded(hidden, GROUP) / GROUP, work->wanted);
   work->counters->weights += (uint64_t)units * (uint64_t)active;
-  if ((int64_t)units * cell->candidate_by_row.stride <= (int64_t)active * hidden)
-    by_row(&cell->candidate_by_row, units, row, work);
+  if ((int64_t)units * rows->stride <= (int64_t)active * hidden)
+    by_row(rows, units, row, work);
   else
-    product(&cell->candidate, row, 1, work->counters);
+    product(all, row, 1, work->counters);
+}
+
+static void candidate_product(const cell *cell, const uint16_t *open, const product_row *row, scratch *work) {
+  chosen_product(&cell->candidate, &cell->candidate_by_row, cell->layer->hidden, open, row, work);
 }

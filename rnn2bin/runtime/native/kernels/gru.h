@@ -81,14 +81,14 @@ static void gru_finish(const cell *cell, step_row *row, scratch *work) {
   gate(cell, 1, row->products, z);
   if (o) gate(cell, 2, row->products, o);
   gru_open(cell, row->products, update, reads);
-  if (layer->cell == CELL_GRU_RESET_BEFORE)
+  if (!layer->kind->reset_after)
     reset_before(cell, row, r, work);
   else
     inner = reset_after(cell, row, reads, work);
   int count = open_groups(update, groups_in(cell), work->groups);
   product_row input = {&row->active, 0, row->active.inputs, row->candidate_base, n};
   candidate_product(cell, update, &input, work);
-  if (layer->cell == CELL_GRU_RESET_BEFORE) {
+  if (!layer->kind->reset_after) {
     product_row recurrent = {&work->active, 0, work->active.total, n, n};
     candidate_product(cell, update, &recurrent, work);
   }

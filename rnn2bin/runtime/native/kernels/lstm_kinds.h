@@ -1,33 +1,23 @@
-/* The LSTMs with peepholes or with one decision for i and f, as cells/lstm_peephole.py and cells/lstm_coupled.py, and all that are clipped. A
+/* The LSTMs with peepholes, diagonal or full, or with one decision for i and f, as cells/lstm_peephole.py and cells/lstm_coupled.py, and all that are clipped. A
  * peephole adds another number for each copy of a unit, so pre-activations are made of all copies. */
 
-/* pre (width) of gate `g`: each copy sees its own cell. */
-static void kinds_pre(const cell *cell, int g, const float *products, const float *c, float *pre) {
-  int hidden = cell->layer->hidden, width = cell->layer->width;
-  const float *product = products + g * hidden, *bias = cell->gate_bias + g * width;
-  for (int k = 0; k < width; k += hidden)
-    for (int j = 0; j < hidden; j++) pre[k + j] = product[j] + bias[k + j];
-  if (!cell->peephole) return;
-  const float *peephole = cell->peephole + g * hidden;
-  for (int k = 0; k < width; k += hidden)
-    for (int j = 0; j < hidden; j++) pre[k + j] += peephole[j] * c[k + j];
+/* What gates see of all cells, the mean of each unit's copies: the product of block `which`. */
+static const float *kinds_see(const cell *cell, int which, step_row *row, scratch *work) {
+  fold_copies(cell->layer, row->c, work->recurrent);
+  columns seen = list_state(&cell->blocks[which], work->recurrent, cell->layer->hidden, work);
+  block_product(cell, &cell->blocks[which], row, &seen, NULL, work->spare, work);
+  return work->spare;
 }
 
-/* Multipliers (width) of gate `g`, and open (H / GROUP): bits of the units of which any copy is. */
-static void kinds_gate(const cell *cell, int g, const float *pre, float *out, scratch *work) {
-  const layer_config *layer = cell->layer;
-  int hidden = layer->hidden, width = layer->width;
-  for (int i = 0; i < groups_in(cell); i++) {
-    unsigned bits = cell->binary[g] ? 0 : 0xffffu;
-    for (int k = 0; cell->binary[g] && k < width; k += hidden) bits |= positive(pre + k + GROUP * i, work->zeros);
-    work->open[i] = (uint16_t)(bits & real_units(hidden, i));
-  }
-  if (!cell->binary[g]) {
-    for (int j = 0; j < width; j++) out[j] = sigmoid_of(bounded(pre[j], layer->clip));
-    return;
-  }
-  const float *lo = cell->lo + g * width, *hi = cell->hi + g * width;
-  for (int j = 0; j < width; j++) out[j] = pre[j] > 0.0f ? hi[j] : lo[j];
+/* pre (width) of gate `g`: each copy sees its own cell, or `seen` (H), the same for all. */
+static void kinds_pre(const cell *cell, int g, const float *products, const float *c, const float *seen, float *pre) {
+  int hidden = cell->layer->hidden, width = cell->layer->width;
+  thresholds(cell, g, products + g * hidden, pre);
+  for (int k = 0; seen && k < width; k += hidden)
+    for (int j = 0; j < hidden; j++) pre[k + j] += seen[j];
+  const float *peephole = cell->peephole ? cell->peephole + g * hidden : NULL;
+  for (int k = 0; peephole && k < width; k += hidden)
+    for (int j = 0; j < hidden; j++) pre[k + j] += peephole[j] * c[k + j];
 }
 
 /* c of what is kept and what is let in. */
@@ -61,13 +51,15 @@ static void kinds_finish(const cell *cell, step_row *row, scratch *work) {
   const layer_config *layer = cell->layer;
   int width = layer->width, last = layer->gates - 1;
   float *i = work->gates, *f = i + width, *o = f + width, *c = row->c, *pre = row->pre;
-  for (int g = 0; g < last; g++) kinds_pre(cell, g, row->products, c, pre + g * width);
-  if (!layer->coupled) kinds_gate(cell, 1, pre + width, f, work);
-  kinds_gate(cell, 0, pre, i, work);
+  bool full = layer->kind->peepholes == PEEPHOLES_FULL;
+  const float *seen = full ? kinds_see(cell, 0, row, work) : NULL;
+  for (int g = 0; g < last; g++) kinds_pre(cell, g, row->products, c, full ? seen + g * layer->hidden : NULL, pre + g * width);
+  if (!layer->coupled) decide(cell, 1, pre + width, f, work);
+  decide(cell, 0, pre, i, work);
   for (int j = 0; layer->coupled && j < width; j++) f[j] = 1.0f - i[j];
   kinds_cell(cell, row, i, f, work);
-  kinds_pre(cell, last, row->products, c, pre + last * width);
-  kinds_gate(cell, last, pre + last * width, o, work);
+  kinds_pre(cell, last, row->products, c, full ? kinds_see(cell, 1, row, work) : NULL, pre + last * width);
+  decide(cell, last, pre + last * width, o, work);
   float *h = layer->projection ? work->recurrent : row->read;
   kinds_read(cell, o, c, h, work);
   if (!layer->projection) return;
