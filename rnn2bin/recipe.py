@@ -31,6 +31,12 @@ Task = Literal["auto", "next-token", "classify", "tag", "regress", "match", "tra
 Metric = Literal["auto", "bits_per_token", "accuracy", "mse", "cosine", "agreement", "sequence_accuracy"]
 ScheduleKind = Literal["constant", "linear", "exponential", "cosine", "step"]
 
+# fmt: off
+Estimator = Literal[
+    "gumbel", "gumbel-hard", "gumbel-softmax", "sigmoid", "hard-sigmoid", "straight-through", "stochastic", "reinmax", "reinforce",
+]
+# fmt: on
+
 GATE_NAMES = tuple(dict.fromkeys(name for kind in CELLS.values() for name in kind.gate_names))
 _T = TypeVar("_T")
 
@@ -307,11 +313,20 @@ class Gates(Closed):
         "their mean tells more than two values apart; fewer rows are skipped. auto: 4; 1 with strict levels and in a module, whose states "
         "must keep their width",
     )
-    estimator: Literal["gumbel", "gumbel-hard", "sigmoid", "hard-sigmoid", "straight-through", "stochastic"] = "gumbel"
+    estimator: Estimator = Field(
+        "gumbel", description="how a gate is made discrete in training; docs/estimators.md has equation, bias and cost of each"
+    )
     backward: Literal["sigmoid", "hard-sigmoid", "identity"] = Field(
         "sigmoid", description="gradient of the estimators whose forward is a bit"
     )
-    noise: Share = Field(0.2, description="share of gates that receive Gumbel noise at each step; 0: none")
+    noise: Share = Field(0.2, description="share of gates that are noisy at each step, the others are cut at 0; 0: none, 1: all")
+    baseline: Literal["none", "mean", "unit", "conditional"] = Field(
+        "mean", description="for `estimator: reinforce`: what is subtracted from a sequence's loss; all leave it unbiased"
+    )
+    reward: Literal["loss", "exponential"] = Field(
+        "loss", description="for `estimator: reinforce`; exponential: reward e^(−loss/reward_temperature), which no bad sequence dominates"
+    )
+    reward_temperature: Positive = Field(1.0, description="in units of the loss. More: an exponential reward nearer to the loss itself")
     temperature: Schedule = Schedule(start=1.0, end=0.1)
     slope: Schedule = Schedule(schedule="linear", start=2.0, end=3.0)
     straight_through_from: Share = Field(0.1, description="progress from which the forward pass uses bits; 1: never")

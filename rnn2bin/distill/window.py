@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from rnn2bin.cells.network import CellState, Lookup, Trace
 from rnn2bin.cells.weights import PHI, Cell, clipped, fold
 from rnn2bin.distill import native
-from rnn2bin.gates.estimators import Discretize, derivative, logistic_noise, sample
+from rnn2bin.gates.estimators import SCORE, Discretize, derivative, logistic_noise, sample
 
 Modes = tuple[Discretize, ...]
 ONE_HOT_LIMIT = 512  # tokens: beyond, adding rows one by one beats the product with one-hot rows
@@ -416,7 +416,8 @@ def input_product(x: Tensor | Lookup, weight: Tensor, bias: Tensor | None, preci
 
 def _noise(mode: Discretize, like: Tensor, *shape: int) -> Tensor:
     """What the native kernels would draw, where they are there; noise (T,B,G,n·H)."""
-    return native.Noise.of(mode).fill(*shape) if _is_native(like) else logistic_noise(shape, mode, like)
+    alike = mode.estimator != "gumbel-softmax"  # which has a draw of its own
+    return native.Noise.of(mode).fill(*shape) if alike and _is_native(like) else logistic_noise(shape, mode, like)
 
 
 def run_cell(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize, *, precision: str = "float32") -> Trace:
@@ -443,15 +444,16 @@ def run_cell(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize,
     bias = torch.cat([w.candidate_bias.new_zeros(gates * hidden), w.candidate_bias])  # the gates' belong to the copies
     x_pre = input_product(x, weight_ih, bias, precision).unflatten(2, (gates + 1, hidden))
     noise = _noise(mode, x_pre, *x_pre.shape[:2], gates, width) if noisy else None
+    kept = noise if mode.estimator in SCORE else None
     if kind.has_cell:
         peephole = None if w.peephole is None else w.peephole.view(gates, hidden)
         clips = Clips(clip, w.cell_clip, w.proj_clip)
         h, c, pre = LstmWindow.apply(
             x_pre, weight_hh, gates_bias, peephole, w.projection, state[0], state[1], lo, hi, noise, modes, phi, clips
         )
-        return Trace((h, c), pre)
+        return Trace((h, c), pre, noise=kept)
     if kind.name == "gru":
         h, pre = GruWindow.apply(x_pre, weight_hh, gates_bias, w.candidate_bias_hh, state[0], lo, hi, noise, modes, phi, clip)
     else:
         h, pre = GruBeforeWindow.apply(x_pre, w.gates_hh, w.candidate_hh, gates_bias, state[0], lo, hi, noise, modes, phi, clip)
-    return Trace((h,), pre)
+    return Trace((h,), pre, noise=kept)
