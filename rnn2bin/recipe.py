@@ -300,6 +300,18 @@ class Data(Closed):
     sample: Sampling = Sampling()
 
 
+class Reinforce(Closed):
+    """What a sequence's loss becomes before it meets the bits that were drawn; for `estimator: reinforce` alone."""
+
+    baseline: Literal["none", "mean", "unit", "conditional"] = Field(
+        "mean", description="what is subtracted: past losses' mean, that of each unit, a guess from the input; all leave it unbiased"
+    )
+    reward: Literal["loss", "exponential"] = Field(
+        "loss", description="exponential: the loss −e^(−loss/temperature), which no bad sequence dominates: another objective"
+    )
+    temperature: Positive = Field(1.0, description="in units of the loss. More: an exponential reward nearer to the loss itself")
+
+
 class Gates(Closed):
     soft: list[str] = Field(
         default_factory=list, description="gates left as sigmoids: `o`, or one layer's `main.layers.0.o`; every other gate becomes binary"
@@ -320,13 +332,7 @@ class Gates(Closed):
         "sigmoid", description="gradient of the estimators whose forward is a bit"
     )
     noise: Share = Field(0.2, description="share of gates that are noisy at each step, the others are cut at 0; 0: none, 1: all")
-    baseline: Literal["none", "mean", "unit", "conditional"] = Field(
-        "mean", description="for `estimator: reinforce`: what is subtracted from a sequence's loss; all leave it unbiased"
-    )
-    reward: Literal["loss", "exponential"] = Field(
-        "loss", description="for `estimator: reinforce`; exponential: reward e^(−loss/reward_temperature), which no bad sequence dominates"
-    )
-    reward_temperature: Positive = Field(1.0, description="in units of the loss. More: an exponential reward nearer to the loss itself")
+    reinforce: Reinforce = Reinforce()
     temperature: Schedule = Schedule(start=1.0, end=0.1)
     slope: Schedule = Schedule(schedule="linear", start=2.0, end=3.0)
     straight_through_from: Share = Field(0.1, description="progress from which the forward pass uses bits; 1: never")

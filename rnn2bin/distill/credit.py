@@ -23,7 +23,7 @@ Baselines = dict[str, score.Baseline]  # one for each cell, by name
 
 def start(student: Network, recipe: Recipe) -> Baselines:
     """Baselines that have seen nothing."""
-    return {name: score.baseline(recipe.gates.baseline) for name in student.cells()}
+    return {name: score.baseline(recipe.gates.reinforce.baseline) for name in student.cells()}
 
 
 def sequence_losses(task: tasks.Task, recipe: Recipe, prepared: tasks.Prepared, output: Output, target: Output) -> Tensor:
@@ -33,8 +33,8 @@ def sequence_losses(task: tasks.Task, recipe: Recipe, prepared: tasks.Prepared, 
         hidden = recipe.loss.hidden_weight(task.name)
         if hidden:
             found = found + hidden * hidden_rows(task, output, target)
-    gates = recipe.gates
-    return score.exponential(found, temperature=gates.reward_temperature) if gates.reward == "exponential" else found
+    chosen = recipe.gates.reinforce
+    return score.exponential(found, temperature=chosen.temperature) if chosen.reward == "exponential" else found
 
 
 def surrogate(

@@ -405,7 +405,7 @@ class DistillTrainer(AnnealTrainer):
         remembered = load_file(folder / BASELINES, device=str(self.args.device))
         for name in self.baselines:
             own = {key.rpartition("/")[2]: t for key, t in remembered.items() if key.rpartition("/")[0] == name}
-            self.baselines[name] = score.restored(self.recipe.gates.baseline, own)
+            self.baselines[name] = score.restored(self.recipe.gates.reinforce.baseline, own)
         rows = load_file(folder / "carried.safetensors", device=str(self.args.device))
         rows = {name: share(tensor, processes.rank(), processes.count()) for name, tensor in rows.items()}
         self.carried = unflatten_state(rows, self.task.spec.entry.layers)
