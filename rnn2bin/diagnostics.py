@@ -1,7 +1,7 @@
 """Gradient diagnostics: what an estimator says about a layer of random bits, against what is true.
 
-The truth is d/d pre of E[L(b)], b ~ Bernoulli(σ(s·pre)): by enumeration up to 12 bits, beyond by very many samples of REINFORCE, each against
-the mean of the others. Estimators that draw by the hard sigmoid are held against the truth under that probability.
+The truth is d/d pre of E[L(b)], b ~ Bernoulli(σ(s·pre)): by enumeration up to 12 bits, beyond by very many samples of REINFORCE, each
+against the mean of the others. Estimators that draw by the hard sigmoid are held against the truth under that probability.
 """
 
 from __future__ import annotations
@@ -74,6 +74,12 @@ class Found:
     error: Tensor
     truth: Tensor
     truth_error: Tensor
+
+    @property
+    def biased(self) -> bool:
+        """Whether these samples tell its bias from none."""
+        chance = self.error.square().sum() + self.truth_error.square().sum()
+        return self.row.bias2 > 3 * float(chance) + 1e-20
 
 
 # ---------------------------------------------------------------------------------------------- problems
@@ -311,8 +317,7 @@ def render(found: Sequence[Found]) -> str:
     rows = [head]
     for one in found:
         r = one.row
-        chance = 3 * (one.error.square().sum() + one.truth_error.square().sum())
-        bias = "0" if abs(r.bias2) <= chance else f"{r.bias2:.3g}"
+        bias = f"{r.bias2:.3g}" if one.biased else "0"
         cells = (f"{r.variance:.3g}", f"{r.cosine:.3f}", f"{r.half_space:.3f}", f"{r.norm:.3g}", f"{r.true_norm:.3g}")
         rows.append((r.estimator, bias, *cells))
     widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
@@ -326,7 +331,7 @@ def write_plot(found: Sequence[Found], path: Path) -> None:
     path.write_text(_draw(found), encoding="utf-8")
 
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 760, 470, 70, 30, 50, 190
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 780, 470, 70, 30, 50, 210
 _FLOOR = 1e-3  # what is less is drawn on the edge
 
 
@@ -334,7 +339,7 @@ def _draw(found: Sequence[Found]) -> str:
     points = []
     for one in found:
         scale = max(one.row.true_norm, 1e-30)
-        points.append((one.row.estimator, max(one.row.bias2, 0.0) ** 0.5 / scale, one.row.variance**0.5 / scale))
+        points.append((one.row.estimator, one.row.bias2**0.5 / scale if one.biased else 0.0, one.row.variance**0.5 / scale))
     across, up = _decades([p[2] for p in points]), _decades([p[1] for p in points])
     x_of = lambda v: LEFT + (WIDTH - LEFT - RIGHT) * _share(v, across)
     y_of = lambda v: HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * _share(v, up)
