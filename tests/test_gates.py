@@ -260,12 +260,13 @@ def recipe_of(**gates) -> Recipe:
     return parse({"task": "next-token", "gates": gates, "train": train})
 
 
-@pytest.mark.parametrize("estimator", ["gumbel", "straight-through", "hard-sigmoid"])
-def test_training_sees_the_temperature_and_slope_of_each_step(estimator, tmp_path: Path):
-    """Known trap: an annealed slope that reached evaluation only."""
+TEMPERATURE, SLOPE = Schedule(start=1, end=0.1), Schedule(schedule="linear", start=1, end=3, until=0.5)
+
+
+def training_modes(estimator: str, tmp_path: Path) -> list[Discretize]:
+    """The mode of every training step's forward pass."""
     teacher, part = problem()
-    temperature, slope = Schedule(start=1, end=0.1), Schedule(schedule="linear", start=1, end=3, until=0.5)
-    gates = {"estimator": estimator, "temperature": temperature.model_dump(), "slope": slope.model_dump(), "straight_through_from": 0.5}
+    gates = {"estimator": estimator, "temperature": TEMPERATURE.model_dump(), "slope": SLOPE.model_dump(), "straight_through_from": 0.5}
     recipe = recipe_of(**gates)
     trained = student.student(teacher, recipe.gates)
     seen: list[Discretize] = []
@@ -279,10 +280,29 @@ def test_training_sees_the_temperature_and_slope_of_each_step(estimator, tmp_pat
     trained.forward = spy
     task = tasks.resolve(recipe, teacher.spec, part)
     trainer.train(trained, teacher, task=task, recipe=recipe, train=part, valid=part, out=tmp_path)
+    return seen
+
+
+def follow_the_schedules(seen: list[Discretize]) -> bool:
     at = [min(k / 6, 1.0) for k in range(8)]
-    assert [m.temperature for m in seen] == pytest.approx([schedules.value(temperature, p) for p in at])
-    assert [m.slope for m in seen] == pytest.approx([schedules.value(slope, p) for p in at])
+    wanted = [(schedules.value(TEMPERATURE, p), schedules.value(SLOPE, p)) for p in at]
+    return [(m.temperature, m.slope) for m in seen] == [pytest.approx(w) for w in wanted]
+
+
+@pytest.mark.parametrize("estimator", ["gumbel", "straight-through", "hard-sigmoid", "reinmax", "reinforce"])
+def test_training_sees_the_temperature_and_slope_of_each_step(estimator, tmp_path: Path):
+    """Known trap: an annealed slope that reached evaluation only."""
+    seen = training_modes(estimator, tmp_path)
+    assert follow_the_schedules(seen)
     assert [m.estimator for m in seen] == [estimator] * 3 + ["straight-through"] * 5
+
+
+def test_trap_an_annealed_slope_that_reaches_evaluation_only(monkeypatch, tmp_path: Path):
+    """The trap put back: training keeps the first values, evaluation sees the annealed ones; the check above tells."""
+    honest = trainer.AnnealTrainer.training_mode
+    frozen = lambda self: replace(honest(self), slope=SLOPE.start, temperature=TEMPERATURE.start)
+    monkeypatch.setattr(trainer.AnnealTrainer, "training_mode", frozen)
+    assert not follow_the_schedules(training_modes("gumbel", tmp_path))
 
 
 def test_gates_at_one_half_give_different_soft_and_hard_numbers():
@@ -300,8 +320,8 @@ def test_gates_at_one_half_give_different_soft_and_hard_numbers():
     assert abs(found["hard"].loss - found["soft"].loss) > 1e-3
 
 
-@pytest.mark.parametrize("levels", ["strict", "learned"])
-def test_a_number_called_binary_comes_from_bits(levels, monkeypatch):
+def report_and_gates(levels: str, monkeypatch) -> tuple[dict, list[tuple[torch.Tensor, ...]], Network, Part]:
+    """A report, and every gate value with its levels that making it took."""
     teacher, part = problem()
     gates = recipe_of(levels=levels).gates
     network = student.student(teacher, gates)
@@ -316,15 +336,42 @@ def test_a_number_called_binary_comes_from_bits(levels, monkeypatch):
         seen.append((value, lo, hi))
         return value
 
-    monkeypatch.setattr(weights, "select", spy)
-    task = tasks.resolve(recipe_of(), teacher.spec, part)
-    report, _ = evaluation.evaluate_parts(
-        teacher=teacher, model=Model(network, {}), task=task, part=part, soft_mode=Discretize("sigmoid"), gates=gates, with_controls=False
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "select", spy)
+        task = tasks.resolve(recipe_of(), teacher.spec, part)
+        report, _ = evaluation.evaluate_parts(
+            teacher=teacher,
+            model=Model(network, {}),
+            task=task,
+            part=part,
+            soft_mode=Discretize("sigmoid"),
+            gates=gates,
+            with_controls=False,
+        )
+    return report, seen, network, part
+
+
+def are_bits(seen: list[tuple[torch.Tensor, ...]]) -> bool:
+    return all(bool(((value == lo) | (value == hi)).all()) for value, lo, hi in seen)
+
+
+@pytest.mark.parametrize("levels", ["strict", "learned"])
+def test_a_number_called_binary_comes_from_bits(levels, monkeypatch):
+    report, seen, network, part = report_and_gates(levels, monkeypatch)
+    teacher, _ = problem()
     assert len(seen) == part.inputs.shape[1] - 1  # every step of the oracle's walk, of the binary network alone
-    assert all(((value == lo) | (value == hi)).all() for value, lo, hi in seen)
+    assert are_bits(seen)
     assert any((value == lo).any() and (value == hi).any() for value, lo, hi in seen)
-    monkeypatch.undo()
+    task = tasks.resolve(recipe_of(), teacher.spec, part)
     mode_of = lambda mode: compare(task, part, Candidate(teacher, FLOAT), {"x": Candidate(network, mode)})["x"].value
     assert report["binary"]["metric"] == mode_of(BINARY)
     assert report["soft_student"]["metric"] == pytest.approx(mode_of(Discretize("sigmoid")), rel=1e-5)
+
+
+def test_trap_soft_gates_reported_as_binary(monkeypatch):
+    """The trap put back: the report's binary network runs with soft gates; the check above tells."""
+    honest, _, _, _ = report_and_gates("strict", monkeypatch)
+    monkeypatch.setattr(evaluation, "BINARY", Discretize("sigmoid"))
+    report, seen, _, _ = report_and_gates("strict", monkeypatch)
+    assert not are_bits(seen)
+    assert report["binary"]["metric"] != honest["binary"]["metric"]
