@@ -3,9 +3,10 @@
     python scripts/studies/mnist_neurons.py              # one night on two cores
     python scripts/studies/mnist_neurons.py --quick      # a minute
 
-Neurons of the first, the last or both convolutions are 1[pre > 0] (deterministic) or drawn with probability σ(slope·pre) (stochastic). Straight-
-through sends back the gradient of σ(slope·pre); REINFORCE credits the bits with (loss − running mean). `annealed`: the slope is 1.005^(epoch−1)
-of the source, stretched so that it ends at the same 1.64 as there after 100 epochs. Tested with bits, drawn ones where neurons are stochastic.
+Neurons of the first, the last or both convolutions are 1[pre > 0] (deterministic) or drawn with probability σ(slope·pre) (stochastic).
+Straight-through sends back the gradient of σ(slope·pre); REINFORCE credits the bits with (loss − running mean). `annealed`: the slope is
+1.005^(epoch−1) of the source, stretched so that it ends at the same 1.64 as there after 100 epochs. Tested with bits, drawn ones where
+neurons are stochastic.
 """
 
 from __future__ import annotations
