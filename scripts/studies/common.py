@@ -64,8 +64,10 @@ class Results:
     def values(self, row: str, column: str) -> list[float]:
         return [numbers[column] for numbers in self.runs.get(row, {}).values() if column in numbers]
 
-    def mean(self, row: str, column: str) -> float:
-        return interval(self.values(row, column))[0]
+    def interval(self, row: str, column: str) -> tuple[float, float]:
+        """Mean and half of its 95% interval: over seeds, or for one run over held-out examples where `measure` gave COLUMN_half."""
+        values, halves = self.values(row, column), self.values(row, f"{column}_half")
+        return (values[0], halves[0]) if len(values) == len(halves) == 1 else interval(values)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -78,19 +80,24 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), float(half)
 
 
-def shown(values: Sequence[float], digits: int) -> str:
-    """`1.23 ± 0.04`, without the interval where there is one run."""
-    mean, half = interval(values)
+def shown(results: Results, row: str, column: Column) -> str:
+    """`1.23 ± 0.04`; no interval where nothing tells it."""
+    mean, half = results.interval(row, column.name)
     if mean != mean:
         return "–"
-    return f"{mean:.{digits}f}" + ("" if half != half else f" ± {half:.{digits}f}")
+    return f"{mean:.{column.digits}f}" + ("" if half != half else f" ± {half:.{column.digits}f}")
+
+
+def over_examples(values: Any) -> float:
+    """Half the 95% interval of the mean of a tensor of examples' values."""
+    return 1.96 * float(values.double().std()) / len(values) ** 0.5
 
 
 def table(study: Study, results: Results) -> str:
     """The results in Markdown."""
     lines = ["| | " + " | ".join(c.heading for c in study.columns) + " | runs |", "|---" * (len(study.columns) + 2) + "|"]
     for row, runs in results.runs.items():
-        cells = [shown(results.values(row, c.name), c.digits) for c in study.columns]
+        cells = [shown(results, row, column) for column in study.columns]
         lines.append(f"| {row} | " + " | ".join(cells) + f" | {len(runs)} |")
     return "\n".join(lines)
 
@@ -167,7 +174,11 @@ def write_page(study: Study, results: Results, path: Path) -> None:
     size = ", ".join(f"{name} {value}" for name, value in results.size.items())
     made = versions()
     note = f"Size: {size}. {results.seconds / 60:.0f} minutes of one thread; {', '.join(f'{k} {v}' for k, v in made.items())}."
-    parts = [BEGIN, table(study, results), f"± is half a 95% interval over seeds (Student's t). {note}"]
+    parts = [
+        BEGIN,
+        table(study, results),
+        f"± is half a 95% interval: over seeds (Student's t), of a single run over held-out examples. {note}",
+    ]
     block = "\n\n".join([*parts, f"![{study.name}]({study.name}.png)", END])
     page = path.read_text(encoding="utf-8") if path.exists() else f"# {study.title}\n\n{BEGIN}{END}\n"
     before, _, rest = page.partition(BEGIN)
@@ -182,7 +193,7 @@ def bars(
     rows = [row for row in results.runs if results.values(row, column)]
     figure, axes = plt.subplots(figsize=(8, 0.32 * len(rows) + 1.3))
     for k, (name, colour) in enumerate(zip([column, second] if second else [column], COLOURS, strict=False)):
-        found = [interval(results.values(row, name)) for row in rows]
+        found = [results.interval(row, name) for row in rows]
         high = 0.8 / (2 if second else 1)
         at = [n + (k - 0.5) * high if second else n for n in range(len(rows))]
         axes.barh(at, [m for m, _ in found], high, xerr=[0 if h != h else h for _, h in found], color=colour, label=name, ecolor="#16191d")

@@ -108,6 +108,7 @@ def measure(variant: str, seed: int, size: Size) -> Numbers:
     return {
         "hard": hard,
         "lost": hard - float_,
+        "lost_half": (report["drop"]["ci95"][1] - report["drop"]["ci95"][0]) / 2,
         "gap": hard - soft,
         "accuracy": 100 * report["binary"]["extra"]["accuracy"],
         "density": 100 * report["density"]["weights_touched"],

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import mnist
 import torch
-from common import Column, Numbers, Results, Study, bars, run
+from common import Column, Numbers, Results, Study, bars, over_examples, run
 from torch import nn
 from torch.nn import functional
 
@@ -64,9 +64,9 @@ def measure(row: str, seed: int, size: Size) -> Numbers:
                 optimizer.step()
     net.eval()
     with torch.no_grad():
-        wrong = float((net(test_x).argmax(1) != test_y).float().mean())
+        wrong = (net(test_x).argmax(1) != test_y).float()
         train_loss = float(functional.cross_entropy(net(x), y))
-    return {"error": 100 * wrong, "train_loss": train_loss, "missed": missed}
+    return {"error": 100 * float(wrong.mean()), "error_half": 100 * over_examples(wrong), "train_loss": train_loss, "missed": missed}
 
 
 def plot(results: Results, path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mnist
 import torch
-from common import Column, Numbers, Results, Study, bars, run
+from common import Column, Numbers, Results, Study, bars, over_examples, run
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -176,9 +176,12 @@ def measure(row: str, seed: int, size: Size) -> Numbers:
         upper, lower = test.chunk(2, 1)
         pre = one.net.encoder(upper)
         each = torch.stack([one.net.nll(one.drawn(pre), lower) for _ in range(20)])
-        numbers: Numbers = {"loss": float(each.mean()), "bound": float((math.log(20) - torch.logsumexp(-each, 0)).mean())}
+        bound = math.log(20) - torch.logsumexp(-each, 0)
+        numbers: Numbers = {"loss": float(each.mean()), "loss_half": over_examples(each.mean(0))}
+        numbers |= {"bound": float(bound.mean()), "bound_half": over_examples(bound)}
         if row != ROWS[0]:
-            numbers["hard"] = float(one.net.nll((pre > 0).float(), lower).mean())
+            hard = one.net.nll((pre > 0).float(), lower)
+            numbers |= {"hard": float(hard.mean()), "hard_half": over_examples(hard)}
             numbers["open"] = 100 * float((pre > 0).float().mean())
     return numbers
 

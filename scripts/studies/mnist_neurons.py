@@ -17,7 +17,7 @@ from pathlib import Path
 
 import mnist
 import torch
-from common import Column, Numbers, Results, Study, bars, pyplot, run, save
+from common import Column, Numbers, Results, Study, bars, over_examples, pyplot, run, save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -127,7 +127,8 @@ def measure(row: str, seed: int, size: Size) -> Numbers:
             else torch.relu(functional.max_pool2d(net.convolutions[0](test_x[:1].view(-1, 1, 28, 28)), 2))
         )
     assert seen is not None
-    numbers: Numbers = {"accuracy": 100 * float((torch.cat(right) == test_y).float().mean())}
+    correct = (torch.cat(right) == test_y).float()
+    numbers: Numbers = {"accuracy": 100 * float(correct.mean()), "accuracy_half": 100 * over_examples(correct)}
     if neurons[0] is not None or neurons[1] is not None:
         numbers["open"] = 100 * float(torch.cat([n.bits.flatten() for n in neurons if n is not None and n.bits is not None]).mean())
     if seed == 0:
