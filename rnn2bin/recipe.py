@@ -31,6 +31,12 @@ Task = Literal["auto", "next-token", "classify", "tag", "regress", "match", "tra
 Metric = Literal["auto", "bits_per_token", "accuracy", "mse", "cosine", "agreement", "sequence_accuracy"]
 ScheduleKind = Literal["constant", "linear", "exponential", "cosine", "step"]
 
+# fmt: off
+Estimator = Literal[
+    "gumbel", "gumbel-hard", "gumbel-softmax", "sigmoid", "hard-sigmoid", "straight-through", "stochastic", "reinmax", "reinforce",
+]
+# fmt: on
+
 GATE_NAMES = tuple(dict.fromkeys(gate.name for kind in CELLS.values() for gate in (*kind.gates, *kind.links)))
 _T = TypeVar("_T")
 
@@ -294,6 +300,18 @@ class Data(Closed):
     sample: Sampling = Sampling()
 
 
+class Reinforce(Closed):
+    """What a sequence's loss becomes before it meets the bits that were drawn; for `estimator: reinforce` alone."""
+
+    baseline: Literal["none", "mean", "unit", "conditional"] = Field(
+        "mean", description="what is subtracted: past losses' mean, that of each unit, a guess from the input; all leave it unbiased"
+    )
+    reward: Literal["loss", "exponential"] = Field(
+        "loss", description="exponential: the loss −e^(−loss/temperature), which no bad sequence dominates: another objective"
+    )
+    temperature: Positive = Field(1.0, description="in units of the loss. More: an exponential reward nearer to the loss itself")
+
+
 class Gates(Closed):
     soft: list[str] = Field(
         default_factory=list, description="gates left as sigmoids: `o`, or one layer's `main.layers.0.o`; every other gate becomes binary"
@@ -312,11 +330,14 @@ class Gates(Closed):
         description="give every GRU (reset after the product) an output gate, as LSTMs have: a unit then keeps its memory and says "
         "when others read it. auto: with a density budget or a price, which a GRU without one pays with its memory",
     )
-    estimator: Literal["gumbel", "gumbel-hard", "sigmoid", "hard-sigmoid", "straight-through", "stochastic"] = "gumbel"
+    estimator: Estimator = Field(
+        "gumbel", description="how a gate is made discrete in training; docs/estimators.md has equation, bias and cost of each"
+    )
     backward: Literal["sigmoid", "hard-sigmoid", "identity"] = Field(
         "sigmoid", description="gradient of the estimators whose forward is a bit"
     )
-    noise: Share = Field(0.2, description="share of gates that receive Gumbel noise at each step; 0: none")
+    noise: Share = Field(0.2, description="share of gates that are noisy at each step, the others are cut at 0; 0: none, 1: all")
+    reinforce: Reinforce = Reinforce()
     temperature: Schedule = Schedule(start=1.0, end=0.1)
     slope: Schedule = Schedule(schedule="linear", start=2.0, end=3.0)
     straight_through_from: Share = Field(0.1, description="progress from which the forward pass uses bits; 1: never")

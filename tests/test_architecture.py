@@ -19,6 +19,7 @@ ORDER = [
     "recipe_yaml",
     "packed",
     "gates",
+    "diagnostics",
     "cells",
     "loaders",
     "data",

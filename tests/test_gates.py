@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -19,13 +20,26 @@ from rnn2bin.cells.network import Network
 from rnn2bin.data import Part
 from rnn2bin.distill import trainer
 from rnn2bin.gates import schedules
-from rnn2bin.gates.estimators import BINARY, BITS, FLOAT, NOISY, Discretize, Sample, derivative, hard_sigmoid, logistic_noise, sample
+from rnn2bin.gates.estimators import (
+    BINARY,
+    BITS,
+    FLOAT,
+    NOISY,
+    SCORE,
+    Discretize,
+    Name,
+    Sample,
+    derivative,
+    hard_sigmoid,
+    logistic_noise,
+    sample,
+)
 from rnn2bin.measure import Candidate, compare
 from rnn2bin.recipe import Recipe, Schedule, parse
 from rnn2bin.runtime.torch_backend import Model
 from rnn2bin.spec import EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
 
-ALL = ("float", "binary", "gumbel", "gumbel-hard", "sigmoid", "hard-sigmoid", "straight-through", "stochastic")
+ALL = get_args(Name)
 MANY = 200_000
 
 
@@ -42,13 +56,14 @@ def draw(mode: Discretize, pre: float, *, count: int = MANY, seed: int = 0) -> t
 # ---------------------------------------------------------------------------------------------- estimators
 
 
+@pytest.mark.parametrize("estimator", ["gumbel", "gumbel-softmax"])
 @pytest.mark.parametrize(("pre", "temperature"), [(0.0, 1.0), (1.5, 0.4), (-0.7, 2.0)])
-def test_gumbel_sigmoid_is_a_softmax_over_two_gumbels(pre, temperature):
-    ours = draw(Discretize("gumbel", temperature=temperature), pre, count=20_000)
+def test_gumbel_sigmoid_is_a_softmax_over_two_gumbels(pre, temperature, estimator):
+    ours = draw(Discretize(estimator, temperature=temperature), pre, count=20_000)
     g = -torch.log(-torch.log(torch.rand(20_000, 2, generator=seeded(1)).clamp(1e-6, 1 - 1e-6)))
     theirs = torch.softmax((torch.tensor([pre, 0.0]) + g) / temperature, -1)[:, 0]
     assert stats.ks_2samp(ours.numpy(), theirs.numpy()).pvalue > 0.01
-    shifted = draw(Discretize("gumbel", temperature=temperature), pre + 0.2, count=20_000)
+    shifted = draw(Discretize(estimator, temperature=temperature), pre + 0.2, count=20_000)
     assert stats.ks_2samp(shifted.numpy(), theirs.numpy()).pvalue < 1e-6  # the test can fail
 
 
@@ -69,7 +84,7 @@ def test_soft_samples_are_near_bits_as_the_temperature_falls(pre, temperature):
 def test_everything_stays_finite_and_in_range_at_extremes(estimator, backward, monkeypatch):
     pre = torch.tensor([-1e30, -1e4, -1e-30, 0.0, 1e-30, 1e4, 1e30])
     for u in (0.0, 0.5, 1.0):
-        monkeypatch.setattr(torch, "rand", lambda *a, u=u, **k: torch.full((7,), u))
+        monkeypatch.setattr(torch, "rand", lambda shape, u=u, **k: torch.full(shape, u))
         mode = Discretize(estimator, temperature=0.01, slope=50.0, backward=backward)
         noise = logistic_noise(pre.shape, mode, pre)
         value = sample(mode, pre, noise)
@@ -82,7 +97,7 @@ def test_the_threshold_is_a_probability_of_one_half():
     """`soft > 0.5 - soft` cuts at 0.25: logits between −1.1 and 0 would count as ones."""
     pre = torch.tensor([-5.0, -1.0, -0.5, -1e-6, 0.0, 1e-6, 0.5, 5.0])
     wanted = [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
-    for estimator in ("binary", "straight-through", "gumbel-hard", "stochastic"):
+    for estimator in BITS:
         assert sample(Discretize(estimator, slope=3.0, temperature=0.1), pre).tolist() == wanted, estimator
 
 
@@ -117,8 +132,8 @@ def test_derivatives_of_smooth_estimators_are_those_of_their_samples(estimator):
 
 
 def test_the_gradient_of_a_bit_reaches_its_pre_activation():
-    """An estimator that sends nothing back is a frozen layer."""
-    for estimator in ALL:
+    """An estimator that sends nothing back is a frozen layer; those that need the loss for it are in test_score.py."""
+    for estimator in set(ALL) - SCORE:
         pre = torch.tensor([0.2, -0.3], requires_grad=True)
         Sample.apply(pre, torch.tensor([0.1, 0.1]), Discretize(estimator)).sum().backward()
         assert pre.grad is not None, estimator
@@ -245,12 +260,13 @@ def recipe_of(**gates) -> Recipe:
     return parse({"task": "next-token", "gates": gates, "train": train})
 
 
-@pytest.mark.parametrize("estimator", ["gumbel", "straight-through", "hard-sigmoid"])
-def test_training_sees_the_temperature_and_slope_of_each_step(estimator, tmp_path: Path):
-    """Known trap: an annealed slope that reached evaluation only."""
+TEMPERATURE, SLOPE = Schedule(start=1, end=0.1), Schedule(schedule="linear", start=1, end=3, until=0.5)
+
+
+def training_modes(estimator: str, tmp_path: Path) -> list[Discretize]:
+    """The mode of every training step's forward pass."""
     teacher, part = problem()
-    temperature, slope = Schedule(start=1, end=0.1), Schedule(schedule="linear", start=1, end=3, until=0.5)
-    gates = {"estimator": estimator, "temperature": temperature.model_dump(), "slope": slope.model_dump(), "straight_through_from": 0.5}
+    gates = {"estimator": estimator, "temperature": TEMPERATURE.model_dump(), "slope": SLOPE.model_dump(), "straight_through_from": 0.5}
     recipe = recipe_of(**gates)
     trained = student.student(teacher, recipe.gates)
     seen: list[Discretize] = []
@@ -264,10 +280,29 @@ def test_training_sees_the_temperature_and_slope_of_each_step(estimator, tmp_pat
     trained.forward = spy
     task = tasks.resolve(recipe, teacher.spec, part)
     trainer.train(trained, teacher, task=task, recipe=recipe, train=part, valid=part, out=tmp_path)
+    return seen
+
+
+def follow_the_schedules(seen: list[Discretize]) -> bool:
     at = [min(k / 6, 1.0) for k in range(8)]
-    assert [m.temperature for m in seen] == pytest.approx([schedules.value(temperature, p) for p in at])
-    assert [m.slope for m in seen] == pytest.approx([schedules.value(slope, p) for p in at])
+    wanted = [(schedules.value(TEMPERATURE, p), schedules.value(SLOPE, p)) for p in at]
+    return [(m.temperature, m.slope) for m in seen] == [pytest.approx(w) for w in wanted]
+
+
+@pytest.mark.parametrize("estimator", ["gumbel", "straight-through", "hard-sigmoid", "reinmax", "reinforce"])
+def test_training_sees_the_temperature_and_slope_of_each_step(estimator, tmp_path: Path):
+    """Known trap: an annealed slope that reached evaluation only."""
+    seen = training_modes(estimator, tmp_path)
+    assert follow_the_schedules(seen)
     assert [m.estimator for m in seen] == [estimator] * 3 + ["straight-through"] * 5
+
+
+def test_trap_an_annealed_slope_that_reaches_evaluation_only(monkeypatch, tmp_path: Path):
+    """The trap put back: training keeps the first values, evaluation sees the annealed ones; the check above tells."""
+    honest = trainer.AnnealTrainer.training_mode
+    frozen = lambda self: replace(honest(self), slope=SLOPE.start, temperature=TEMPERATURE.start)
+    monkeypatch.setattr(trainer.AnnealTrainer, "training_mode", frozen)
+    assert not follow_the_schedules(training_modes("gumbel", tmp_path))
 
 
 def test_gates_at_one_half_give_different_soft_and_hard_numbers():
@@ -285,8 +320,8 @@ def test_gates_at_one_half_give_different_soft_and_hard_numbers():
     assert abs(found["hard"].loss - found["soft"].loss) > 1e-3
 
 
-@pytest.mark.parametrize("levels", ["strict", "learned"])
-def test_a_number_called_binary_comes_from_bits(levels, monkeypatch):
+def report_and_gates(levels: str, monkeypatch) -> tuple[dict, list[tuple[torch.Tensor, ...]], Network, Part]:
+    """A report, and every gate value with its levels that making it took."""
     teacher, part = problem()
     gates = recipe_of(levels=levels).gates
     network = student.student(teacher, gates)
@@ -301,15 +336,42 @@ def test_a_number_called_binary_comes_from_bits(levels, monkeypatch):
         seen.append((value, lo, hi))
         return value
 
-    monkeypatch.setattr(weights, "select", spy)
-    task = tasks.resolve(recipe_of(), teacher.spec, part)
-    report, _ = evaluation.evaluate_parts(
-        teacher=teacher, model=Model(network, {}), task=task, part=part, soft_mode=Discretize("sigmoid"), gates=gates, with_controls=False
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "select", spy)
+        task = tasks.resolve(recipe_of(), teacher.spec, part)
+        report, _ = evaluation.evaluate_parts(
+            teacher=teacher,
+            model=Model(network, {}),
+            task=task,
+            part=part,
+            soft_mode=Discretize("sigmoid"),
+            gates=gates,
+            with_controls=False,
+        )
+    return report, seen, network, part
+
+
+def are_bits(seen: list[tuple[torch.Tensor, ...]]) -> bool:
+    return all(bool(((value == lo) | (value == hi)).all()) for value, lo, hi in seen)
+
+
+@pytest.mark.parametrize("levels", ["strict", "learned"])
+def test_a_number_called_binary_comes_from_bits(levels, monkeypatch):
+    report, seen, network, part = report_and_gates(levels, monkeypatch)
+    teacher, _ = problem()
     assert len(seen) == part.inputs.shape[1] - 1  # every step of the oracle's walk, of the binary network alone
-    assert all(((value == lo) | (value == hi)).all() for value, lo, hi in seen)
+    assert are_bits(seen)
     assert any((value == lo).any() and (value == hi).any() for value, lo, hi in seen)
-    monkeypatch.undo()
+    task = tasks.resolve(recipe_of(), teacher.spec, part)
     mode_of = lambda mode: compare(task, part, Candidate(teacher, FLOAT), {"x": Candidate(network, mode)})["x"].value
     assert report["binary"]["metric"] == mode_of(BINARY)
     assert report["soft_student"]["metric"] == pytest.approx(mode_of(Discretize("sigmoid")), rel=1e-5)
+
+
+def test_trap_soft_gates_reported_as_binary(monkeypatch):
+    """The trap put back: the report's binary network runs with soft gates; the check above tells."""
+    honest, _, _, _ = report_and_gates("strict", monkeypatch)
+    monkeypatch.setattr(evaluation, "BINARY", Discretize("sigmoid"))
+    report, seen, _, _ = report_and_gates("strict", monkeypatch)
+    assert not are_bits(seen)
+    assert report["binary"]["metric"] != honest["binary"]["metric"]

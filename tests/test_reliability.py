@@ -434,6 +434,7 @@ def part_of(kind: str, seed: int) -> Part:
 
 KINDS = {"stream": "all", "windows": "all", "padded": "last"}  # text; sequences of three windows; one label a sequence
 GATES = {"gumbel": {"noise": 0.5}, "gumbel-hard": {"noise": 1.0}, "straight-through": {}}
+GATES["reinforce"] = {"noise": 1.0, "straight_through_from": 1.0, "reinforce": {"baseline": "unit"}}
 
 
 def train(cell: str, kind: str, recipe: Recipe, out: Path, **options: Any) -> tuple[Network, trainer.Trained]:
@@ -485,7 +486,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-@pytest.mark.parametrize(("estimator", "accumulation"), [("gumbel", 1), ("gumbel-hard", 2), ("straight-through", 2)])
+@pytest.mark.parametrize(("estimator", "accumulation"), [("gumbel", 1), ("gumbel-hard", 2), ("straight-through", 2), ("reinforce", 1)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_after_a_kill_everything_is_as_uninterrupted(cell, kind, accumulation, estimator, tmp_path):
@@ -512,6 +513,7 @@ def test_after_a_kill_everything_is_as_uninterrupted(cell, kind, accumulation, e
         assert ours["distill.json"].pop("seconds") > 0 < theirs["distill.json"].pop("seconds")
         assert [name for name in theirs if not same(ours[name], theirs[name])] == []
         assert bool(ours["carried.safetensors"]) == (kind != "padded")
+        assert bool(ours["baselines.safetensors"]) == (estimator == "reinforce")
 
 
 @pytest.mark.parametrize(("tolerance", "last"), [(0, 9), (1e9, 8)])

@@ -142,6 +142,20 @@ def test_the_teacher_loss_is_plain_torch_on_unpadded_slices(name, temperature):
     assert float(tasks.teacher_loss(task, weights, prepared, theirs, theirs)) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_losses_of_sequences_have_the_loss_as_their_mean_and_belong_to_their_sequence(name):
+    teacher, other, part, task = case(name)
+    prepared = tasks.prepare(task, collate(part), teacher)
+    theirs, ours = (prepared.forward(network, mode=FLOAT, walk=tasks.walk).y for network in (teacher, other))
+    each = tasks.sequence_losses(task, Loss(), prepared, ours, theirs)
+    assert each.shape == (len(part),)
+    assert_close(each.mean(), tasks.loss(task, Loss(), prepared, ours, theirs))
+    changed = ours.clone()
+    changed[..., 1, :] += torch.randn(ours.shape[-1], generator=seeded(4))  # outputs of the second sequence
+    moved = tasks.sequence_losses(task, Loss(), prepared, changed, theirs) != each
+    assert moved.tolist() == [n == 1 for n in range(len(part))]
+
+
 def test_loss_weights():
     teacher, other, part, task = case("tag")
     prepared = tasks.prepare(task, collate(part), teacher)

@@ -42,11 +42,13 @@ State = list[list[CellState]]  # [layer][direction]
 @dataclass(frozen=True)
 class Trace:
     """One cell over a window: states (T,B,·) in the cell's order, h first; what its gates decide by, whole (T,B,G,n·H), or the products
-    (T,B,G,H) with the biases (G,n·H) that are still to be added: with many copies the whole is the largest tensor there is."""
+    (T,B,G,H) with the biases (G,n·H) that are still to be added: with many copies the whole is the largest tensor there is. `noise`
+    (T,B,G,n·H): what its bits were drawn with, kept where the estimator asks what was drawn (`estimators.SCORE`)."""
 
     states: tuple[Tensor, ...]
     products: Tensor
     biases: Tensor | None = None
+    noise: Tensor | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[Trace]) -> Trace:

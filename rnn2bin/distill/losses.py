@@ -34,6 +34,11 @@ def total(
 def hidden_match(task: tasks.Task, output: Output, target: Output) -> Tensor:
     """Σ over layers of the mean squared error between the layers' outputs, over real steps (both are zero at pads). What a GRU keeps behind
     an output gate is compared instead of what it shows of it."""
+    return hidden_rows(task, output, target).mean()
+
+
+def hidden_rows(task: tasks.Task, output: Output, target: Output) -> Tensor:
+    """`hidden_match` of each sequence (B,), whose mean is that of the batch."""
     layers = [layer for spec in task.spec.sections.values() for layer in spec.layers]
     terms, cell = [], 0
     for layer, ours, theirs in zip(layers, output.hidden, target.hidden, strict=True):
@@ -46,9 +51,9 @@ def hidden_match(task: tasks.Task, output: Output, target: Output) -> Tensor:
             theirs = torch.cat([its.states[0] for _, its in pairs], 2)
             if lengths is not None:
                 ours, theirs = (valid_steps(lengths, len(x)) * x for x in (ours, theirs))
-        terms.append((ours - theirs).square().sum() / (steps * ours.shape[2]))
+        terms.append((ours - theirs).square().sum((0, 2)) * (ours.shape[1] / (steps * ours.shape[2])))
         cell += layer.directions
-    return torch.stack(terms).sum()
+    return torch.stack(terms).sum(0)
 
 
 def step_masks(output: Output) -> list[Tensor]:

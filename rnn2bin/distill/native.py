@@ -23,6 +23,7 @@ from rnn2bin.gates.estimators import Discretize
 
 PRECISIONS = {"float32": 0, "bfloat16": 1}
 _CELLS = {"lstm": 0, "gru": 1, "gru_output": 2}
+_ESTIMATORS = {"float", "binary", "gumbel", "gumbel-hard", "sigmoid", "straight-through"}
 _SOFT, _BIT = 0, 1
 _BY = {"sigmoid": 0, "hard-sigmoid": 1, "identity": 2}
 _POINTERS = (
@@ -94,7 +95,7 @@ def takes(cell: Cell, x: Tensor, modes: tuple[Discretize, ...]) -> bool:
         and cell.layer.cell in _CELLS
         and not (cell.layer.proj_size or cell.layer.clip or cell.layer.cell_clip)
         and cell.layer.activation == "tanh"
-        and all(m.estimator not in ("hard-sigmoid", "stochastic") for m in modes)
+        and all(m.estimator in _ESTIMATORS for m in modes)
         and library() is not None
     )
 

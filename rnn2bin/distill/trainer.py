@@ -27,11 +27,11 @@ from rnn2bin.cells.network import Network, Output, State, Walk
 from rnn2bin.cells.weights import Cell
 from rnn2bin.data import Batch, Batches, Part, share
 from rnn2bin.distill import budget as budgets
-from rnn2bin.distill import losses
+from rnn2bin.distill import credit, losses
 from rnn2bin.distill.window import run_cell
-from rnn2bin.errors import DivergedError, InterruptedRunError
-from rnn2bin.gates import schedules
-from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
+from rnn2bin.errors import DivergedError, InterruptedRunError, UsageError
+from rnn2bin.gates import schedules, score
+from rnn2bin.gates.estimators import BINARY, FLOAT, SCORE, Discretize
 from rnn2bin.measure import Candidate, compare
 from rnn2bin.recipe import Gates, Recipe
 from rnn2bin.spec import LayerSpec
@@ -40,7 +40,7 @@ SELECTION_SEQUENCES = 1024  # the validation part is cut to these for the measur
 SELECTION_TOKENS = 65_536
 CALIBRATION_BATCHES = 20
 KEPT = 2  # checkpoints: the newest, and the one before it for when that is damaged
-STATE, BEST = "distill.json", "best.safetensors"
+STATE, BEST, BASELINES = "distill.json", "best.safetensors", "baselines.safetensors"
 
 log = logging.getLogger("rnn2bin")
 
@@ -312,10 +312,13 @@ class DistillTrainer(AnnealTrainer):
         out: Path,
         float_student: bool = False,
     ) -> None:
+        if recipe.gates.estimator in SCORE and processes.count() > 1:
+            raise UsageError("gates.estimator reinforce runs in one process: its baselines are not shared between several")
         self.teacher, self.task = teacher, task
         self.valid = selection_part(valid)
         self.carried: tuple[State | None, State | None] = (None, None)  # teacher's, student's
         self.price = budgets.Price()
+        self.baselines = credit.start(student, recipe)
         feed = Batches(
             train,
             batch_size=recipe.train.batch_size,
@@ -353,6 +356,10 @@ class DistillTrainer(AnnealTrainer):
         if self.task.windowed:
             self.carried = (target.state, detached(output))
         total = losses.total(self.task, self.recipe, prepared, output, target, student=self.student(), mode=mode)
+        if mode.estimator in SCORE:
+            given = (self.task, self.recipe, prepared, output, target)
+            term, self.baselines = credit.surrogate(*given, student=self.student(), mode=mode, baselines=self.baselines)
+            total = total + term
         wanted = self.recipe.budget.counts and not self.float_student
         found = budgets.density(self.student(), prepared, output) if wanted else None
         # The other processes have other rows of this batch: each counts by what its rows count, and the density is that of all.
@@ -402,10 +409,15 @@ class DistillTrainer(AnnealTrainer):
         super().save_more(folder)
         save_file(flatten_state(self.all_carried), folder / "carried.safetensors")
         (folder / "price.json").write_text(json.dumps(asdict(self.price)))
+        save_file({f"{name}/{key}": t for name, one in self.baselines.items() for key, t in one.tensors().items()}, folder / BASELINES)
 
     def restore(self, folder: Path) -> None:
         super().restore(folder)
         self.price = budgets.Price(**json.loads((folder / "price.json").read_text()))
+        remembered = load_file(folder / BASELINES, device=str(self.args.device))
+        for name in self.baselines:
+            own = {key.rpartition("/")[2]: t for key, t in remembered.items() if key.rpartition("/")[0] == name}
+            self.baselines[name] = score.restored(self.recipe.gates.reinforce.baseline, own)
         rows = load_file(folder / "carried.safetensors", device=str(self.args.device))
         rows = {name: share(tensor, processes.rank(), processes.count()) for name, tensor in rows.items()}
         self.carried = unflatten_state(rows, self.teacher.spec.entry.layers, self.student().spec.entry.layers)

@@ -17,11 +17,11 @@ from rnn2bin.cells.network import CellState, Lookup, Trace
 from rnn2bin.cells.network import walk as oracle_walk
 from rnn2bin.cells.weights import PHI, Cell, clipped, fold
 from rnn2bin.distill import native
-from rnn2bin.gates.estimators import Discretize, derivative, logistic_noise, sample
+from rnn2bin.gates.estimators import SCORE, Discretize, derivative, logistic_noise, sample
 
 Modes = tuple[Discretize, ...]
 # Cells with a window here. All others walk as the oracle does, step by step through autograd: exact, and slower (docs/adding-a-cell.md).
-WINDOWS = frozenset({"lstm", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole", "gru", "gru_reset_before"})
+WINDOWS = frozenset({"lstm", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole", "gru", "gru_output", "gru_reset_before"})
 ONE_HOT_LIMIT = 512  # tokens: beyond, adding rows one by one beats the product with one-hot rows
 
 
@@ -436,7 +436,8 @@ def input_product(x: Tensor | Lookup, weight: Tensor, bias: Tensor | None, preci
 
 def _noise(mode: Discretize, like: Tensor, *shape: int) -> Tensor:
     """What the native kernels would draw, where they are there; noise (T,B,G,n·H)."""
-    return native.Noise.of(mode).fill(*shape) if _is_native(like) else logistic_noise(shape, mode, like)
+    alike = mode.estimator != "gumbel-softmax"  # which has a draw of its own
+    return native.Noise.of(mode).fill(*shape) if alike and _is_native(like) else logistic_noise(shape, mode, like)
 
 
 def run_cell(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize, *, precision: str = "float32") -> Trace:
@@ -466,16 +467,17 @@ def run_cell(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize,
     bias = torch.cat([w.candidate_bias.new_zeros(gates * hidden), w.candidate_bias])  # the gates' belong to the copies
     x_pre = input_product(x, weight_ih, bias, precision).unflatten(2, (gates + 1, hidden))
     noise = _noise(mode, x_pre, *x_pre.shape[:2], gates, width) if noisy else None
+    kept = noise if mode.estimator in SCORE else None
     if kind.name in ("gru", "gru_output"):
         h0, c0 = state if kind.has_cell else (None, state[0])
         h, c, pre = GruWindow.apply(x_pre, weight_hh, gates_bias, w.candidate_bias_hh, h0, c0, lo, hi, noise, modes, phi, clip)
-        return Trace((h, c) if kind.has_cell else (c,), pre)
+        return Trace((h, c) if kind.has_cell else (c,), pre, noise=kept)
     if kind.has_cell:
         peephole = None if w.peephole is None else w.peephole.view(gates, hidden)
         clips = Clips(clip, w.cell_clip, w.proj_clip)
         h, c, pre = LstmWindow.apply(
             x_pre, weight_hh, gates_bias, peephole, w.projection, state[0], state[1], lo, hi, noise, modes, phi, clips
         )
-        return Trace((h, c), pre)
+        return Trace((h, c), pre, noise=kept)
     h, pre = GruBeforeWindow.apply(x_pre, w.gates_hh, w.candidate_hh, gates_bias, state[0], lo, hi, noise, modes, phi, clip)
-    return Trace((h,), pre)
+    return Trace((h,), pre, noise=kept)

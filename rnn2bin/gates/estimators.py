@@ -5,7 +5,10 @@ training kernels share one definition. Temperature, slope and noise are argument
 
 Sources: Gumbel-sigmoid / binary concrete: Maddison et al. 2017 (arXiv 1611.00712), Jang et al. 2017 (1611.01144);
 straight-through: Bengio et al. 2013 (1308.3432); hard sigmoid with an annealed slope: Chung et al. 2017, HM-RNN (1609.01704);
-noise on a share of the gates: Li et al. 2018, G2-LSTM (1806.02988).
+noise on a share of the gates: Li et al. 2018, G2-LSTM (1806.02988); ReinMax: Liu et al. 2023 (2304.08612).
+
+What needs the loss behind the gate (REINFORCE, DisARM) is in `rnn2bin.gates.score`; here `reinforce` only draws. docs/estimators.md has
+equation, bias and cost of each.
 """
 
 from __future__ import annotations
@@ -17,11 +20,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Name = Literal["float", "binary", "gumbel", "gumbel-hard", "sigmoid", "hard-sigmoid", "straight-through", "stochastic"]
+Name = Literal[
+    "float",
+    "binary",
+    "gumbel",
+    "gumbel-hard",
+    "gumbel-softmax",
+    "sigmoid",
+    "hard-sigmoid",
+    "straight-through",
+    "stochastic",
+    "reinmax",
+    "reinforce",
+]
 Backward = Literal["sigmoid", "hard-sigmoid", "identity"]
 
-NOISY: frozenset[str] = frozenset({"gumbel", "gumbel-hard", "stochastic"})
-BITS: frozenset[str] = frozenset({"binary", "gumbel-hard", "straight-through", "stochastic"})
+NOISY: frozenset[str] = frozenset({"gumbel", "gumbel-hard", "gumbel-softmax", "stochastic", "reinmax", "reinforce"})
+BITS: frozenset[str] = frozenset({"binary", "gumbel-hard", "straight-through", "stochastic", "reinmax", "reinforce"})
+SCORE: frozenset[str] = frozenset({"reinforce"})  # the bit sends nothing back: its gradient is made of the losses behind it, in `score`
 _UNIFORM_EDGE = 1e-6  # keeps log u and log(1 - u) finite in fp32
 
 
@@ -57,12 +73,23 @@ BINARY = Discretize("binary")
 
 
 def logistic_noise(shape: Sequence[int], mode: Discretize, like: Tensor) -> Tensor:
-    """Logistic noise log u − log(1−u) of `shape`; zero on a share 1 − `mode.noise` of the entries."""
+    """Logistic noise log u − log(1−u) of `shape`; zero on a share 1 − `mode.noise` of the entries.
+
+    For `gumbel-softmax` it is the difference of two Gumbels −log(−log u), which has the same distribution.
+    """
+    if mode.estimator == "gumbel-softmax":
+        return _two_gumbels(shape, mode, like)
     u = torch.rand(tuple(shape), generator=mode.generator, device=like.device, dtype=like.dtype)
     if mode.noise < 1:
         # One draw says both: below the share it is uniform again once divided by it; logit(½) is no noise.
         u = torch.where(u < mode.noise, u / mode.noise, 0.5)
     return torch.logit(u.clamp_(_UNIFORM_EDGE, 1 - _UNIFORM_EDGE))
+
+
+def _two_gumbels(shape: Sequence[int], mode: Discretize, like: Tensor) -> Tensor:
+    u = torch.rand((3, *shape), generator=mode.generator, device=like.device, dtype=like.dtype)
+    one, other = u[:2].clamp_(_UNIFORM_EDGE, 1 - _UNIFORM_EDGE).log_().neg_().log_().neg_().unbind()
+    return (one - other).mul_(u[2] < mode.noise)
 
 
 def hard_sigmoid(x: Tensor, slope: float) -> Tensor:
@@ -83,9 +110,10 @@ def sample(mode: Discretize, pre: Tensor, noise: Tensor | None = None) -> Tensor
             return (pre * (mode.slope / mode.temperature)).sigmoid_()
         case "hard-sigmoid":
             return hard_sigmoid(pre, mode.slope / mode.temperature)
-        case "gumbel":
+        case "gumbel" | "gumbel-softmax":
+            # The first entry of the softmax over two classes with logits (s·pre + G₁, G₂)/τ is σ of their difference.
             return _noisy(mode, pre, noise).div_(mode.temperature).sigmoid_()
-        case "gumbel-hard":
+        case "gumbel-hard" | "reinmax" | "reinforce":
             return _bits(_noisy(mode, pre, noise))
         case "stochastic":
             return _bernoulli(mode, pre, noise)
@@ -110,22 +138,34 @@ def _bernoulli(mode: Discretize, pre: Tensor, noise: Tensor | None) -> Tensor:
 
 
 def derivative(mode: Discretize, pre: Tensor, value: Tensor, noise: Tensor | None = None) -> Tensor:
-    """d sample / d pre as training sees it; `value` is what `sample` returned for the same arguments."""
+    """d sample / d pre as training sees it; `value` is what `sample` returned for the same arguments. 0 for those in `SCORE`."""
     if mode.clip:
         inside = pre.abs() < mode.clip
         return derivative(replace(mode, clip=0.0), pre, value, noise).mul_(inside)
     match mode.estimator:
         case "float":
             return value * (1 - value)
-        case "sigmoid" | "gumbel":
+        case "sigmoid" | "gumbel" | "gumbel-softmax":
             return (value * (1 - value)).mul_(mode.slope / mode.temperature)
         case "gumbel-hard":
             soft = sample(replace(mode, estimator="gumbel"), pre, noise)
             return (soft * (1 - soft)).mul_(mode.slope / mode.temperature)
         case "hard-sigmoid":
             return _window(pre, mode.slope / mode.temperature)
+        case "reinmax":
+            return _reinmax(mode, pre, value)
+        case "reinforce":
+            return torch.zeros_like(pre)
         case "binary" | "straight-through" | "stochastic":
             return _surrogate(mode, pre)
+
+
+def _reinmax(mode: Discretize, pre: Tensor, bit: Tensor) -> Tensor:
+    """2·m(1−m) − ½·p(1−p) with p = σ(s·pre) and m = (bit + σ(s·pre/τ))/2: at τ = 1 the trapezoid rule, exact for losses that are at
+    most quadratic in each bit (Heun's method; Liu et al. 2023, algorithm 2, for two classes)."""
+    p = torch.sigmoid(mode.slope * pre)
+    middle = torch.sigmoid(pre * (mode.slope / mode.temperature)).add_(bit).div_(2)
+    return (2 * middle * (1 - middle)).sub_(0.5 * p * (1 - p)).mul_(mode.slope)
 
 
 def _surrogate(mode: Discretize, pre: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from rnn2bin.cells.network import CellState, Trace, Walk, reverse, state_after, 
 from rnn2bin.cells.weights import Cell
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DivergedError, RecipeError, UnsupportedError, UsageError
-from rnn2bin.gates.estimators import BINARY, Discretize
+from rnn2bin.gates.estimators import BINARY, SCORE, Discretize
 from rnn2bin.loaders.assemble import split_direction
 from rnn2bin.packed import read_config
 from rnn2bin.recipe import Recipe
@@ -294,6 +294,10 @@ def binarize(module: nn.Module, *, recipe: str | Path | Recipe = "anneal.yaml") 
     if isinstance(recipe, Recipe) and recipe.budget.counts:
         raise RecipeError(
             "budget.density, budget.price: what a module's other parts read is not counted; give budget.open, or convert a file"
+        )
+    if gates.estimator in SCORE:
+        raise RecipeError(
+            f"gates.estimator {gates.estimator}: a module's loss is one number a batch, not one a sequence; give another, or convert a file"
         )
     if isinstance(recipe, Recipe) and recipe.pack.weights != "fp16":
         raise RecipeError("pack.weights: what is packed of a module has no native runtime, which alone gains from bytes; give fp16")
