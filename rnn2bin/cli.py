@@ -261,8 +261,9 @@ def export(out: Path, to: str, target: Path | None, json_out: bool) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), metavar="DATA", help="Inputs to run on, as for run; without them random ones.")
 @click.option("--against", default="torch,ort,openvino", show_default=True, help="Rivals, of those that are installed; '' for none.")
+@click.option("--save", is_flag=True, help="Add the figures to OUT's report.json, report.html and model card.")
 @json_option
-def bench(out: Path, data: Path | None, against: str, json_out: bool) -> None:
+def bench(out: Path, data: Path | None, against: str, save: bool, json_out: bool) -> None:
     """Time a step of OUT on the native runtime, one core, against other runtimes on the float network of its shape."""
     quiet_libraries()
     from rnn2bin import bench as benchmark
@@ -276,7 +277,13 @@ def bench(out: Path, data: Path | None, against: str, json_out: bool) -> None:
     config = packed.read_config(out)
     spec = from_dict(config.get("spec") or {})
     inputs, sequence = benchmark.inputs_from(data, spec, packed.vocabulary(config)) if data else (None, None)
+    if save:
+        from rnn2bin.evaluation import stored
+
+        stored.read(out)  # before the minutes that measuring takes
     found = benchmark.bench(out, inputs, benchmark.Settings(against=names, sequence=sequence))
+    if save:
+        stored.add(out, speed=found)
     as_json(found) if json_out else click.echo(benchmark.render(found))
 
 

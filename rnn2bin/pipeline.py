@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from rnn2bin import data, evaluation, loaders, machine, measure, pack, processes, recipe_yaml, signals, storage, student, tasks
+from rnn2bin import data, evaluation, loaders, machine, measure, pack, packed, processes, recipe_yaml, signals, storage, student, tasks
 from rnn2bin.cells.network import Network, teacher_network
 from rnn2bin.distill import calibrate, sampling
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import BudgetError, DataError, InterruptedRunError, ResourceError, UnsupportedError, UsageError
-from rnn2bin.evaluation import html
+from rnn2bin.evaluation import stored
 from rnn2bin.gates.estimators import FLOAT
 from rnn2bin.measure import Candidate
 from rnn2bin.packed import read_config
-from rnn2bin.packed import vocabulary as vocabulary_of
 from rnn2bin.recipe import Budget, Recipe
 from rnn2bin.spec import RnnSpec
 
@@ -65,14 +64,15 @@ def prepare(
     *,
     readout: str | None = None,
     vocabulary: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Job:
     """Read everything and refuse what does not fit, before any work. Raises the errors of load, data and tasks.
 
-    `readout`, `vocabulary`: what a packed directory says of the same source; instead of finding them by the data.
+    `readout`, `vocabulary`, `labels`: what a packed directory says of the same source; instead of finding them by the data.
     """
     loaded = loaders.load(source, source=recipe.source)
     teacher = teacher_network(loaded.spec, loaded.weights)
-    parts = data.load_parts(given, recipe, loaded.spec, vocabulary=vocabulary)
+    parts = data.load_parts(given, recipe, loaded.spec, vocabulary=vocabulary, labels=labels)
     if parts is None:
         parts = sampling.data_free(teacher, recipe)
     notes: list[str] = []
@@ -396,8 +396,8 @@ def provenance_of(job: Job, source: str | Path) -> dict[str, Any]:
 
 
 def task_of(job: Job) -> dict[str, Any]:
-    vocabulary = list(job.parts.vocabulary) if job.parts.vocabulary else None
-    return {"name": job.task.name, "metric": job.task.metric, "vocabulary": vocabulary}
+    vocabulary, labels = (list(names) if names else None for names in (job.parts.vocabulary, job.parts.labels))
+    return {"name": job.task.name, "metric": job.task.metric, "vocabulary": vocabulary, "labels": labels}
 
 
 def write_report(
@@ -413,7 +413,7 @@ def write_report(
     """report.json, report.html and the model card, measured on the packed files themselves."""
     model = evaluation.load_model(folder)
     extra = {"float_same_compute": Candidate(fine_tuned, FLOAT, run_cell)} if fine_tuned else {}
-    report, figures = evaluation.evaluate_parts(
+    report = evaluation.evaluate_parts(
         teacher=job.teacher,
         model=model,
         task=job.task,
@@ -422,7 +422,7 @@ def write_report(
         gates=job.recipe.gates,
         with_controls=job.recipe.report.controls,
         extra=extra,
-        vocabulary=job.parts.vocabulary,
+        names=job.parts.names,
         seed=job.recipe.seed,
         native=evaluation.load_native(folder),
     )
@@ -441,14 +441,8 @@ def write_report(
     report["training_teacher"] = measure.compare(job.task, validation, Candidate(job.teacher, FLOAT, run_cell), {})["teacher"].value
     report["search"] = searched
     report["provenance"] = {**provenance, "recipe": job.recipe.model_dump(mode="json")}
-    write_files(folder, report, figures)
+    stored.write(folder, report)
     return report
-
-
-def write_files(folder: Path, report: Report, figures: evaluation.Figures) -> None:
-    (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(html.render(report, figures), encoding="utf-8")
-    (folder / "README.md").write_text(html.render_card(report), encoding="utf-8")
 
 
 def teacher_speed(job: Job) -> float:
@@ -495,42 +489,42 @@ def _losing(relative: float | None) -> str:
 
 def _evaluation_job(source: str | Path, recipe: Recipe, given: Any, config: dict[str, Any], *, readout: str) -> Job:
     """The conversion's own data are split as they were then; any other file is all test."""
-    vocabulary = vocabulary_of(config)
+    known: dict[str, Any] = {"readout": readout, "vocabulary": packed.vocabulary(config), "labels": packed.labels(config)}
     one = data.one_file(given)
     if one is None:
-        return prepare(source, recipe, given, readout=readout, vocabulary=vocabulary)
+        return prepare(source, recipe, given, **known)
     if str(given if isinstance(given, str | Path) else given[0]) == str(one):
         try:
-            job = prepare(source, recipe, one, readout=readout, vocabulary=vocabulary)
+            job = prepare(source, recipe, one, **known)
             if data.digest(job.parts) == (config.get("provenance") or {}).get("data_sha256"):
                 return job
         except DataError:
             pass  # too few to split; what else is wrong is said below
-    return prepare(source, recipe, [f"{part}={one}" for part in ("train", "valid", "test")], readout=readout, vocabulary=vocabulary)
+    return prepare(source, recipe, [f"{part}={one}" for part in ("train", "valid", "test")], **known)
 
 
-def evaluate_files(source: str | Path, packed: str | Path, *, data: Any = None) -> Report:
+def evaluate_files(source: str | Path, folder: str | Path, *, data: Any = None) -> Report:
     """`rnn2bin eval`: a source file against its packed directory on held-out data, with the interval.
 
     Of the conversion's own data that is the part it held out; a file it has not seen is read whole. Without data (and none in the recipe)
     it is what `convert` held out of the teacher's own sequences. Raises the errors of `prepare`, and
     UsageError where the two do not belong together.
     """
-    model = evaluation.load_model(Path(packed))
-    recipe = recipe_yaml.read(Path(packed) / "recipe.yaml")
-    job = _evaluation_job(source, recipe, data, read_config(Path(packed)), readout=model.spec.main.readout)
+    model = evaluation.load_model(Path(folder))
+    recipe = recipe_yaml.read(Path(folder) / "recipe.yaml")
+    job = _evaluation_job(source, recipe, data, read_config(Path(folder)), readout=model.spec.main.readout)
     if student.with_copies(model.spec, 1) != job.teacher.spec:
-        raise UsageError(f"{packed}: was not made from a network of this shape; give the source file it was converted from")
+        raise UsageError(f"{folder}: was not made from a network of this shape; give the source file it was converted from")
     soft = distiller.soft_mode_at(recipe.gates, 1.0)
-    report, _ = evaluation.evaluate_parts(
+    report = evaluation.evaluate_parts(
         teacher=job.teacher,
         model=model,
         task=job.task,
         part=job.parts.test,
         soft_mode=soft,
         gates=recipe.gates,
-        vocabulary=job.parts.vocabulary,
-        native=evaluation.load_native(Path(packed)),
+        names=job.parts.names,
+        native=evaluation.load_native(Path(folder)),
     )
-    report["size"] = evaluation.sizes(job.loaded.provenance["bytes"], Path(packed))
+    report["size"] = evaluation.sizes(job.loaded.provenance["bytes"], Path(folder))
     return report

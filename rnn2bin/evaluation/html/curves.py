@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rnn2bin.evaluation.html.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis
-from rnn2bin.evaluation.html.words import Report, Scale, finite, significant
+from rnn2bin.evaluation.html.words import Report, Scale, finite, get, significant
 
 MAX_POINTS = 400  # of a curve: as many as there are pixels
 
@@ -117,12 +117,16 @@ def charts(report: Report) -> list[Chart]:
         guide=(teacher, "teacher") if finite(teacher) else None,
         text=lambda value: significant(scale.factor * value) + unit,
     )
+    share = lambda value: significant(100 * value) + "%"
+    wanted = get(report, "provenance", "recipe", "budget", "density")
+    budget = (wanted, "budget") if finite(wanted) else None
     annealing = [Line(key, style, points(training, key, positive=True)) for key, style in (("temperature", "first"), ("slope", "second"))]
     saturation = [Line("share of gates near 0 or 1", "third", points(training, "saturation"))]
     charts = (
         metric,
         chart("Temperature and slope (log scale)", annealing, log=True),
+        chart("Weights read, hard gates", [Line("share of the weights", "third", points(training, "density"))], guide=budget, text=share),
         chart("Training loss", [Line("loss", "first", points(training, "loss"))]),
-        chart("Saturation", saturation, text=lambda value: significant(100 * value) + "%"),
+        chart("Saturation", saturation, text=share),
     )
     return [chart for chart in charts if chart]

@@ -61,8 +61,9 @@ def lost_by(report: Report, network: Report) -> float | None:
     return float(teacher - here if get(report, "metric", "higher_is_better") else here - teacher)
 
 
-def _measured(report: Report, networks: dict[str, Report]) -> str | None:
+def measured(report: Report) -> str | None:
     """Which network the report's drop is about: its own backend's choice may be the C kernel or torch."""
+    networks = networks_of(report)
     losses = {key: lost_by(report, networks[key]) for key in ("binary", "native") if key in networks}
     value = get(report, "drop", "value")
     known = {key: abs(loss - value) for key, loss in losses.items() if loss is not None and finite(value)}
@@ -71,10 +72,10 @@ def _measured(report: Report, networks: dict[str, Report]) -> str | None:
 
 def rows(report: Report) -> list[Row]:
     scale, networks = Scale.of(report), networks_of(report)
-    extras, measured = extra_names(networks), _measured(report, networks)
+    extras, about_drop = extra_names(networks), measured(report)
     found = []
     for key, network in networks.items():
-        drop = get(report, "drop") if key == measured else None
+        drop = get(report, "drop") if key == about_drop else None
         ends, relative, lost = get(drop, "ci95"), get(drop, "relative"), lost_by(report, network)
         name, about = NETWORKS.get(key, (words(key), "control"))
         found.append(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import yaml
+
 from rnn2bin.evaluation.html.words import NONE, Report, duration, finite, get, significant, size, whole, words
 
 
@@ -50,13 +52,20 @@ def _plain(value: Any) -> str:
 
 
 def provenance(report: Report) -> list[tuple[str, str]]:
-    given = dict(report.get("provenance") or {})
+    apart = lambda key, value: key in ("recipe", "command") and not isinstance(value, str)
+    given = {key: value for key, value in (report.get("provenance") or {}).items() if not apart(key, value)}
     if isinstance(given.get("data_free"), bool):
         given["data_free"] = "none given: sequences sampled from the teacher" if given["data_free"] else "given by the user"
     if given.get("levels") in LEVELS:
         given["levels"] = LEVELS[given["levels"]]
     known = [(label, _plain(given.pop(key))) for key, label in PROVENANCE.items() if given.get(key) is not None]
-    return known + [(words(key), _plain(value)) for key, value in given.items() if value is not None]
+    return known + [(words(key), _plain(value)) for key, value in given.items() if value not in (None, [], {})]
+
+
+def recipe(report: Report) -> str:
+    """The whole recipe as YAML; empty where the report names it only."""
+    found = get(report, "provenance", "recipe")
+    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=100) if isinstance(found, dict) else ""
 
 
 def title(report: Report) -> str:
