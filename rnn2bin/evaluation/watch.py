@@ -21,7 +21,7 @@ HEATMAP_STEPS, HEATMAP_UNITS = 96, 64
 
 @dataclass
 class Watch:
-    """Looks at every output once: density and open rates of the binary network, histograms of gates, the first sequence's bits."""
+    """Looks at every output once: density and open rates of the binary network, histograms of gates, one sequence's bits."""
 
     student: Network
     soft_mode: Discretize
@@ -35,7 +35,7 @@ class Watch:
         if name == "binary":
             self.density.add(prepared, out)
             if not self.heat:
-                self._first_sequence(prepared, out)
+                self._one_sequence(prepared, out)
         elif name == "teacher":
             self._histogram(self.before, out, FLOAT)
         elif name == "soft_student":
@@ -53,7 +53,9 @@ class Watch:
                 counts = torch.histc(values, BINS, 0.0, 1.0)
                 into[prefix, gate] = into.get((prefix, gate), torch.zeros(BINS)) + counts
 
-    def _first_sequence(self, prepared: tasks.Prepared, out: Output) -> None:
+    def _one_sequence(self, prepared: tasks.Prepared, out: Output) -> None:
+        """Of the first batch the first sequence that is long enough to fill a picture, or the longest."""
+        column = 0 if prepared.lengths is None else int(prepared.lengths.clamp_max(HEATMAP_STEPS).argmax())
         given: dict[str, tuple[Tensor | None, Tensor | None]] = {
             "main": (prepared.inputs, prepared.lengths),
             "encoder": (prepared.inputs, prepared.lengths),
@@ -61,17 +63,17 @@ class Watch:
         given["decoder"] = (prepared.decoder_input, prepared.decoder_lengths)
         for prefix, cell, pre, lengths in self._cells(out):
             section = prefix.partition(".")[0]
-            steps = min(int(lengths[0]) if lengths is not None else pre.shape[0], HEATMAP_STEPS)
+            steps = min(int(lengths[column]) if lengths is not None else pre.shape[0], HEATMAP_STEPS)
             for k, gate in enumerate(cell.layer.kind.gate_names):
                 if cell.binary[k]:
                     width = pre.shape[-1]
                     units = torch.linspace(0, width - 1, min(HEATMAP_UNITS, width)).round().long()
-                    bits = (pre[:steps, 0, k].cpu()[:, units] > 0).int()
+                    bits = (pre[:steps, column, k].cpu()[:, units] > 0).int()
                     # z = 1 keeps: drawn as the others, "open" is what costs
                     self.heat.append((section, f"{prefix} {gate}", 1 - bits if gate == "z" else bits, width))
             inputs, own = given.get(section, (None, None))
             aligned = inputs is not None and len(pre) == len(inputs) and lengths is own  # whether the cells' steps are the input's
-            tokens = None if inputs is None or not aligned or inputs.is_floating_point() else inputs[:HEATMAP_STEPS, 0].cpu()
+            tokens = None if inputs is None or not aligned or inputs.is_floating_point() else inputs[:HEATMAP_STEPS, column].cpu()
             self.read[section] = tokens if self.read.get(section, tokens) is not None else None
 
     def figures(self, names: Names) -> Figures:

@@ -208,7 +208,13 @@ def shown(inputs: Tensor, names: Sequence[str] | None, most: int = 60) -> str:
     """A sequence in a line: its tokens, or its shape."""
     if inputs.is_floating_point():
         return f"{len(inputs)} steps of {' × '.join(map(str, inputs.shape[1:])) or 'one'} numbers"
-    return shown_words([_name(names, token) for token in inputs[:most].tolist()])
+    return shown_words([_name(names, token) for token in _unpadded(inputs.tolist())[:most]])
+
+
+def _unpadded(tokens: list[int], least: int = 8) -> list[int]:
+    """Without a long run of one token at the end: a pad that no length told of. Two of it stay."""
+    same = next((k for k, token in enumerate(reversed(tokens)) if token != tokens[-1]), len(tokens))
+    return tokens[: len(tokens) - same + 2] if same >= least else tokens
 
 
 def shown_words(words: Sequence[str]) -> str:

@@ -32,6 +32,11 @@ def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _indexed(text: str) -> str:
+    """A name for the front matter: one line, nothing a page could take for a tag."""
+    return " ".join("".join(c for c in text if c.isprintable() and c not in "<>").split())
+
+
 def front_matter(report: Report) -> str:
     """What the hub indexes: library, tags, task, the measured metric. The licence is the source network's and the user's to state."""
     gates = {str(gate.get("gate")) for gate in report.get("gates") or []}
@@ -39,7 +44,7 @@ def front_matter(report: Report) -> str:
     task = str(report.get("task") or "match")
     hub_task = HUB_TASKS[task][0] if task in HUB_TASKS else None
     value = get(report, measured(report) or "binary", "metric")
-    metric = {"type": str(get(report, "metric", "name") or "metric"), "value": value, "name": Scale.of(report).label}
+    metric = {"type": str(get(report, "metric", "name") or "metric"), "value": value, "name": _indexed(Scale.of(report).label)}
     result = {
         "task": {"type": hub_task or "other"},
         "dataset": {"type": "held-out", "name": "the held-out part of the data given"},
@@ -48,7 +53,7 @@ def front_matter(report: Report) -> str:
     content: dict[str, Any] = {"library_name": "rnn2bin", "tags": ["rnn2bin", "rnn", *cells, "binary-gates", "distillation"]}
     content |= {"pipeline_tag": hub_task} if hub_task else {}
     content |= {"metrics": [metric["type"]]}
-    content |= {"model-index": [{"name": title(report), "results": [result]}]} if finite(value) else {}
+    content |= {"model-index": [{"name": _indexed(title(report)), "results": [result]}]} if finite(value) else {}
     licence = "# license: that of the source network; state it before you publish\n"
     return "---\n" + licence + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=140) + "---\n"
 

@@ -18,7 +18,7 @@ def layers(report: Report) -> list[dict[str, Any]]:
     found = get(report, "density", "layers") or {}
     return [
         {
-            "label": name,
+            "label": name if "." in name else f"{name}: output layer",
             "about": "",
             "width": round(100 * min(1.0, max(0.0, one["weights_touched"])), 1),
             "text": percent(one["weights_touched"]),

@@ -28,7 +28,7 @@ def _example(row: Report, metric: str) -> dict[str, Any]:
         "teacher": marked(teacher, wanted),
         "binary": marked(binary, wanted),
         "difference": str(row.get("difference", "")),
-        "scores": {name: _score(value, metric) for name, value in (scores or {}).items()},
+        "scores": ", ".join(f"{name} {_score(value, metric)}" for name, value in (scores or {}).items()),
         "strip": _strip(steps),
     }
 
@@ -54,10 +54,13 @@ def marked(text: str, other: str) -> Marked:
     return pieces
 
 
-def _strip(steps: list[Report]) -> list[dict[str, Any]]:
-    """One cell a step: what was read, what was wanted and given, and how much more was lost, as a height and a shade."""
+def _strip(steps: list[Report]) -> dict[str, Any] | None:
+    """One cell a step: what was read, what was wanted and given, and how much more was lost, as a height; None where nothing was lost."""
     most = max((step["lost"] for step in steps if finite(step.get("lost"))), default=0.0)
-    return [_cell(step, most) for step in steps] if most > 0 else []
+    if most <= 0:
+        return None
+    given = [name for name in ("target", "teacher", "binary") if any(step.get(name) is not None for step in steps)]
+    return {"given": given, "most": significant(most, 2), "cells": [_cell(step, most) for step in steps]}
 
 
 def _cell(step: Report, most: float) -> dict[str, Any]:
@@ -69,6 +72,7 @@ def _cell(step: Report, most: float) -> dict[str, Any]:
         "target": text("target"),
         "teacher": text("teacher"),
         "binary": text("binary"),
+        "target_wrong": False,
         "teacher_wrong": step.get("target") is not None and step.get("teacher") != step["target"],
         "binary_wrong": step.get("binary") is not None and step.get("binary") != wanted,
         "shade": round(min(1.0, max(0.0, lost / most)), 2),

@@ -33,9 +33,10 @@ def _lost(report: Report) -> Tile | None:
     scale, value, ends = Scale.of(report), get(report, "drop", "value"), get(report, "drop", "ci95")
     if not finite(value):
         return None
-    unit = " points" if scale.factor == 100 else ""
-    about = f"95% interval {scale.number(ends[0])} to {scale.number(ends[1])}" if ends and all(map(finite, ends)) else "no interval"
-    return Tile("worse by", scale.number(value) + unit, about)
+    unit, sign = " points" if scale.factor == 100 else "", -1 if value < 0 else 1
+    lo, hi = sorted(sign * end for end in ends) if ends and all(map(finite, ends)) else (None, None)
+    about = f"95%: {scale.number(lo)} to {scale.number(hi)}" if ends else "no interval"
+    return Tile("better by" if value < 0 else "worse by", scale.number(abs(value)) + unit, about)
 
 
 def _read(report: Report) -> Tile:

@@ -54,6 +54,18 @@ def heatmap(heatmap: Heatmap) -> dict[str, Any] | None:
     long = max((len(token) for token in tokens or []), default=0) > 1
     axis = [(round((index + 0.5) * cell, 1), text) for index, text in enumerate(labels) if text]
     cut = any(panel["hidden"] > panel["units"] for panel in panels)
-    shape = {"cell": cell, "width": MAP_WIDTH, "axis": axis, "turned": long, "tokens": bool(tokens), "cut": cut}
+    # narrow panels stand side by side, each with its own axis
+    small = bool(panels) and steps * cell <= MAP_WIDTH / 3
+    drawn = steps * cell if small else MAP_WIDTH
+    shape = {
+        "small": small,
+        "drawn": drawn,
+        "cell": cell,
+        "width": MAP_WIDTH,
+        "axis": axis,
+        "turned": long,
+        "tokens": bool(tokens),
+        "cut": cut,
+    }
     title = "" if heatmap.section == "main" else heatmap.section
     return {"title": title, "panels": panels, **shape}

@@ -6,6 +6,7 @@ from typing import Any
 
 from rnn2bin.evaluation.html.words import Report, finite, get, percent, significant
 
+BUSY = 1.5  # load average from which times are not those of a core at rest
 CALLS = {"sequence": "A sequence at once", "stream": "One step a call"}
 
 
@@ -16,14 +17,9 @@ def rival(name: str) -> str:
 
 
 def timed(report: Report) -> list[Report]:
-    """The rows of `speed`, the fastest arithmetic of each way to call, as they were measured."""
+    """The rows of `speed` in the arithmetic that is the default: the fastest by chance would flatter."""
     rows = [row for row in get(report, "speed", "rows") or [] if finite(row.get("us_per_step")) and row["us_per_step"] > 0]
-    best: dict[tuple[Any, Any], Report] = {}
-    for row in rows:
-        at = (row.get("call"), row.get("batch"))
-        if at not in best or row["us_per_step"] < best[at]["us_per_step"]:
-            best[at] = row
-    return list(best.values())
+    return [row for row in rows if row.get("compute") == "auto"] or rows
 
 
 def fastest(report: Report) -> Report | None:
@@ -72,4 +68,5 @@ def machine(report: Report) -> str:
     versions = found.get("versions") if isinstance(found.get("versions"), dict) else {}
     parts = [str(found.get("cpu") or ""), str(found.get("isa") or ""), *(f"{name} {number}" for name, number in (versions or {}).items())]
     load = found.get("load_average")
-    return ", ".join([*(part for part in parts if part), *([f"load average {load:.1f}"] if finite(load) else [])])
+    busy = "; other programs ran beside it" if finite(load) and load > BUSY else ""
+    return ", ".join([*(part for part in parts if part), *([f"load average {load:.1f}{busy}"] if finite(load) else [])])
