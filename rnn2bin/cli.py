@@ -287,6 +287,25 @@ def bench(out: Path, data: Path | None, against: str, save: bool, json_out: bool
     as_json(found) if json_out else click.echo(benchmark.render(found))
 
 
+@main.command()
+@click.argument("one", metavar="A", type=click.Path(path_type=Path))
+@click.argument("other", metavar="B", type=click.Path(path_type=Path))
+@click.option("--out", "target", type=click.Path(path_type=Path), metavar="F.html", help="Write the comparison as one HTML page too.")
+@json_option
+def compare(one: Path, other: Path, target: Path | None, json_out: bool) -> None:
+    """Two reports side by side: A and B are packed directories, or their report.json. Other tasks or metrics are refused."""
+    from rnn2bin.evaluation import html
+    from rnn2bin.evaluation.comparing import compare as beside
+
+    found = beside(one, other)
+    if target is not None:
+        from rnn2bin import storage
+
+        with storage.failures(target, "choose another --out"):
+            storage.write_synced(target, html.render_comparison(found))
+    as_json(found) if json_out else click.echo(html.render_comparison_table(found))
+
+
 @main.group()
 def recipes() -> None:
     """The bundled recipes."""

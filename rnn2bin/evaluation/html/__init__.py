@@ -5,9 +5,27 @@ Nothing is measured here: every number comes from the report, and what the repor
 
 from rnn2bin.evaluation.html.axes import Axis
 from rnn2bin.evaluation.html.card import render_card
+from rnn2bin.evaluation.html.comparison import render_comparison, render_comparison_table
 from rnn2bin.evaluation.html.figures import Figures, Heatmap, Histogram
 from rnn2bin.evaluation.html.page import render
+from rnn2bin.evaluation.html.provenance import title
+from rnn2bin.evaluation.html.speed import timed
 from rnn2bin.evaluation.html.terminal import render_table
-from rnn2bin.evaluation.html.words import sentence, significant
+from rnn2bin.evaluation.html.words import finite, sentence, significant
 
-__all__ = ["Axis", "Figures", "Heatmap", "Histogram", "render", "render_card", "render_table", "sentence", "significant"]
+__all__ = [
+    "Axis",
+    "Figures",
+    "Heatmap",
+    "Histogram",
+    "finite",
+    "render",
+    "render_card",
+    "render_comparison",
+    "render_comparison_table",
+    "render_table",
+    "sentence",
+    "significant",
+    "timed",
+    "title",
+]
