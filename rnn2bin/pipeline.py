@@ -14,7 +14,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from rnn2bin import data, evaluation, loaders, machine, measure, pack, packed, processes, recipe_yaml, signals, storage, student, tasks
+from rnn2bin import (
+    data,
+    evaluation,
+    loaders,
+    machine,
+    measure,
+    pack,
+    packed,
+    processes,
+    recipe_yaml,
+    signals,
+    storage,
+    student,
+    tasks,
+    tokenizer,
+)
 from rnn2bin.cells.network import Network, teacher_network
 from rnn2bin.distill import calibrate, sampling
 from rnn2bin.distill import trainer as distiller
@@ -320,6 +335,7 @@ def _convert(
             provenance = provenance_of(job, command["model"])
             pack.write_model(network, folder, provenance=provenance, task=task_of(job))
             pack.write_runtime(folder)
+            tokenizer.write(folder, job.parts.vocabulary)
             (folder / "recipe.yaml").write_text(recipe_yaml.dump(recipe), encoding="utf-8")
             recorded = {**provenance, "command": command, **made(folder, recipe)}
             report = write_report(job, folder, trained, provenance=recorded, seconds=seconds, fine_tuned=fine_tuned, searched=searched)
