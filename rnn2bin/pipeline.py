@@ -32,6 +32,7 @@ from rnn2bin import (
 )
 from rnn2bin.cells.network import Network, teacher_network
 from rnn2bin.distill import calibrate, sampling
+from rnn2bin.distill import callbacks as watching
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import BudgetError, DataError, InterruptedRunError, ResourceError, UnsupportedError, UsageError
@@ -141,28 +142,31 @@ def convert(
     metric: Callable[..., float] | None = None,
     forward: Callable[..., Any] | None = None,
     progress: Progress | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Result:
     """Convert a pretrained network to binary gates and write the packed directory `out` (default: the source's name + ".rnn2bin").
 
     `source`: a file, a Hugging Face directory, or any nn.Module with LSTM or GRU layers; a module takes `data` as an iterable of batches,
     and optionally `loss(output, batch)`, `metric(module, batches)` and `forward(module, batch)`. `data`: see docs/data.md.
     `max_drop`, `max_density`: what may be lost and read; with both the fastest network that keeps them is searched for (rnn2bin.search).
+    `progress`: called with a dict after every step. `callbacks`: transformers' TrainerCallbacks, which may stop the training, or functions
+    called with each measurement, a frozen `rnn2bin.distill.trainer.Point` (see rnn2bin.distill.callbacks).
     Raises the errors of rnn2bin.errors.
     """
+    watchers = watching.checked(callbacks)
     chosen = recipe_yaml.resolve(recipe, overrides, seed=seed, max_drop=max_drop, max_density=max_density)
     if isinstance(source, torch.nn.Module):
         from rnn2bin import modules
 
         if processes.count() > 1:
             raise UsageError("convert: an nn.Module is converted by one process; start it without torchrun")
-        given = {"forward": forward} if forward is not None else {}
-        return modules.convert_module(
-            source, recipe=chosen, data=data, out=out, loss=loss, metric=metric, resume=resume, force=force, progress=progress, **given
-        )
+        given: dict[str, Any] = {"forward": forward} if forward is not None else {}
+        given |= {"resume": resume, "force": force, "progress": progress, "callbacks": watchers}
+        return modules.convert_module(source, recipe=chosen, data=data, out=out, loss=loss, metric=metric, **given)
     if loss is not None or metric is not None or forward is not None:
         raise UsageError("convert: loss, metric and forward go with an nn.Module; a file's task follows from the recipe and the data")
     folder = Path(out) if out is not None else Path(Path(source).name + ".rnn2bin")
-    return run(source, chosen, data, folder, resume=resume, force=force, progress=progress)
+    return run(source, chosen, data, folder, resume=resume, force=force, progress=progress, callbacks=watchers)
 
 
 def work_folder(out: Path) -> Path:
@@ -257,6 +261,7 @@ def run(
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    callbacks: Sequence[watching.Callback] = (),
 ) -> Result:
     """`convert` for a file, with a resolved recipe."""
     progress = progress if processes.leads() else None
@@ -268,7 +273,8 @@ def run(
     if done:
         return Result(out, done)
     with keeping(work):
-        report = _convert(job, network, out, work, command=command_of(source, given), resume=resume, force=force, progress=progress)
+        watch: dict[str, Any] = {"progress": progress, "callbacks": callbacks}
+        report = _convert(job, network, out, work, command=command_of(source, given), resume=resume, force=force, **watch)
         processes.lead(lambda: discard(work))
     return Result(out, report)
 
@@ -317,15 +323,16 @@ def _convert(
     resume: bool,
     force: bool,
     progress: Progress | None,
+    callbacks: Sequence[watching.Callback],
 ) -> Report:
     recipe = job.recipe
     began = time.perf_counter()
-    network, trained = distil(job, work, network=network, resume=resume, progress=progress)
+    network, trained = distil(job, work, network=network, resume=resume, progress=progress, callbacks=callbacks)
     searched: Report | None = None
     if recipe.searched:
         from rnn2bin.search import descent
 
-        network, trained, searched = descent.descend(job, network, trained, work, resume=resume, report=progress)
+        network, trained, searched = descent.descend(job, network, trained, work, resume=resume, report=progress, callbacks=callbacks)
     fine_tuned = _float_control(job, work, steps=trained.steps, resume=resume) if recipe.report.float_same_compute else None
     seconds = trained.seconds_before + time.perf_counter() - began
     network.eval()
@@ -346,7 +353,13 @@ def _convert(
 
 
 def distil(
-    job: Job, work: Path, *, network: Network | None = None, resume: bool = False, progress: Progress | None = None
+    job: Job,
+    work: Path,
+    *,
+    network: Network | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    callbacks: Sequence[watching.Callback] = (),
 ) -> tuple[Network, distiller.Trained]:
     """The student, calibrated and trained by the job's recipe; checkpoints lie in `work`."""
     network = student.student(job.teacher, job.recipe.gates, weights=job.recipe.pack.weights) if network is None else network
@@ -361,6 +374,7 @@ def distil(
         out=work,
         resume=resume,
         report=progress,
+        callbacks=callbacks,
     )
     return network, trained
 

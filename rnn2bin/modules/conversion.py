@@ -6,7 +6,7 @@ import copy
 import hashlib
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -76,6 +76,7 @@ def convert(
     resume: bool = False,
     force: bool = False,
     progress: pipeline.Progress | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> ModuleResult:
     """Distil `module` into its binary-gated copy, packed into `out` (default: the class's name + ".rnn2bin"). `module` is not changed.
 
@@ -111,7 +112,8 @@ def convert(
     )
     work = pipeline.check_work(folder, _key(job, provenance, batches), resume=resume, force=force)
     with pipeline.keeping(work):
-        report = _convert(job, module, student, batches, folder, work, provenance=provenance, resume=resume, force=force, progress=progress)
+        watch: dict[str, Any] = {"progress": progress, "callbacks": callbacks}
+        report = _convert(job, module, student, batches, folder, work, provenance=provenance, resume=resume, force=force, **watch)
         pipeline.discard(work)
     return ModuleResult(folder, report, source=module)
 
@@ -136,10 +138,11 @@ def _convert(
     resume: bool,
     force: bool,
     progress: pipeline.Progress | None,
+    callbacks: Sequence[Any],
 ) -> pipeline.Report:
     recipe = job.recipe
     began = time.perf_counter()
-    trained = _train(job, student, batches, work, resume=resume, progress=progress)
+    trained = _train(job, student, batches, work, resume=resume, progress=progress, callbacks=callbacks)
     tuned = _float_control(job, module, batches, work, resume=resume) if recipe.report.float_same_compute else None
     seconds = trained.seconds_before + time.perf_counter() - began
     with pack.staging(folder, force=force) as staged:
@@ -203,6 +206,7 @@ def _train(
     *,
     resume: bool,
     progress: pipeline.Progress | None = None,
+    callbacks: Sequence[Any] = (),
     float_student: bool = False,
 ) -> distiller.Trained:
     """In place; checkpoints lie in `work` while it runs."""
@@ -210,7 +214,7 @@ def _train(
     twin = modules.surgery(job.teacher).requires_grad_(False) if weights.hidden_weight() or weights.gate else None
     torch.manual_seed(job.recipe.seed)
     trainer = ModuleTrainer(student, job=job, twin=twin, train=batches.train, valid=batches.valid, out=work, float_student=float_student)
-    trained = distiller.fit(trainer, resume=resume, report=progress)
+    trained = distiller.fit(trainer, resume=resume, report=progress, callbacks=callbacks)
     student.eval().cpu()
     job.teacher.cpu()
     return trained
