@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from rnn2bin import __version__, processes, signals
 from rnn2bin.errors import BudgetError, InterruptedRunError, Rnn2binError
@@ -90,13 +91,21 @@ def as_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, default=str))
 
 
+def recipe_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Bundled recipes that begin so, and files."""
+    from rnn2bin import recipe_yaml
+
+    names = [CompletionItem(path.name) for path in recipe_yaml.bundled() if path.name.startswith(incomplete)]
+    return [*names, CompletionItem(incomplete, type="file")]
+
+
 json_option = click.option("--json", "json_out", is_flag=True, help="One JSON document on stdout.")
 data_option = click.option("--data", multiple=True, metavar="DATA", help=DATA_HELP)
 
 
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--recipe", default="anneal.yaml", show_default=True, help=RECIPE_HELP)
+@click.option("--recipe", default="anneal.yaml", show_default=True, shell_complete=recipe_names, help=RECIPE_HELP)
 @click.option("--source", help=SOURCE_HELP)
 @data_option
 @click.option("--out", type=click.Path(path_type=Path), help="Directory to write (default: MODEL.rnn2bin here).")
@@ -105,12 +114,13 @@ data_option = click.option("--data", multiple=True, metavar="DATA", help=DATA_HE
 @click.option("--max-density", type=float, help="Largest share of the layers' weights a step reads: sets the budget; more is exit code 5.")
 @click.option("--seed", type=int, help="Seed of noise, order and split.")
 @click.option("--plan", "only_plan", is_flag=True, help="Say what would happen (layers, size, memory, time) and stop.")
+@click.option("--tensorboard", type=click.Path(path_type=Path), metavar="DIR", help="Log the training there for TensorBoard too.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted conversion.")
 @click.option("--force", is_flag=True, help="Replace an existing OUT, start an interrupted conversion over.")
 @json_option
 def convert(model: Path, recipe: str, source: str | None, data: tuple[str, ...], out: Path | None, overrides: tuple[str, ...],
-            max_drop: float | None, max_density: float | None, seed: int | None, only_plan: bool, resume: bool, force: bool,
-            json_out: bool) -> None:  # fmt: skip
+            max_drop: float | None, max_density: float | None, seed: int | None, only_plan: bool, tensorboard: Path | None,
+            resume: bool, force: bool, json_out: bool) -> None:  # fmt: skip
     """Convert MODEL: distil its float gates into binary ones and write a packed directory with a report.
 
     With both --max-drop and --max-density the fastest network that keeps them is searched for, in at most five trainings.
@@ -127,9 +137,12 @@ def convert(model: Path, recipe: str, source: str | None, data: tuple[str, ...],
         found = plan.plan(model, chosen, data or None, out)
         return as_json(found) if json_out else click.echo(plan.render(found))
     from rnn2bin import pipeline as job
+    from rnn2bin.distill import callbacks
 
+    watchers = [] if tensorboard is None else [callbacks.tensorboard(tensorboard)]
     with progress_bar(json_out) as progress:
-        result = job.convert(model, recipe=chosen, data=data or None, out=out, resume=resume, force=force, progress=progress)
+        options: dict[str, Any] = {"resume": resume, "force": force, "progress": progress, "callbacks": watchers}
+        result = job.convert(model, recipe=chosen, data=data or None, out=out, **options)
     if not processes.leads():
         return
     if json_out:
@@ -261,8 +274,9 @@ def export(out: Path, to: str, target: Path | None, json_out: bool) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), metavar="DATA", help="Inputs to run on, as for run; without them random ones.")
 @click.option("--against", default="torch,ort,openvino", show_default=True, help="Rivals, of those that are installed; '' for none.")
+@click.option("--save", is_flag=True, help="Add the figures to OUT's report.json, report.html and model card.")
 @json_option
-def bench(out: Path, data: Path | None, against: str, json_out: bool) -> None:
+def bench(out: Path, data: Path | None, against: str, save: bool, json_out: bool) -> None:
     """Time a step of OUT on the native runtime, one core, against other runtimes on the float network of its shape."""
     quiet_libraries()
     from rnn2bin import bench as benchmark
@@ -276,7 +290,13 @@ def bench(out: Path, data: Path | None, against: str, json_out: bool) -> None:
     config = packed.read_config(out)
     spec = from_dict(config.get("spec") or {})
     inputs, sequence = benchmark.inputs_from(data, spec, packed.vocabulary(config)) if data else (None, None)
+    if save:
+        from rnn2bin.evaluation import stored
+
+        stored.read(out)  # before the minutes that measuring takes
     found = benchmark.bench(out, inputs, benchmark.Settings(against=names, sequence=sequence))
+    if save:
+        stored.add(out, speed=found)
     as_json(found) if json_out else click.echo(benchmark.render(found))
 
 
@@ -302,6 +322,25 @@ def gradients(bits: int, loss: str, examples: int, samples: int, temperature: fl
     if plot:
         diagnostics.write_plot(found, plot)
     as_json(diagnostics.as_dicts(found)) if json_out else click.echo(diagnostics.render(found))
+
+
+@main.command()
+@click.argument("one", metavar="A", type=click.Path(path_type=Path))
+@click.argument("other", metavar="B", type=click.Path(path_type=Path))
+@click.option("--out", "target", type=click.Path(path_type=Path), metavar="F.html", help="Write the comparison as one HTML page too.")
+@json_option
+def compare(one: Path, other: Path, target: Path | None, json_out: bool) -> None:
+    """Two reports side by side: A and B are packed directories, or their report.json. Other tasks or metrics are refused."""
+    from rnn2bin.evaluation import html
+    from rnn2bin.evaluation.comparing import compare as beside
+
+    found = beside(one, other)
+    if target is not None:
+        from rnn2bin import storage
+
+        with storage.failures(target, "choose another --out"):
+            storage.write_synced(target, html.render_comparison(found))
+    as_json(found) if json_out else click.echo(html.render_comparison_table(found))
 
 
 @main.group()
@@ -358,6 +397,23 @@ def recipes_schema() -> None:
     from rnn2bin import recipe_yaml
 
     as_json(recipe_yaml.schema())
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes commands, options and recipes in SHELL.
+
+    \b
+    bash: rnn2bin completion bash > ~/.local/share/bash-completion/completions/rnn2bin
+    zsh:  rnn2bin completion zsh > a folder of $fpath, as _rnn2bin
+    fish: rnn2bin completion fish > ~/.config/fish/completions/rnn2bin.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(main, {}, "rnn2bin", "_RNN2BIN_COMPLETE").source())
 
 
 @main.command()

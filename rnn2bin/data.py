@@ -74,12 +74,25 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Names:
+    """What tokens read and classes given stand for, in the network's order; None: numbers."""
+
+    inputs: tuple[str, ...] | None = None
+    outputs: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Parts:
     train: Part
     valid: Part
     test: Part
     data_free: bool = False
     vocabulary: tuple[str, ...] | None = None
+    labels: tuple[str, ...] | None = None
+
+    @property
+    def names(self) -> Names:
+        return Names(self.vocabulary, self.labels)
 
     def each(self, change: Callable[[Part], Part]) -> Parts:
         """The same change made to all three."""
@@ -90,12 +103,17 @@ class Parts:
 
 
 def load_parts(
-    given: str | Path | Sequence[str] | None, recipe: recipes.Recipe, spec: RnnSpec, *, vocabulary: Sequence[str] | None = None
+    given: str | Path | Sequence[str] | None,
+    recipe: recipes.Recipe,
+    spec: RnnSpec,
+    *,
+    vocabulary: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Parts | None:
     """The parts of `--data` (a path, or `train=…`, `valid=…`, `test=…`), else of the recipe's `data:`; None where neither names any.
 
-    `vocabulary`: what a packed directory numbers characters or words by; else it is found from the text. Raises DataError with every
-    reason.
+    `vocabulary`, `labels`: what a packed directory numbers characters or words, and classes, by; else they are what the recipe names, or
+    found from the text. Raises DataError with every reason.
     """
     paths = _paths(given, recipe.data)
     if not paths:
@@ -104,6 +122,9 @@ def load_parts(
     if any(text) and not all(text):
         raise DataError("data: give either text files or tensor files, not both")
     parts = _text_parts(paths, recipe.data, spec, vocabulary) if all(text) else _tensor_parts(paths, recipe)
+    parts = replace(parts, labels=_labels(recipe.data, spec, labels))
+    if not all(text):
+        parts = replace(parts, vocabulary=tuple(vocabulary) if vocabulary else _token_names(recipe.data, spec))
     for name in ("train", "valid", "test"):
         check_part(getattr(parts, name), spec, where=name)
     return parts
@@ -275,12 +296,7 @@ def read_text(path: Path) -> str:
 def _vocabulary(texts: dict[str, str], data: recipes.Data, size: int):
     """(text -> tokens, vocabulary or None). Raises DataError when no numbering of the text has the network's size."""
     if data.vocabulary:
-        path = Path(data.vocabulary)
-        if not path.is_file():
-            raise DataError(f"{path}: no such vocabulary file; data.vocabulary names a file with one token a line")
-        words = tuple(read_text(path).splitlines())
-        if len(words) != size:
-            raise DataError(f"{data.vocabulary}: {len(words)} tokens, but the network knows {size}")
+        words = _lines(data.vocabulary, "data.vocabulary", "token", size)
         return _by_table(words, data.tokens == "words"), words
     characters = tuple(sorted(set("".join(texts.values()))))
     if data.tokens in ("auto", "characters") and len(characters) == size:
@@ -291,6 +307,34 @@ def _vocabulary(texts: dict[str, str], data: recipes.Data, size: int):
         f"data: the network knows {size} tokens; the text has {len(characters)} different characters. "
         "Give data.vocabulary (a file with one token a line, in the network's order), or token numbers in an .npz"
     )
+
+
+def _lines(file: str, knob: str, what: str, size: int) -> tuple[str, ...]:
+    """The lines of a file of names, as many as the network knows; DataError."""
+    path = Path(file)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; {knob} names a file with one {what} a line")
+    words = tuple(read_text(path).removesuffix("\n").split("\n"))
+    if len(words) != size:
+        raise DataError(f"{path}: {len(words)} {what}s, but the network knows {size}; {knob} names a file with one {what} a line")
+    return words
+
+
+def _token_names(data: recipes.Data, spec: RnnSpec) -> tuple[str, ...] | None:
+    """What the tokens of tensor files stand for, where the recipe says."""
+    if data.vocabulary is None:
+        return None
+    if spec.entry.embedding is None:
+        raise DataError("data: data.vocabulary names tokens, but the network reads floats; leave it out")
+    return _lines(data.vocabulary, "data.vocabulary", "token", spec.entry.embedding.num_embeddings)
+
+
+def _labels(data: recipes.Data, spec: RnnSpec, known: Sequence[str] | None) -> tuple[str, ...] | None:
+    """What the classes given stand for, where the recipe or the packed directory says. One output is two classes."""
+    if known is not None or data.labels is None:
+        return None if known is None else tuple(known)
+    size = (spec.sections["decoder"] if spec.decode else spec.main).output_size
+    return _lines(data.labels, "data.labels", "label", 2 if size == 1 else size)
 
 
 def encode_text(text: str, vocabulary: Sequence[str] | None) -> Tensor:

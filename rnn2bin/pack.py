@@ -21,6 +21,12 @@ from rnn2bin.errors import DivergedError, UnsupportedError, UsageError
 from rnn2bin.packed import CONFIG, WEIGHTS
 
 PARTIAL, RUNTIME = ".partial", "runtime"
+# task -> the class that transformers loads it by (rnn2bin.hub.heads)
+ARCHITECTURES = {
+    "next-token": "Rnn2binForCausalLM",
+    "classify": "Rnn2binForSequenceClassification",
+    "tag": "Rnn2binForTokenClassification",
+}
 RUNTIME_FILES = ("*.h", "*.c", "kernels/*.h", "kernels/*.c", "Makefile", "README.md")
 
 
@@ -90,7 +96,7 @@ def config_of(student: Network, *, provenance: dict[str, Any], task: dict[str, A
     }
     return {
         "model_type": "rnn2bin",
-        "architectures": ["Rnn2binModel"],
+        "architectures": [ARCHITECTURES.get(str(task.get("name")), "Rnn2binModel")],
         "format_version": specs.FORMAT_VERSION,
         "torch_dtype": "float16",
         "spec": specs.to_dict(student.spec),

@@ -28,8 +28,17 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def vocabulary(config: dict[str, Any]) -> list[str] | None:
     """What the network's tokens stand for, in order; None where that is not recorded. UnsupportedError where it is no list of words."""
+    return _words(config, "vocabulary")
+
+
+def labels(config: dict[str, Any]) -> list[str] | None:
+    """What the classes it gives stand for, in order; None where that is not recorded. UnsupportedError where it is no list of words."""
+    return _words(config, "labels")
+
+
+def _words(config: dict[str, Any], name: str) -> list[str] | None:
     task = config.get("task") or {}
-    found = task.get("vocabulary") if isinstance(task, dict) else False
+    found = task.get(name) if isinstance(task, dict) else False
     if found is not None and not (isinstance(found, list) and all(isinstance(word, str) for word in found)):
-        raise UnsupportedError(f"{CONFIG}: task.vocabulary must be a list of words")
+        raise UnsupportedError(f"{CONFIG}: task.{name} must be a list of words")
     return found

@@ -14,17 +14,32 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from rnn2bin import data, evaluation, loaders, machine, measure, pack, processes, recipe_yaml, signals, storage, student, tasks
+from rnn2bin import (
+    data,
+    evaluation,
+    loaders,
+    machine,
+    measure,
+    pack,
+    packed,
+    processes,
+    recipe_yaml,
+    signals,
+    storage,
+    student,
+    tasks,
+    tokenizer,
+)
 from rnn2bin.cells.network import Network, teacher_network
 from rnn2bin.distill import calibrate, rate, sampling
+from rnn2bin.distill import callbacks as watching
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import BudgetError, DataError, InterruptedRunError, ResourceError, UnsupportedError, UsageError
-from rnn2bin.evaluation import html
+from rnn2bin.evaluation import stored
 from rnn2bin.gates.estimators import FLOAT
 from rnn2bin.measure import Candidate
 from rnn2bin.packed import read_config
-from rnn2bin.packed import vocabulary as vocabulary_of
 from rnn2bin.recipe import Budget, Recipe
 from rnn2bin.spec import RnnSpec
 
@@ -65,14 +80,15 @@ def prepare(
     *,
     readout: str | None = None,
     vocabulary: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Job:
     """Read everything and refuse what does not fit, before any work. Raises the errors of load, data and tasks.
 
-    `readout`, `vocabulary`: what a packed directory says of the same source; instead of finding them by the data.
+    `readout`, `vocabulary`, `labels`: what a packed directory says of the same source; instead of finding them by the data.
     """
     loaded = loaders.load(source, source=recipe.source)
     teacher = teacher_network(loaded.spec, loaded.weights)
-    parts = data.load_parts(given, recipe, loaded.spec, vocabulary=vocabulary)
+    parts = data.load_parts(given, recipe, loaded.spec, vocabulary=vocabulary, labels=labels)
     if parts is None:
         parts = sampling.data_free(teacher, recipe)
     notes: list[str] = []
@@ -126,28 +142,31 @@ def convert(
     metric: Callable[..., float] | None = None,
     forward: Callable[..., Any] | None = None,
     progress: Progress | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Result:
     """Convert a pretrained network to binary gates and write the packed directory `out` (default: the source's name + ".rnn2bin").
 
     `source`: a file, a Hugging Face directory, or any nn.Module with LSTM or GRU layers; a module takes `data` as an iterable of batches,
     and optionally `loss(output, batch)`, `metric(module, batches)` and `forward(module, batch)`. `data`: see docs/data.md.
     `max_drop`, `max_density`: what may be lost and read; with both the fastest network that keeps them is searched for (rnn2bin.search).
+    `progress`: called with a dict after every step. `callbacks`: transformers' TrainerCallbacks, which may stop the training, or functions
+    called with each measurement, a frozen `rnn2bin.distill.trainer.Point` (see rnn2bin.distill.callbacks).
     Raises the errors of rnn2bin.errors.
     """
+    watchers = watching.checked(callbacks)
     chosen = recipe_yaml.resolve(recipe, overrides, seed=seed, max_drop=max_drop, max_density=max_density)
     if isinstance(source, torch.nn.Module):
         from rnn2bin import modules
 
         if processes.count() > 1:
             raise UsageError("convert: an nn.Module is converted by one process; start it without torchrun")
-        given = {"forward": forward} if forward is not None else {}
-        return modules.convert_module(
-            source, recipe=chosen, data=data, out=out, loss=loss, metric=metric, resume=resume, force=force, progress=progress, **given
-        )
+        given: dict[str, Any] = {"forward": forward} if forward is not None else {}
+        given |= {"resume": resume, "force": force, "progress": progress, "callbacks": watchers}
+        return modules.convert_module(source, recipe=chosen, data=data, out=out, loss=loss, metric=metric, **given)
     if loss is not None or metric is not None or forward is not None:
         raise UsageError("convert: loss, metric and forward go with an nn.Module; a file's task follows from the recipe and the data")
     folder = Path(out) if out is not None else Path(Path(source).name + ".rnn2bin")
-    return run(source, chosen, data, folder, resume=resume, force=force, progress=progress)
+    return run(source, chosen, data, folder, resume=resume, force=force, progress=progress, callbacks=watchers)
 
 
 def work_folder(out: Path) -> Path:
@@ -242,6 +261,7 @@ def run(
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    callbacks: Sequence[watching.Callback] = (),
 ) -> Result:
     """`convert` for a file, with a resolved recipe."""
     progress = progress if processes.leads() else None
@@ -253,7 +273,8 @@ def run(
     if done:
         return Result(out, done)
     with keeping(work):
-        report = _convert(job, network, out, work, command=command_of(source, given), resume=resume, force=force, progress=progress)
+        watch: dict[str, Any] = {"progress": progress, "callbacks": callbacks}
+        report = _convert(job, network, out, work, command=command_of(source, given), resume=resume, force=force, **watch)
         processes.lead(lambda: discard(work))
     return Result(out, report)
 
@@ -302,15 +323,16 @@ def _convert(
     resume: bool,
     force: bool,
     progress: Progress | None,
+    callbacks: Sequence[watching.Callback],
 ) -> Report:
     recipe = job.recipe
     began = time.perf_counter()
-    network, trained = distil(job, work, network=network, resume=resume, progress=progress)
+    network, trained = distil(job, work, network=network, resume=resume, progress=progress, callbacks=callbacks)
     searched: Report | None = None
     if recipe.searched:
         from rnn2bin.search import descent
 
-        network, trained, searched = descent.descend(job, network, trained, work, resume=resume, report=progress)
+        network, trained, searched = descent.descend(job, network, trained, work, resume=resume, report=progress, callbacks=callbacks)
     fine_tuned = _float_control(job, work, trained=trained, resume=resume) if recipe.report.float_same_compute else None
     seconds = trained.seconds_before + time.perf_counter() - began
     network.eval()
@@ -320,6 +342,7 @@ def _convert(
             provenance = provenance_of(job, command["model"])
             pack.write_model(network, folder, provenance=provenance, task=task_of(job))
             pack.write_runtime(folder)
+            tokenizer.write(folder, job.parts.vocabulary)
             (folder / "recipe.yaml").write_text(recipe_yaml.dump(recipe), encoding="utf-8")
             recorded = {**provenance, "command": command, **made(folder, recipe)}
             report = write_report(job, folder, trained, provenance=recorded, seconds=seconds, fine_tuned=fine_tuned, searched=searched)
@@ -330,7 +353,13 @@ def _convert(
 
 
 def distil(
-    job: Job, work: Path, *, network: Network | None = None, resume: bool = False, progress: Progress | None = None
+    job: Job,
+    work: Path,
+    *,
+    network: Network | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    callbacks: Sequence[watching.Callback] = (),
 ) -> tuple[Network, distiller.Trained]:
     """The student, calibrated and trained by the job's recipe; checkpoints lie in `work`."""
     network = student.of_recipe(job.teacher, job.recipe) if network is None else network
@@ -339,7 +368,7 @@ def distil(
     given: dict[str, Any] = {"task": job.task, "train": job.parts.train, "valid": job.parts.valid, "resume": resume, "report": progress}
     if rate.wanted(recipe):
         recipe, tried = rate.find(network, job.teacher, recipe=recipe, out=work, **given)
-    trained = distiller.train(network, job.teacher, recipe=recipe, out=work, **given)
+    trained = distiller.train(network, job.teacher, recipe=recipe, out=work, callbacks=callbacks, **given)
     return network, replace(trained, tried=tried)
 
 
@@ -392,8 +421,8 @@ def provenance_of(job: Job, source: str | Path) -> dict[str, Any]:
 
 
 def task_of(job: Job) -> dict[str, Any]:
-    vocabulary = list(job.parts.vocabulary) if job.parts.vocabulary else None
-    return {"name": job.task.name, "metric": job.task.metric, "vocabulary": vocabulary}
+    vocabulary, labels = (list(names) if names else None for names in (job.parts.vocabulary, job.parts.labels))
+    return {"name": job.task.name, "metric": job.task.metric, "vocabulary": vocabulary, "labels": labels}
 
 
 def write_report(
@@ -409,7 +438,7 @@ def write_report(
     """report.json, report.html and the model card, measured on the packed files themselves."""
     model = evaluation.load_model(folder)
     extra = {"float_same_compute": Candidate(fine_tuned, FLOAT, run_cell)} if fine_tuned else {}
-    report, figures = evaluation.evaluate_parts(
+    report = evaluation.evaluate_parts(
         teacher=job.teacher,
         model=model,
         task=job.task,
@@ -418,7 +447,7 @@ def write_report(
         gates=job.recipe.gates,
         with_controls=job.recipe.report.controls,
         extra=extra,
-        vocabulary=job.parts.vocabulary,
+        names=job.parts.names,
         seed=job.recipe.seed,
         native=evaluation.load_native(folder),
     )
@@ -439,14 +468,8 @@ def write_report(
     report["training_teacher"] = measure.compare(job.task, validation, Candidate(job.teacher, FLOAT, run_cell), {})["teacher"].value
     report["search"] = searched
     report["provenance"] = {**provenance, "recipe": job.recipe.model_dump(mode="json")}
-    write_files(folder, report, figures)
+    stored.write(folder, report)
     return report
-
-
-def write_files(folder: Path, report: Report, figures: evaluation.Figures) -> None:
-    (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(html.render(report, figures), encoding="utf-8")
-    (folder / "README.md").write_text(html.render_card(report), encoding="utf-8")
 
 
 def teacher_speed(job: Job) -> float:
@@ -493,42 +516,42 @@ def _losing(relative: float | None) -> str:
 
 def _evaluation_job(source: str | Path, recipe: Recipe, given: Any, config: dict[str, Any], *, readout: str) -> Job:
     """The conversion's own data are split as they were then; any other file is all test."""
-    vocabulary = vocabulary_of(config)
+    known: dict[str, Any] = {"readout": readout, "vocabulary": packed.vocabulary(config), "labels": packed.labels(config)}
     one = data.one_file(given)
     if one is None:
-        return prepare(source, recipe, given, readout=readout, vocabulary=vocabulary)
+        return prepare(source, recipe, given, **known)
     if str(given if isinstance(given, str | Path) else given[0]) == str(one):
         try:
-            job = prepare(source, recipe, one, readout=readout, vocabulary=vocabulary)
+            job = prepare(source, recipe, one, **known)
             if data.digest(job.parts) == (config.get("provenance") or {}).get("data_sha256"):
                 return job
         except DataError:
             pass  # too few to split; what else is wrong is said below
-    return prepare(source, recipe, [f"{part}={one}" for part in ("train", "valid", "test")], readout=readout, vocabulary=vocabulary)
+    return prepare(source, recipe, [f"{part}={one}" for part in ("train", "valid", "test")], **known)
 
 
-def evaluate_files(source: str | Path, packed: str | Path, *, data: Any = None) -> Report:
+def evaluate_files(source: str | Path, folder: str | Path, *, data: Any = None) -> Report:
     """`rnn2bin eval`: a source file against its packed directory on held-out data, with the interval.
 
     Of the conversion's own data that is the part it held out; a file it has not seen is read whole. Without data (and none in the recipe)
     it is what `convert` held out of the teacher's own sequences. Raises the errors of `prepare`, and
     UsageError where the two do not belong together.
     """
-    model = evaluation.load_model(Path(packed))
-    recipe = recipe_yaml.read(Path(packed) / "recipe.yaml")
-    job = _evaluation_job(source, recipe, data, read_config(Path(packed)), readout=model.spec.main.readout)
+    model = evaluation.load_model(Path(folder))
+    recipe = recipe_yaml.read(Path(folder) / "recipe.yaml")
+    job = _evaluation_job(source, recipe, data, read_config(Path(folder)), readout=model.spec.main.readout)
     if model.spec.floating != job.teacher.spec:
-        raise UsageError(f"{packed}: was not made from a network of this shape; give the source file it was converted from")
+        raise UsageError(f"{folder}: was not made from a network of this shape; give the source file it was converted from")
     soft = distiller.soft_mode_at(recipe.gates, 1.0)
-    report, _ = evaluation.evaluate_parts(
+    report = evaluation.evaluate_parts(
         teacher=job.teacher,
         model=model,
         task=job.task,
         part=job.parts.test,
         soft_mode=soft,
         gates=recipe.gates,
-        vocabulary=job.parts.vocabulary,
-        native=evaluation.load_native(Path(packed)),
+        names=job.parts.names,
+        native=evaluation.load_native(Path(folder)),
     )
-    report["size"] = evaluation.sizes(job.loaded.provenance["bytes"], Path(packed))
+    report["size"] = evaluation.sizes(job.loaded.provenance["bytes"], Path(folder))
     return report

@@ -296,7 +296,12 @@ class Data(Closed):
     valid: Share = Field(0.1, description="share set apart to choose checkpoints by; its own file takes precedence")
     test: Share = Field(0.1, description="share held out for the report, used for nothing else")
     tokens: Literal["auto", "characters", "bytes", "words"] = Field("auto", description="for .txt: what a token is")
-    vocabulary: str | None = Field(None, description="for .txt: file with one token a line, in the network's order")
+    vocabulary: str | None = Field(
+        None, description="file with one token a line, in the network's order: numbers a .txt, names the tokens of other data in the report"
+    )
+    labels: str | None = Field(
+        None, description="file with one class a line, in the order of the network's outputs: names them in the report"
+    )
     sample: Sampling = Sampling()
 
 

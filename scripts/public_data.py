@@ -431,6 +431,26 @@ CASES: dict[str, Callable[[Places], dict[str, Arrays]]] = {
 }
 
 
+def g2p_names(places: Places) -> dict[str, list[str]]:
+    return dict(zip(("tokens", "labels"), symbols(places.find("g2p_en/g2p.py", "g2p-en==2.1.0")), strict=True))
+
+
+def polyphone_names(places: Places) -> dict[str, list[str]]:
+    tables = (pickled(places.find(f"g2pM/{name}.pkl", "g2pM==0.1.2.5")) for name in ("char2idx", "class2idx"))
+    return {
+        name: [word for word, _ in sorted(table.items(), key=lambda pair: pair[1])]
+        for name, table in zip(("tokens", "labels"), tables, strict=True)
+    }
+
+
+# tokens.txt and labels.txt beside the data, for `data.vocabulary` and `data.labels`: what the report calls them by
+NAMES: dict[str, Callable[[Places], dict[str, list[str]]]] = {
+    "g2p": g2p_names,
+    "polyphone": polyphone_names,
+    "dga": lambda _: {"tokens": list(LETTERS), "labels": ["known", "generated"]},
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
@@ -440,10 +460,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    found = CASES[args.case](Places(args.packages, args.sounds, args.fortunes, np.random.default_rng(args.seed)))
+    places = Places(args.packages, args.sounds, args.fortunes, np.random.default_rng(args.seed))
+    found = CASES[args.case](places)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, arrays in found.items():
         np.savez(args.out / f"{name}.npz", **arrays)
+    for name, words in NAMES.get(args.case, lambda _: {})(places).items():
+        (args.out / f"{name}.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     print({name: len(arrays["inputs"]) for name, arrays in found.items()})
 
 

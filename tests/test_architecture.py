@@ -18,6 +18,7 @@ ORDER = [
     "recipe",
     "recipe_yaml",
     "packed",
+    "tokenizer",
     "gates",
     "diagnostics",
     "cells",

@@ -124,8 +124,8 @@ def figures(tokens: list[str] | None = None) -> Figures:
     histograms = [Histogram(layer, "forward", gate, edges, counts, after) for (layer, gate), counts in zip(GATES, before, strict=True)]
     drive = generator.normal(size=(120, 256)).cumsum(0) * 0.4 + generator.normal(size=256) * 2 - 0.8
     bits = [drive + generator.normal(size=drive.shape) * 0.8 + k * 0.3 > 0 for k in range(len(GATES))]
-    rows = [(f"{layer}.forward {gate}", on) for (layer, gate), on in zip(GATES, bits, strict=True)]
-    return Figures(histograms, Heatmap(list(TEXT) if tokens is None else tokens, rows))
+    rows = [(f"{layer}.forward {gate}", on, 256) for (layer, gate), on in zip(GATES, bits, strict=True)]
+    return Figures(histograms, [Heatmap("main", list(TEXT) if tokens is None else tokens, rows)])
 
 
 class Balance(HTMLParser):
@@ -185,7 +185,7 @@ MINIMAL: dict[str, Any] = {
 @pytest.mark.parametrize("report", [FULL, MINIMAL, {}])
 @pytest.mark.parametrize(
     "drawn",
-    [figures(), figures(["in", "the", "beginning"] * 32), Figures(), Figures([], Heatmap(None, [("a", np.zeros((0, 0)))]))],
+    [figures(), figures(["in", "the", "beginning"] * 32), Figures(), Figures([], [Heatmap("main", None, [("a", np.zeros((0, 0)), 0)])])],
 )
 def test_the_page_is_well_formed_and_needs_no_network(report: dict[str, Any], drawn: Figures) -> None:
     page = render(report, drawn)
@@ -210,8 +210,18 @@ def test_everything_of_a_full_report_is_on_the_page() -> None:
         assert text in page
     assert page.count('<span class="badge soft">') == 1
     headings = re.findall(r"<h2>(.*?)</h2>", page)
-    assert [heading.split()[0] for heading in headings] == ["Training", "What", "Gates", "Gate", "Decisions", "Worst", "Size", "Provenance"]
-    places = [page.index(text) for text in ("Binary gates cost", "threshold only", "<h2>")]
+    assert [heading.split()[0] for heading in headings] == [
+        "Where",
+        "Training",
+        "What",
+        "Gates",
+        "Gate",
+        "Decisions",
+        "Worst",
+        "Size",
+        "Provenance",
+    ]
+    places = [page.index(text) for text in ("Binary gates cost", "<h2>", "threshold only")]
     assert places == sorted(places)
 
 
@@ -231,7 +241,7 @@ def test_text_from_outside_is_escaped_everywhere() -> None:
     report["binary"]["extra"] = {EVIL: 1.0, "note": EVIL}
     histogram = Histogram(EVIL, EVIL, EVIL, np.array([0, 1]), np.array([0]), np.array([1]))
     tokens = [EVIL, "<b>", '"', "&", "'"]
-    page = render(report, Figures([histogram], Heatmap(tokens, [('"' + EVIL, np.eye(5))])))
+    page = render(report, Figures([histogram], [Heatmap(EVIL, tokens, [('"' + EVIL, np.eye(5), 5)])]))
     assert "script" not in parsed(page).tags
     assert "&lt;script&gt;" in page
     assert "<b>" not in page
@@ -246,7 +256,7 @@ def card_cells(card: str) -> set[int]:
 @pytest.mark.parametrize("report", [FULL, MINIMAL, {}])
 def test_the_card_says_what_it_is_and_how_to_load_it(report: dict[str, Any]) -> None:
     card, extras = render_card(report), report.get("binary", {}).get("extra", {})
-    assert card.startswith("---\nlibrary_name: rnn2bin\n")
+    assert re.match(r"---\n# license: .*\nlibrary_name: rnn2bin\n", card)
     for line in ("import rnn2bin", 'model = rnn2bin.load("OUT")', "y, state = model(x)", sentence(report)):
         assert line in card
     assert card_cells(card) <= {3, len(extras) + 6}
@@ -318,20 +328,20 @@ def test_the_interval_stands_beside_the_network_it_belongs_to() -> None:
 
 def test_a_heat_map_of_known_bits() -> None:
     bits = np.array([[1, 0], [1, 0], [0, 0], [1, 1]])  # (T, H)
-    page = render({}, Figures([], Heatmap(None, [("cell o", bits)])))
+    page = render({}, Figures([], [Heatmap("main", None, [("cell o", bits, 2)])]))
     assert 'd="M0 0h2v1h-2zM3 0h1v1h-1zM3 1h1v1h-1z"' in page
     assert "cell o: open 50%, 2 units" in page
 
 
 def test_steps_after_the_last_token_are_padding_and_not_drawn() -> None:
-    page = render({}, Figures([], Heatmap(["a", "b"], [("cell o", np.array([[1], [0], [1], [1]]))])))
+    page = render({}, Figures([], [Heatmap("main", ["a", "b"], [("cell o", np.array([[1], [0], [1], [1]]), 1)])]))
     assert 'd="M0 0h1v1h-1z"' in page
     assert "cell o: open 50%" in page
 
 
 def test_large_figures_are_cut_to_what_a_page_can_show() -> None:
     bits = np.random.default_rng(0).integers(0, 2, (5000, 2048))
-    page = render({}, Figures([], Heatmap([str(k) for k in range(5000)], [("cell o", bits)])))
+    page = render({}, Figures([], [Heatmap("main", [str(k) for k in range(5000)], [("cell o", bits, 2048)])]))
     assert "64 of 2048 units" in page
     assert len(page) < 120_000
 

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from rnn2bin.cells.network import Network, Output, State, Walk
 from rnn2bin.cells.weights import Cell
 from rnn2bin.data import Batch, Batches, Part, share
 from rnn2bin.distill import budget as budgets
+from rnn2bin.distill import callbacks as watching
 from rnn2bin.distill import credit, losses
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DivergedError, InterruptedRunError, UsageError
@@ -214,8 +215,9 @@ class AnnealTrainer(Trainer):
             self.best_step, self.best = point.step, self._snapshot()
         self.history.append(point)
         self._judge(point)
+        rate = float(self.lr_scheduler.get_last_lr()[0]) if self.lr_scheduler is not None else None
+        self.log(watching.logged(point, rate))
         metrics = {"eval_hard": found.hard, "eval_soft": found.soft}
-        self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -544,6 +546,7 @@ def train(
     resume: bool = False,
     float_student: bool = False,
     report: Callable[[dict[str, Any]], None] | None = None,
+    callbacks: Sequence[watching.Callback] = (),
 ) -> Trained:
     """Distil `teacher` into `student`, in place: afterwards it holds the weights with the best hard metric.
 
@@ -552,7 +555,7 @@ def train(
     """
     torch.manual_seed(recipe.seed)
     trainer = DistillTrainer(student, teacher, task=task, recipe=recipe, train=train, valid=valid, out=out, float_student=float_student)
-    return fit(trainer, resume=resume, report=report)
+    return fit(trainer, resume=resume, report=report, callbacks=callbacks)
 
 
 def _begin(out: Path, *, resume: bool) -> Path | None:
@@ -562,8 +565,17 @@ def _begin(out: Path, *, resume: bool) -> Path | None:
     return checkpoint
 
 
-def fit(trainer: AnnealTrainer, *, resume: bool = False, report: Callable[[dict[str, Any]], None] | None = None) -> Trained:
-    """Trains; afterwards the trainer's model holds the weights with the best hard metric. Raises as `train` does."""
+def fit(
+    trainer: AnnealTrainer,
+    *,
+    resume: bool = False,
+    report: Callable[[dict[str, Any]], None] | None = None,
+    callbacks: Sequence[watching.Callback] = (),
+) -> Trained:
+    """Trains; afterwards the trainer's model holds the weights with the best hard metric. Raises as `train` does.
+
+    A callback that sets `control.should_training_stop` ends the training there: that step is measured, and the best so far is taken.
+    """
     out = Path(str(trainer.args.output_dir))
     checkpoint = processes.lead(lambda: _begin(out, resume=resume))
     if checkpoint:
@@ -573,6 +585,10 @@ def fit(trainer: AnnealTrainer, *, resume: bool = False, report: Callable[[dict[
             torch.manual_seed(trainer.recipe.seed * 1_000_003 + processes.rank())  # noise of its own for other rows
         with signals.noted() as stopped:
             watch = _Progress(trainer, report, stopped)
+            watching.attach(trainer, callbacks)
+            project = trainer.pop_callback(_Project)  # after them: it measures where one of them stops
+            assert project is not None
+            trainer.add_callback(project)
             trainer.add_callback(watch)
             trainer.model.train()  # type: ignore[union-attr]
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

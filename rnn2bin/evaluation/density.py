@@ -49,6 +49,11 @@ class DensityCounter:
         """Share of ones of each gate of a cell."""
         return (self.opened[name] / self.steps[name]).tolist()
 
+    def _steps_of(self, name: str) -> float:
+        """Steps that a cell, or the head of a section, ran."""
+        own = self.steps.get(name)
+        return own if own is not None else max(steps for cell, steps in self.steps.items() if cell.startswith(f"{name}."))
+
     def result(self) -> dict[str, Any]:
         """The `density` object of report.json."""
         cells = list(self.cells.values())
@@ -64,7 +69,10 @@ class DensityCounter:
             "read": _share("incremental", "dense", cells),  # what budget.density counts: the layers alone
             "bytes_per_step": sum(_total("touched", [c]) * size for c, size in zip(both, sizes, strict=True)) * per_step,
             "dense_bytes_per_step": sum(_total("dense", [c]) * size for c, size in zip(both, sizes, strict=True)) * per_step,
-            "layers": {name: {"weights_touched": _share("touched", "dense", [c])} for name, c in {**self.cells, **self.heads}.items()},
+            "layers": {
+                name: {"weights_touched": _share("touched", "dense", [c]), "weights": round(_total("dense", [c]) / self._steps_of(name))}
+                for name, c in {**self.cells, **self.heads}.items()
+            },
         }
 
 

@@ -1,4 +1,5 @@
-"""transformers registration: after `import rnn2bin`, `AutoConfig` and `AutoModel` read a packed directory, with no remote code.
+"""transformers registration: after `import rnn2bin`, `AutoConfig`, `AutoModel` and the AutoModelFor… of its tasks
+read a packed directory, with no remote code.
 
 Registering needs the Auto classes, and importing them takes seconds and torch, which `import rnn2bin` must not cost. So nothing is imported
 here: where transformers' two Auto modules are loaded already they are registered with at once, and otherwise a finder on `sys.meta_path`
@@ -25,12 +26,14 @@ def _register_config() -> None:
 
 
 def _register_model() -> None:
-    from transformers.models.auto.modeling_auto import AutoModel
+    from transformers.models.auto import modeling_auto
 
     from rnn2bin.hub.config import Rnn2binConfig
+    from rnn2bin.hub.heads import HEADS
     from rnn2bin.hub.model import Rnn2binModel
 
-    AutoModel.register(Rnn2binConfig, Rnn2binModel, exist_ok=True)
+    for name, model in {"AutoModel": Rnn2binModel, **HEADS}.items():
+        getattr(modeling_auto, name).register(Rnn2binConfig, model, exist_ok=True)
 
 
 AFTER: dict[str, Callable[[], None]] = {
@@ -67,10 +70,11 @@ def install() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """`Rnn2binConfig` and `Rnn2binModel`, imported when asked for."""
+    """`Rnn2binConfig` and the models, imported when asked for."""
     from importlib import import_module
 
-    home = {"Rnn2binConfig": "config", "Rnn2binModel": "model", "Rnn2binOutput": "model"}.get(name)
+    heads = dict.fromkeys(("Rnn2binForSequenceClassification", "Rnn2binForTokenClassification", "Rnn2binForCausalLM"), "heads")
+    home = {"Rnn2binConfig": "config", "Rnn2binModel": "model", "Rnn2binOutput": "model", **heads}.get(name)
     if home is None:
         raise AttributeError(f"module 'rnn2bin.hub' has no attribute {name!r}")
     return getattr(import_module(f"rnn2bin.hub.{home}"), name)

@@ -26,6 +26,7 @@ class Rnn2binOutput(ModelOutput):
 
     logits: Tensor | None = None
     state: Any = None
+    loss: Tensor | None = None
 
     @property
     def y(self) -> Tensor | None:
@@ -60,8 +61,10 @@ class Rnn2binModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any):
-        """As in transformers, in float32 unless `dtype` says otherwise."""
-        options.setdefault("dtype", torch.float32)
+        """As in transformers, in float32 unless `dtype` names another: "auto", which pipelines ask for, would be that of the file, in which
+        nothing is computed."""
+        if options.get("dtype") in (None, "auto"):
+            options["dtype"] = torch.float32
         return super().from_pretrained(*args, **options)
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # type: ignore[override]
@@ -86,6 +89,27 @@ class Rnn2binModel(PreTrainedModel):
 
         An encoder–decoder needs decoder_input_ids (B,U). Raises UsageError where the input does not fit the network.
         """
+        given: dict[str, Any] = {
+            "inputs": inputs,
+            "attention_mask": attention_mask,
+            "lengths": lengths,
+            "decoder_input_ids": decoder_input_ids,
+        }
+        out = self.run(input_ids, state=state, **given)
+        return out if return_dict is not False else (out.logits, out.state)
+
+    def run(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        state: State | None = None,
+        logits: bool = False,
+    ) -> Rnn2binOutput:
+        """What `forward` does; with `logits` the outputs before the head's last activation."""
         from rnn2bin.runtime.torch_backend import check_input
 
         given = [x for x in (input_ids, inputs) if x is not None]
@@ -97,9 +121,9 @@ class Rnn2binModel(PreTrainedModel):
         if self.network.spec.decode and decoder is None:
             raise UsageError("an encoder–decoder needs decoder_input_ids (B,U); rnn2bin.load(path) runs it free")
         lengths = _lengths(attention_mask) if lengths is None and attention_mask is not None else lengths
-        out = self.network(x, state, lengths=lengths, decoder_input=decoder)
+        out = self.network(x, state, lengths=lengths, decoder_input=decoder, logits=logits)
         y = out.y.transpose(0, 1) if out.y.ndim == 3 else out.y
-        return Rnn2binOutput(logits=y, state=out.state) if return_dict is not False else (y, out.state)
+        return Rnn2binOutput(logits=y, state=out.state)
 
     network: Network
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -452,11 +452,11 @@ def convert_module(
     resume: bool = False,
     force: bool = False,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> ModuleResult:
     """Distil `module` into its binary-gated copy and pack that; see `rnn2bin.modules.conversion.convert`."""
     from rnn2bin.modules import conversion  # transformers' Trainer comes with it: binarizing and loading do without
 
-    options = {"forward": forward} if forward else {}
-    return conversion.convert(
-        module, recipe=recipe, data=data, out=out, loss=loss, metric=metric, resume=resume, force=force, progress=progress, **options
-    )
+    options: dict[str, Any] = {"forward": forward} if forward else {}
+    options |= {"resume": resume, "force": force, "progress": progress, "callbacks": callbacks}
+    return conversion.convert(module, recipe=recipe, data=data, out=out, loss=loss, metric=metric, **options)

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +20,11 @@ from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DataError
 from rnn2bin.evaluation import controls as control
-from rnn2bin.evaluation import html
+from rnn2bin.evaluation import html, stored
+from rnn2bin.evaluation import watch as watching
 from rnn2bin.evaluation.bootstrap import paired_drop
 from rnn2bin.evaluation.density import DensityCounter
+from rnn2bin.evaluation.worst import WORST
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize, sample
 from rnn2bin.modules import Call, Cells
 from rnn2bin.modules.training import (
@@ -74,6 +76,7 @@ def convert(
     resume: bool = False,
     force: bool = False,
     progress: pipeline.Progress | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> ModuleResult:
     """Distil `module` into its binary-gated copy, packed into `out` (default: the class's name + ".rnn2bin"). `module` is not changed.
 
@@ -109,7 +112,8 @@ def convert(
     )
     work = pipeline.check_work(folder, _key(job, provenance, batches), resume=resume, force=force)
     with pipeline.keeping(work):
-        report = _convert(job, module, student, batches, folder, work, provenance=provenance, resume=resume, force=force, progress=progress)
+        watch: dict[str, Any] = {"progress": progress, "callbacks": callbacks}
+        report = _convert(job, module, student, batches, folder, work, provenance=provenance, resume=resume, force=force, **watch)
         pipeline.discard(work)
     return ModuleResult(folder, report, source=module)
 
@@ -134,23 +138,23 @@ def _convert(
     resume: bool,
     force: bool,
     progress: pipeline.Progress | None,
+    callbacks: Sequence[Any],
 ) -> pipeline.Report:
     recipe = job.recipe
     began = time.perf_counter()
-    trained = _train(job, student, batches, work, resume=resume, progress=progress)
+    trained = _train(job, student, batches, work, resume=resume, progress=progress, callbacks=callbacks)
     tuned = _float_control(job, module, batches, work, resume=resume) if recipe.report.float_same_compute else None
     seconds = trained.seconds_before + time.perf_counter() - began
     with pack.staging(folder, force=force) as staged:
         task = {"name": "module", "metric": job.metric_name}
         modules.write(student, staged, levels=recipe.gates.levels, provenance=provenance, task=task)
         (staged / "recipe.yaml").write_text(recipe_yaml.dump(recipe), encoding="utf-8")
-        report, figures = _report(job, module, staged, batches.test, trained, tuned=tuned)
+        report = _report(job, module, staged, batches.test, trained, tuned=tuned)
         report["cost"] |= _cost(trained, seconds)
         report["size"] = evaluation.sizes(sum(t.nbytes for t in module.state_dict().values() if isinstance(t, Tensor)), staged)
         report["training"] = [vars(point) for point in trained.history]
         report["provenance"] = {**provenance, "command": None, **pipeline.made(staged, recipe), "recipe": recipe.model_dump(mode="json")}
-        pipeline.write_files(staged, report, figures)
-        (staged / "README.md").write_text(_card(report), encoding="utf-8")
+        stored.write(staged, report)
         pipeline.refuse_over_budget(report, recipe)
     return report
 
@@ -202,6 +206,7 @@ def _train(
     *,
     resume: bool,
     progress: pipeline.Progress | None = None,
+    callbacks: Sequence[Any] = (),
     float_student: bool = False,
 ) -> distiller.Trained:
     """In place; checkpoints lie in `work` while it runs."""
@@ -209,7 +214,7 @@ def _train(
     twin = modules.surgery(job.teacher).requires_grad_(False) if weights.hidden_weight() or weights.gate else None
     torch.manual_seed(job.recipe.seed)
     trainer = ModuleTrainer(student, job=job, twin=twin, train=batches.train, valid=batches.valid, out=work, float_student=float_student)
-    trained = distiller.fit(trainer, resume=resume, report=progress)
+    trained = distiller.fit(trainer, resume=resume, report=progress, callbacks=callbacks)
     student.eval().cpu()
     job.teacher.cpu()
     return trained
@@ -248,8 +253,8 @@ class Watch:
             self.density.add_cell(Read(name, call.cell, call.trace, inputs, call.lengths, rested=True))
         real = pre[mask[..., 0, 0] > 0]  # (N,G,H)
         for k, gate in enumerate(call.cell.layer.kind.gate_names):
-            counts = torch.histc(sample(call.cell.modes(self.mode)[k], real[:, k]).float().cpu(), evaluation.BINS, 0.0, 1.0)
-            self.histograms[name, gate] = self.histograms.get((name, gate), torch.zeros(evaluation.BINS)) + counts
+            counts = torch.histc(sample(call.cell.modes(self.mode)[k], real[:, k]).float().cpu(), watching.BINS, 0.0, 1.0)
+            self.histograms[name, gate] = self.histograms.get((name, gate), torch.zeros(watching.BINS)) + counts
 
     def rates(self) -> dict[str, list[float]]:
         """Share of ones of each gate; a cell that never ran has none open."""
@@ -263,7 +268,7 @@ class Watch:
 
 def _report(
     job: Job, module: nn.Module, folder: Path, test: list[Any], trained: distiller.Trained, *, tuned: nn.Module | None
-) -> tuple[pipeline.Report, html.Figures]:
+) -> pipeline.Report:
     """The measured fields, on the packed module itself: bits by the oracle."""
     packed, twin = modules.load_module(folder, module), modules.surgery(module).eval()
     bits, soft, floats = Watch(packed), Watch(packed, trained.soft_mode), Watch(twin, FLOAT)
@@ -295,12 +300,13 @@ def _report(
         "gates": evaluation.gate_table(cast(Any, Cells(packed)), bits.rates()),
         "density": bits.density.result() if bits.density.cells else None,
         "parity": None,
-        "worst": [],
+        "worst": _worst(found),
+        "figures": _figures(floats, soft).to_dict(),
         "cost": {"teacher_tokens_per_second": bits.tokens / max(found["teacher"].seconds, 1e-9)},
     }
     if job.metric is None:
         report["metric"]["label"] = "squared error in units of the teacher’s variance"
-    return report, html.Figures(_histograms(floats, soft))
+    return report
 
 
 def _controls(job: Job, module: nn.Module, packed: nn.Module, rates: dict[str, list[float]]) -> dict[str, Gated]:
@@ -327,18 +333,29 @@ def _drop(job: Job, teacher: Measured, binary: Measured) -> dict[str, Any]:
     return {"value": value, "relative": relative, "ci95": None, "n": len(binary.errors)}
 
 
-def _histograms(before: Watch, after: Watch) -> list[html.Histogram]:
-    edges = torch.linspace(0, 1, evaluation.BINS + 1).numpy()
+def _figures(before: Watch, after: Watch) -> html.Figures:
+    both = {at: (before.histograms[at].numpy(), counts.numpy()) for at, counts in after.histograms.items()}
+    return watching.figures_of(both)
+
+
+def _worst(found: dict[str, Measured]) -> list[dict[str, Any]]:
+    """The held-out batches whose outputs the binary module changed most: what a batch holds is the user's own."""
+    errors = found["binary"].errors
+    order = sorted(range(len(errors)), key=lambda k: -errors[k])[:WORST]
+    shown = lambda name, k: f"loss {found[name].losses[k]:.4g}"
     return [
-        html.Histogram(
-            prefix.rpartition(".")[0],
-            "backward" if prefix.endswith("bwd") else "forward",
-            gate,
-            edges,
-            before.histograms[prefix, gate].numpy(),
-            counts.numpy(),
-        )
-        for (prefix, gate), counts in after.histograms.items()
+        {
+            "index": k,
+            "input": f"held-out batch {k}",
+            "target": None,
+            "teacher": shown("teacher", k),
+            "binary": shown("binary", k),
+            "difference": f"{errors[k]:.4g} squared error in units of the teacher’s variance",
+            "metric": None,
+            "steps": None,
+        }
+        for k in order
+        if errors[k] > 0
     ]
 
 
@@ -381,30 +398,3 @@ def _tensors(content: Any) -> Iterator[Tensor]:
     elif isinstance(content, (Mapping, tuple, list)):
         for value in content.values() if isinstance(content, Mapping) else content:
             yield from _tensors(value)
-
-
-CARD = """---
-library_name: rnn2bin
-tags: [rnn, binary-gates]
----
-# {source} with binary gates
-
-{sentence}
-
-A PyTorch module whose recurrent layers have gates that are exactly 0 or 1; its other parts were trained on with them. The module's code
-is not in here: loading takes the float module. Details and plots: `report.html`; all numbers: `report.json`.
-
-```
-{table}
-```
-
-```python
-import rnn2bin
-
-module = rnn2bin.load("OUT", module=float_module)  # this directory, and an instance of {source}
-```
-"""
-
-
-def _card(report: pipeline.Report) -> str:
-    return CARD.format(source=report["provenance"]["source"], sentence=html.sentence(report), table=html.render_table(report))

@@ -80,6 +80,7 @@ def descend(
     *,
     resume: bool,
     report: Callable[[dict[str, Any]], None] | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> tuple[Network, Trained, dict[str, Any]]:
     """From the first network on to the one that is wanted: (network, how it was trained, what was tried for report.json).
 
@@ -90,7 +91,7 @@ def descend(
     assert wanted is not None
     rungs = [Rung((), wanted, processes.lead(lambda: measure(job, network)), network, trained)]
     while kind := following([rung.found for rung in rungs], limits):
-        rungs.append(_train(job, rungs[-1], kind, work, resume=resume, report=report))
+        rungs.append(_train(job, rungs[-1], kind, work, resume=resume, report=report, callbacks=callbacks))
     best, kept = choose([replace(rung.found, what=rung) for rung in rungs], limits)
     if not kept:
         raise BudgetError(missed(best, limits))
@@ -99,7 +100,16 @@ def descend(
     return chosen.network, replace(chosen.trained, seconds_before=seconds), summary(rungs, chosen, limits)
 
 
-def _train(job: Any, before: Rung, kind: str, work: Path, *, resume: bool, report: Callable[[dict[str, Any]], None] | None) -> Rung:
+def _train(
+    job: Any,
+    before: Rung,
+    kind: str,
+    work: Path,
+    *,
+    resume: bool,
+    report: Callable[[dict[str, Any]], None] | None,
+    callbacks: Sequence[Any],
+) -> Rung:
     wanted = before.wanted * RATIO if kind == LOWER else before.wanted
     network, path = copy.deepcopy(before.network), (*before.path, kind)
     rung = Rung(path, wanted, before.found, network, before.trained)
@@ -113,6 +123,7 @@ def _train(job: Any, before: Rung, kind: str, work: Path, *, resume: bool, repor
         out=work / rung.folder,
         resume=resume,
         report=report and (lambda now: report(now | {"training": len(path) + 1, "wanted_density": wanted})),
+        callbacks=callbacks,
     )
     return replace(rung, found=processes.lead(lambda: measure(job, network)), trained=after(before.trained, trained))
 
