@@ -88,8 +88,8 @@ class LinearSource(Closed):
 
 
 class LayerSource(Closed):
-    """One direction of one recurrent layer: its tensors in PyTorch's order of rows (LSTM i,f,g,o, or i,g,o where f = 1 − i; GRU r,z,n; others
-    their gates, the candidate before o or at the end), or under this package's own names behind a prefix."""
+    """One direction of one recurrent layer: its tensors in PyTorch's order of rows (LSTM i,f,g,o, or i,g,o where f = 1 − i; GRU r,z,n;
+    others their gates, the candidate before o or at the end), or under this package's own names behind a prefix."""
 
     weight_ih: str | None = Field(None, description="input's weights of all blocks of rows")
     weight_hh: str | None = Field(None, description="recurrent ones")
@@ -100,9 +100,11 @@ class LayerSource(Closed):
         None, description="the LSTM's peepholes: a tensor for each gate, i, f, o or i, o; (hidden,), or (hidden, hidden) of full ones"
     )
     prefix: str | None = Field(
-        None, description="the layer's tensors are `<prefix>gates.weight_ih`, `<prefix>candidate.bias` …, as spec.LayerSpec.tensors has them"
+        None, description="the layer's tensors are `<prefix>gates.weight_ih`, `<prefix>candidate.bias` …: spec.LayerSpec.tensors"
     )
-    depth: Annotated[int, Field(ge=1, le=MOST_DEPTH)] = Field(1, description="layers within a step: recurrent_highway, gf_tanh, gf_gru, gf_lstm")
+    depth: Annotated[int, Field(ge=1, le=MOST_DEPTH)] = Field(
+        1, description="layers within a step, of recurrent_highway, gf_tanh, gf_gru, gf_lstm"
+    )
     cell: CellName | None = Field(None, description="what this layer is where it is not the section's `cell`")
     activation: Literal["tanh", "relu"] = Field("tanh", description="of a plain RNN")
     reverse: LayerSource | None = Field(None, description="the backward direction's tensors")

@@ -1,5 +1,5 @@
-"""Every row of `spec.CELLS` that has no hand-written window: the oracle against a NumPy loop of its equations, gradients, both backends step by
-step and running free, and what a step reads. Odd sizes, two layers, non-zero biases everywhere."""
+"""Every row of `spec.CELLS` that has no hand-written window: the oracle against a NumPy loop of its equations, gradients, both backends
+step by step and running free, and what a step reads. Odd sizes, two layers, non-zero biases everywhere."""
 
 from __future__ import annotations
 

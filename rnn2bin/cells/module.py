@@ -1,5 +1,5 @@
-"""Float networks of any cell, to be trained from scratch: an nn.Module that saves itself with what it is, so that `rnn2bin convert` reads the
-file without a recipe's `source`."""
+"""Float networks of any cell, to be trained from scratch: an nn.Module that saves itself with what it is, so that `rnn2bin convert` reads
+the file without a recipe's `source`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ GATE_BIAS: Mapping[str, float] = {"f": 1.0}
 
 
 class FloatNetwork(nn.Module):
-    """Tokens or floats -> layers of one cell -> a linear layer, where `outputs` are asked for. Walks as the oracle does, step by step through
-    autograd: exact, and slow; `walk=rnn2bin.distill.window.run_cell` in a call is faster for cells that have a window there.
+    """Tokens or floats -> layers of one cell -> a linear layer, where `outputs` are asked for. Walks as the oracle does, step by step
+    through autograd: exact, and slow; `walk=rnn2bin.distill.window.run_cell` in a call is faster for cells that have a window there.
 
-    `cell`: a row of `spec.CELLS`. `input_size` of floats, or of what `vocabulary` tokens are embedded in; `depth` of deep cells; `readout` as
-    in `spec.READOUTS`. Weights start uniform in ±1/sqrt(H), gates' biases at `gate_bias` by their letter, 0 where there is none. Raises
+    `cell`: a row of `spec.CELLS`. `input_size` of floats, or of what `vocabulary` tokens are embedded in; `depth` of deep cells; `readout`
+    as in `spec.READOUTS`. Weights start uniform in ±1/sqrt(H), gates' biases at `gate_bias` by their letter, 0 where there is none. Raises
     UnsupportedError for a cell that is not there or sizes that do not fit it.
     """
 
