@@ -6,7 +6,7 @@ The pydantic models below are the one home of every knob, its default and its bo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from rnn2bin.spec import CELLS, Activation, Readout
+from rnn2bin.spec import CELLS, MOST_DEPTH, Activation, Readout
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -36,6 +36,11 @@ Estimator = Literal[
     "gumbel", "gumbel-hard", "gumbel-softmax", "sigmoid", "hard-sigmoid", "straight-through", "stochastic", "reinmax", "reinforce",
 ]
 # fmt: on
+
+if TYPE_CHECKING:
+    CellName = str
+else:
+    CellName = Literal[tuple(name for name, kind in CELLS.items() if not kind.came_from)]  # of the table all that a file may have
 
 GATE_NAMES = tuple(dict.fromkeys(gate.name for kind in CELLS.values() for gate in (*kind.gates, *kind.links)))
 _T = TypeVar("_T")
@@ -89,15 +94,32 @@ class LinearSource(Closed):
 
 
 class LayerSource(Closed):
-    """One direction of one recurrent layer, PyTorch's gate order: LSTM i,f,g,o, or i,g,o where f = 1 − i; GRU r,z,n."""
+    """One direction of one recurrent layer: its tensors in PyTorch's order of rows (LSTM i,f,g,o, or i,g,o where f = 1 − i; GRU r,z,n;
+    others their gates, the candidate before o or at the end), or under this package's own names behind a prefix."""
 
-    weight_ih: str
-    weight_hh: str
+    weight_ih: str | None = Field(None, description="input's weights of all blocks of rows")
+    weight_hh: str | None = Field(None, description="recurrent ones")
     bias_ih: str | None = None
     bias_hh: str | None = None
     weight_hr: str | None = Field(None, description="the LSTM's projection")
-    peephole: list[str] | None = Field(None, description="the LSTM's peepholes: one tensor (hidden,) for each gate, i, f, o or i, o")
+    peephole: list[str] | None = Field(
+        None, description="the LSTM's peepholes: a tensor for each gate, i, f, o or i, o; (hidden,), or (hidden, hidden) of full ones"
+    )
+    prefix: str | None = Field(
+        None, description="the layer's tensors are `<prefix>gates.weight_ih`, `<prefix>candidate.bias` …: spec.LayerSpec.tensors"
+    )
+    depth: Annotated[int, Field(ge=1, le=MOST_DEPTH)] = Field(
+        1, description="layers within a step, of recurrent_highway, gf_tanh, gf_gru, gf_lstm"
+    )
+    cell: CellName | None = Field(None, description="what this layer is where it is not the section's `cell`")
+    activation: Literal["tanh", "relu"] = Field("tanh", description="of a plain RNN")
     reverse: LayerSource | None = Field(None, description="the backward direction's tensors")
+
+    @model_validator(mode="after")
+    def _named(self) -> LayerSource:
+        if (self.prefix is None) == (self.weight_ih is None):
+            raise ValueError("name a layer's tensors by `weight_ih` and the others, or all at once by `prefix`")
+        return self
 
 
 # fmt: off
@@ -141,7 +163,7 @@ class NodeSource(Closed):
 
 
 class SectionSource(Closed):
-    cell: Literal["lstm", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole", "gru", "gru_reset_before"]
+    cell: CellName
     layers: list[LayerSource] = Field(min_length=1)
     embedding: str | None = Field(None, description="tensor of shape (vocabulary, width)")
     one_hot: bool = Field(False, description="inputs are tokens, fed as one-hot vectors")

@@ -54,8 +54,8 @@ class CellKind:
     States: h, of which others read; c, a unit's memory; r, what its own candidate reads at the next step.
     `candidate_bias_hh`: a recurrent bias of the candidate. `peepholes`: gates see c, diagonal (each unit its own) or full (a matrix).
     `recurrent`: whether a step reads the one before it.
-    `deep`: a step goes through `LayerSpec.depth` layers, "inner" ones that hand one state on, or a "stack" of which each has its own and reads
-    all others'; gates and tensors are then those of each layer, and of a stack `links` are gates from every layer to every layer.
+    `deep`: a step goes through `LayerSpec.depth` layers, "inner" ones that hand one state on, or a "stack" of which each has its own and
+    reads all others'; gates and tensors are then those of each layer, and of a stack `links` are gates from every layer to every layer.
     `came_from`: the float cell, where that is another.
     """
 
@@ -191,7 +191,8 @@ class LayerSpec:
 
     @property
     def state_sizes(self) -> tuple[int, ...]:
-        """Of each state. Where there is a c, h is what others read; else h stands there for every copy. A stack's are its layers' in a row."""
+        """Of each state. Where there is a c, h is what others read; else h stands there for every copy. A stack's are its layers' in a
+        row."""
         sizes = {"h": self.recurrent_size if self.kind.has_cell else self.width, "c": self.width, "r": self.hidden_size}
         return tuple(sizes[name] * (self.depth if self.kind.deep == "stack" else 1) for name in self.kind.states)
 

@@ -24,17 +24,16 @@ def plan(spec: RnnSpec, gates: Gates) -> dict[str, tuple[bool, ...]]:
     used: set[str] = set()
     result = {}
     for prefix, layer in spec.cell_names():
-        names = {
-            gate.name: {f"{place}{name}" for place in ("", f"{prefix}.", f"{prefix.rpartition('.')[0]}.") for name in (gate.name, gate.letter)}
-            for gate in layer.kind.gates
-        }
+        places = ("", f"{prefix}.", f"{prefix.rpartition('.')[0]}.")
+        names = {gate.name: {f"{place}{name}" for place in places for name in (gate.name, gate.letter)} for gate in layer.kind.gates}
         result[prefix] = tuple(not names[gate] & set(gates.soft) for gate in names)
         used |= {n for gate in names for n in names[gate]}
     unknown = [name for name in gates.soft if name not in used]
     if unknown:
         raise RecipeError(*(f"gates.soft: {name!r} is no gate of this network; its gates: {_gate_list(spec)}" for name in unknown))
     if not any(result.values()):
-        raise RecipeError(f"its layers ({', '.join(dict.fromkeys(y.cell for _, y in spec.cell_names()))}) have no gates: nothing to make binary")
+        cells = ", ".join(dict.fromkeys(layer.cell for _, layer in spec.cell_names()))
+        raise RecipeError(f"its layers ({cells}) have no gates: there is nothing to make binary")
     if not any(any(b) for b in result.values()):
         raise RecipeError("gates.soft: every gate of this network is left soft; there is nothing to make binary")
     return result

@@ -100,7 +100,9 @@ def highway(w: dict[str, Array], hidden: int) -> Reference:
 
 
 def recurrent_highway(w: dict[str, Array], hidden: int) -> Reference:
-    gates, candidates = (list(zip(_blocks(w, f"{p}.weight_hh", hidden), _blocks(w, f"{p}.bias", hidden))) for p in ("gates", "candidate"))
+    gates, candidates = (
+        list(zip(_blocks(w, f"{p}.weight_hh", hidden), _blocks(w, f"{p}.bias", hidden), strict=True)) for p in ("gates", "candidate")
+    )
 
     def step(x: Array, state: list[Array], gate: Callable[[Array], Array]) -> list[Array]:
         (s,) = state

@@ -1,5 +1,5 @@
-"""Every row of `spec.CELLS` that has no hand-written window: the oracle against a NumPy loop of its equations, gradients, both backends step by
-step and running free, and what a step reads. Odd sizes, two layers, non-zero biases everywhere."""
+"""Every row of `spec.CELLS` that has no hand-written window: the oracle against a NumPy loop of its equations, gradients, both backends
+step by step and running free, and what a step reads. Odd sizes, two layers, non-zero biases everywhere."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from numpy_cells import MEMORIES, REFERENCES, Reference, sigmoid
-from test_runtime_native import both, built, filled, flat
+from test_runtime_native import both, built, filled, flat, translator
 from tolerances import assert_close
 from torch.nn.utils.stateless import _reparametrize_module
 
 from rnn2bin import tasks
-from rnn2bin.cells.network import EQUATIONS, Network, walk, zero_state
+from rnn2bin.cells.network import EQUATIONS, STEPS, Network, walk, zero_state
 from rnn2bin.cells.weights import Cell
 from rnn2bin.data import Batch, Part
 from rnn2bin.distill.window import WINDOWS, run_cell
@@ -186,6 +186,19 @@ def test_both_backends_agree(name, depth, more, tmp_path):
 
 
 @built
+@pytest.mark.parametrize("name", ["rnn_minimal", "lstm_peephole_full", "prototype", "pseudo_1", "pseudo_23", "recurrent_highway", "gf_lstm", "gf_gru"])
+def test_an_encoders_states_start_its_decoder(name, tmp_path):
+    network = translator(name, 2)
+    theirs, ours = both(network, tmp_path)
+    x, given = (torch.randint(V, (steps, B), generator=torch.Generator().manual_seed(steps)) for steps in (T, 6))
+    assert torch.equal(ours(x)[0], theirs(x)[0])
+    (y, state), (mine, my_state) = theirs(x, decoder_input=given), ours(x, decoder_input=given)
+    assert_close(mine, y)
+    assert [len(s) for layer in my_state for s in layer] == [len(CELLS[name].states)]
+    assert parity(network, ours, Part(x.t()))["flips_outside"] == 0
+
+
+@built
 @every
 def test_a_stream_agrees_exactly_with_a_call(name, depth, tmp_path):
     network = network_of(name, depth=depth, copies=2, scale=scale_of(depth))
@@ -240,6 +253,54 @@ def test_each_set_of_differences_is_a_cell_of_its_own():
         walk(c, x, zero_state(c.layer, B, x), FLOAT).states[0] for c in (make_cell(layer_of(n, hidden=7), binary=False) for n in MEMORIES)
     ]
     assert all((a - b).abs().max() > 1e-3 for k, a in enumerate(outs) for b in outs[:k])
+
+
+@pytest.mark.parametrize("name", list(CELLS))
+def test_a_bit_is_the_sign_of_the_pre_activation(name):
+    """A threshold of 0.25 (`soft > 0.5 - soft`), a trap of reference code, is seen by every gate of every cell."""
+    layer = layer_of(name, hidden=7, depth=2 if CELLS[name].deep else 1)
+    if not layer.kind.gates:
+        return
+    cell = make_cell(layer, binary=True)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    step, weights = STEPS[name], cell.weights()
+    state = tuple(torch.randn_like(s) for s in zero_state(layer, B, x))
+    sign = lambda pre, *, first=0: cell.gate(BINARY)(pre, first=first)
+    trap = lambda pre, *, first=0: (lambda soft: (soft > 0.5 - soft).double().expand(-1, -1, layer.width))(torch.sigmoid(pre))
+    plain = lambda pre, *, first=0: (pre > 0).double().expand(-1, -1, layer.width)
+    ours, wanted, wrong = (step(x[0], state, weights, gate)[0] for gate in (sign, plain, trap))
+    assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(ours, wrong, strict=True))
+
+
+@gated
+def test_noise_is_drawn_anew_at_every_call_and_by_its_generator_alone(name, depth):
+    """Noise kept on a module between calls is a trap of reference code."""
+    layer = layer_of(name, hidden=7, depth=depth)
+    cell = make_cell(layer, binary=True)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+
+    def run(seed: int, times: int = 1) -> list[torch.Tensor]:
+        mode = Discretize("gumbel-hard", generator=torch.Generator().manual_seed(seed))
+        return [run_cell(cell, x, zero_state(layer, B, x), mode).states[0] for _ in range(times)]
+
+    first, second = run(0, 2)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, run(0)[0])
+    assert not torch.equal(first, run(1)[0])
+
+
+def test_merging_the_biases_of_a_stack_or_forgetting_its_sigmoid_shows():
+    """A TensorFlow port leaves σ off the global gates, another adds all layers' h into unit gates: both are other networks."""
+    layer = layer_of("gf_lstm", hidden=7, depth=3)
+    cell = make_cell(layer, binary=False)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    state = tuple(torch.randn_like(s) for s in zero_state(layer, B, x))
+    units = layer.kind.unit_gates
+    right = lambda pre, *, first=0: cell.gate(FLOAT)(pre, first=first)
+    bare = lambda pre, *, first=0: pre.expand(-1, -1, layer.width) if first >= units else right(pre, first=first)
+    outs = [STEPS["gf_lstm"](x[0], state, cell.weights(), gate)[0][0] for gate in (right, bare)]
+    assert (outs[0] - outs[1]).abs().max() > 1e-2
 
 
 def test_every_new_cell_says_what_it_reads():

@@ -21,7 +21,7 @@ def errors(data: dict[str, Any]) -> list[tuple[str, tuple[str | int, ...]]]:
 
 
 def test_gate_names_are_those_of_the_cells() -> None:
-    assert set(GATE_NAMES) == {name for kind in CELLS.values() for name in kind.gate_names} == set("iforz")
+    assert set(GATE_NAMES) == {gate.letter for kind in CELLS.values() for gate in kind.at(2).gates} == set("iforztg")
 
 
 def test_nothing_given_is_the_default() -> None:
@@ -35,7 +35,7 @@ def test_every_gate_may_be_soft_or_have_a_budget(gate: str) -> None:
     assert recipe.budget.open == {gate: 0.5}
 
 
-@pytest.mark.parametrize("gate", ["q", "", "g", "main.layers.0.n", "o.", "I"])
+@pytest.mark.parametrize("gate", ["q", "", "n", "main.layers.0.n", "o.", "I"])
 def test_a_gate_of_no_cell_is_refused(gate: str) -> None:
     assert errors({"gates": {"soft": ["o", gate]}}) == [("gate_name", ("gates", "soft", 1))]
     assert errors({"budget": {"open": {gate: 0.5}}}) == [("gate_name", ("budget", "open", gate))]

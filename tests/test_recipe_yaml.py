@@ -163,8 +163,8 @@ def test_reasons_name_the_file_as_given(tmp_path: Path) -> None:
         ("version: 2", "1:10: version: must be one of 1; given 2"),
         ("version: true", "1:10: version: must be the number 1"),
         ("gates: {soft: o}", "1:15: gates.soft: must be a list, such as [a, b]; given o"),
-        ("gates: {soft: [o, q]}", "1:19: gates.soft.1: no cell has a gate q; gates: i, f, o, r, z"),
-        ("budget: {open: {i: 0.1, q: 0.1}}", "1:25: budget.open.q: no cell has a gate q; gates: i, f, o, r, z"),
+        ("gates: {soft: [o, q]}", "1:19: gates.soft.1: no cell has a gate q; gates: i, f, o, r, z, t, g"),
+        ("budget: {open: {i: 0.1, q: 0.1}}", "1:25: budget.open.q: no cell has a gate q; gates: i, f, o, r, z, t, g"),
         ("budget:\n  open: [i]\n", "2:3: budget.open: must be a map of keys to values; given a list"),
         ("gates: 3", "1:8: gates: must be a map of keys to values; given 3"),
         ("loss:\n\ngates: {}\n", "1:1: loss: must be a map of keys to values; given nothing"),
@@ -213,10 +213,10 @@ def test_all_errors_at_once_in_the_order_of_the_file() -> None:
         "r.yaml:2:10: train.steps: must be at least 1; given 0",
         "r.yaml:3:3: train.stesp: unknown key; did you mean steps?",
         "r.yaml:4:3: train.steps: given twice, first at r.yaml:2:3",
-        "r.yaml:6:10: gates.soft.0: no cell has a gate q; gates: i, f, o, r, z",
+        "r.yaml:6:10: gates.soft.0: no cell has a gate q; gates: i, f, o, r, z, t, g",
         "r.yaml:7:10: gates.noise: must be at most 1; given 2",
         "r.yaml:8:7: data: aliases (*x) are not read; write the value out",
-        "r.yaml:9:17: budget.open.q: no cell has a gate q; gates: i, f, o, r, z",
+        "r.yaml:9:17: budget.open.q: no cell has a gate q; gates: i, f, o, r, z, t, g",
         "r.yaml:9:20: budget.open.q: must be at most 1; given 2",
     ]
 

@@ -27,7 +27,7 @@ from rnn2bin.evaluation.density import DensityCounter
 from rnn2bin.evaluation.parity import parity
 from rnn2bin.gates.estimators import BINARY
 from rnn2bin.runtime import library, native_backend
-from rnn2bin.spec import ACTIVATIONS, DecodeSpec, EmbeddingSpec, GraphSpec, LayerSpec, LinearSpec, Node, RnnSpec, SectionSpec
+from rnn2bin.spec import ACTIVATIONS, CELLS, DecodeSpec, EmbeddingSpec, GraphSpec, LayerSpec, LinearSpec, Node, RnnSpec, SectionSpec
 
 SOURCES = Path(native_backend.__file__).parent / "native"
 HERE = Path(__file__).parent / "native"
@@ -64,6 +64,18 @@ def network_of(cell: str, *, tokens: str = "", readout: str = "all", head: bool 
     embedding = EmbeddingSpec(V, width, one_hot=tokens == "one_hot") if tokens else None
     linears = (LinearSpec(second.output_size, 9, activation="tanh"), LinearSpec(9, 6, bias=False, activation=activation)) if head else ()
     return filled(RnnSpec({"main": SectionSpec((first, second), embedding, linears, readout)}), **options)
+
+
+def stack_of(cell: str, *, depth: int = 1, copies: int = 1, tokens: bool = False, hidden: int = H, directions: int = 1, **options: Any) -> Network:
+    """Two layers of a cell that is deep, or that carries its input."""
+    width = I
+    layers = []
+    for _ in range(2):
+        one = LayerSpec(cell, width, hidden if CELLS[cell].recurrent else width, directions, depth=depth)
+        layers.append(replace(one, copies=copies if one.kind.unit_gates else 1))
+        width = one.output_size
+    section = SectionSpec(tuple(layers), EmbeddingSpec(V, I) if tokens else None, (LinearSpec(width, 6),))
+    return filled(RnnSpec({"main": section}), scale=0.1, **options)
 
 
 def translator(cell: str = "gru", copies: int = 2) -> Network:
@@ -742,6 +754,19 @@ def exercise(tmp_path: Path, flags: list[str], *, compiler: str = "cc", make_fla
         "words": translator(),
         "graph": graph_network(),
         "graph of GRUs": graph_network("gru"),
+        "full": network_of("lstm_peephole_full", tokens="embedding", copies=2, proj=11, clips=CLIPS),
+        "rnn": network_of("rnn", directions=2),
+        "residual": network_of("rnn_residual", tokens="embedding", copies=3, scale=0.2),
+        "prototype": network_of("prototype_normalized", copies=2),
+        "pseudo": network_of("pseudo_12", copies=2, weights="int8", tokens="embedding"),
+        "pseudo late": network_of("pseudo_23", copies=3, soft=("o",)),
+        "highway": stack_of("highway", tokens=True, copies=2),
+        "recurrent highway": stack_of("recurrent_highway", depth=9, copies=2, directions=2),
+        "feedback": stack_of("gf_lstm", depth=9, copies=2, hidden=3),
+        "feedback of GRUs": stack_of("gf_gru", depth=3, copies=3, tokens=True, weights="int8"),
+        "feedback of tanh": stack_of("gf_tanh", depth=2),
+        "feedback words": translator("gf_gru", 2),
+        "pseudo words": translator("pseudo_1", 2),
     }
     for name, network in networks.items():
         packed(network, tmp_path / name)
@@ -781,7 +806,11 @@ def test_fuzzed_files_never_crash_the_reader(tmp_path):
     subprocess.run([*command, str(place / "librnn2bin.a"), "-o", str(program), "-lm"], check=True)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    for seed, network in enumerate((network_of("lstm", hidden=5, tokens="embedding"), translator(), mixed_translator(), graph_network())):
+    networks = (
+        network_of("lstm", hidden=5, tokens="embedding"), translator(), mixed_translator(), graph_network(),
+        stack_of("gf_lstm", depth=2, hidden=3, tokens=True), stack_of("highway", tokens=True), network_of("pseudo_12", hidden=5),
+    )  # fmt: skip
+    for seed, network in enumerate(networks):
         path = packed(network, tmp_path / str(seed))
         done = subprocess.run([str(program), str(path), str(scratch), "5000", str(seed)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ with a bootstrap interval; bytes of weights touched a step against the read band
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import random
@@ -209,15 +210,14 @@ def dense_weights(spec: RnnSpec) -> int:
     total = sum(layer_weights(layer) for layer in section.layers)
     if section.embedding and not section.graph:
         first = section.layers[0]
-        total -= first.directions * (len(first.kind.gates) + 1) * first.hidden_size * first.input_size
+        total -= first.directions * sum(math.prod(shape) for name, shape in first.tensors().items() if name.endswith("weight_ih"))
     head = sum(linear.in_features * linear.out_features for linear in section.head)
     return total + (head if section.readout == "all" else 0)
 
 
 def layer_weights(layer: LayerSpec) -> int:
     """Those of all directions' matrices."""
-    rows = (len(layer.kind.gates) + 1) * layer.hidden_size
-    return layer.directions * (rows * (layer.input_size + layer.recurrent_size) + layer.proj_size * layer.hidden_size)
+    return layer.directions * sum(math.prod(shape) for shape in layer.tensors().values() if len(shape) == 2)
 
 
 def model_bytes(spec: RnnSpec, weights: str, *, compute: str) -> int:

@@ -59,8 +59,8 @@ class Look(Protocol):
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix of a step: `rows` (T,B) that it asks for, of `of` (rows, columns). `columns`: those that are not zero in what it reads, None
-    for the step's input. `candidate`: the report tells what share of these rows is asked for; once for each candidate."""
+    """One matrix of a step: `rows` (T,B) that it asks for, of `of` (rows, columns). `columns`: those that are not zero in what it reads,
+    None for the step's input. `candidate`: the report tells what share of these rows is asked for; once for each candidate."""
 
     rows: Tensor
     columns: Tensor | None

@@ -1,8 +1,8 @@
-"""Gated feedback RNNs (Chung et al. 2015, arXiv 1502.02367): a stack of layers in which every layer reads what all layers were a step ago, each
-through a matrix that a global gate, one decision for all units, lets count or not. With such gates binary whole matrices are skipped.
+"""Gated feedback RNNs (Chung et al. 2015, arXiv 1502.02367): a stack of layers in which every layer reads what all layers were a step ago,
+each through a matrix that a global gate, one decision for all units, lets count or not. With such gates binary whole matrices are skipped.
 
-A stack is one cell with a depth, since no layer can go a step ahead of the others (docs/decisions/023-stacks.md). Its states are its layers' in a
-row; others read the last one's h. Global gates have a bias, which the paper has not: a threshold must stand somewhere.
+A stack is one cell with a depth, since no layer can go a step ahead of the others (docs/decisions/023-stacks.md). Its states are those of
+its layers in a row; others read the last one's h. Global gates have a bias, which the paper has not: a threshold must stand somewhere.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Highway layers (Srivastava et al. 2015, arXiv 1505.00387) and recurrent highway networks (Zilly et al. 2016, arXiv 1607.03474, eq. 7-9), with
-the carry gate coupled to the transform gate: y = t φ(…) + (1 − t) x. t = 0 carries exactly."""
+"""Highway layers (Srivastava et al. 2015, arXiv 1505.00387) and recurrent highway networks (Zilly et al. 2016, arXiv 1607.03474, eq. 7-9),
+with the carry gate coupled to the transform gate: y = t φ(…) + (1 − t) x. t = 0 carries exactly."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def step(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate: Gate) -> tu
 
 
 def step_recurrent(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate: Gate) -> tuple[tuple[Tensor, ...], Tensor]:
-    """x (B,I), state h (B,n·H) -> new h, and the pre-activations (B,L,n·H) of every layer's t. The first layer alone reads x; each carries on
-    what the one before it gives."""
+    """x (B,I), state h (B,n·H) -> new h, and the pre-activations (B,L,n·H) of every layer's t. The first layer alone reads x; each carries
+    on what the one before it gives."""
     (h,) = state
     hidden, copies = w.hidden, h.shape[1] // w.hidden
     pres = []

@@ -1,8 +1,9 @@
 """Cells between an RNN and the LSTM, as "Written Memories" derives the LSTM (R2RT 2016): a state that is written selectively (i), forgotten
 selectively (f) and read selectively (o).
 
-The prototype reads its bare state and exposes it; normalized, its state is divided by sqrt(Var(s) + 1) at each step. The pseudo-LSTM looks at
-φ(s) instead. Three differences lead from it to the LSTM, each of them a switch here, so that there are eight cells, `pseudo` to `pseudo_123`:
+The prototype reads its bare state and exposes it; normalized, its state is divided by sqrt(Var(s) + 1) at each step. The pseudo-LSTM looks
+at φ(s) instead. Three differences lead from it to the LSTM, each of them a switch here, so that there are eight cells, `pseudo` to
+`pseudo_123`:
 
 1. the state is read after it was written, by this step's o, for the next step's candidate: r = o φ(s); else before, by the same step's o;
 2. gates look at what is read of the state, and not at all of it. Without 1, o itself must be decided first and looks at all of it;

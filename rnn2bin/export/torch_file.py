@@ -48,7 +48,7 @@ def _reasons(section: Section) -> list[str]:
     if any(one.activation != "tanh" or one.hard_sigmoid for one in spec.layers):
         reasons.append("its cells have other activations than nn.LSTM and nn.GRU; export --to onnx")
     if others := sorted({one.cell for one in spec.layers if one.kind.family not in ("lstm", "gru")}):
-        reasons.append(f"PyTorch has no {', '.join(others)} whose gates could be made of its own; they run on both backends of this package")
+        reasons.append(f"PyTorch has no {', '.join(others)}; such cells run on both backends of this package")
     if any(one.cell.startswith("lstm_") for one in spec.layers):
         reasons.append("its LSTM has peepholes, or one decision for its input and forget gate, which nn.LSTM has not; export --to onnx")
     if any(one.clip or one.cell_clip or one.proj_clip for one in spec.layers):

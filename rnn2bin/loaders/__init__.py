@@ -15,7 +15,7 @@ from rnn2bin import spec as spec_module
 from rnn2bin.errors import ResourceError, UnsupportedError, UsageError
 from rnn2bin.files import READ_NOW, fingerprint, regular_file
 from rnn2bin.loaders import graph_source, huggingface, keras_file, npz, onnx_file, pytorch, recognise, safetensors_file, tensorflow_graph
-from rnn2bin.loaders.assemble import Assembly, build, leftovers, unused
+from rnn2bin.loaders.assemble import Assembly, build, by_spec, leftovers, unused
 from rnn2bin.loaders.render import parts, source_yaml, spec_parts, text
 from rnn2bin.recipe import Source
 from rnn2bin.spec import RnnSpec
@@ -164,7 +164,12 @@ def _resolved(path: Path, name: str, source: Source | None) -> _Resolved:
             own = {"inputs", "keras", "output"} | (set() if source and source.has_graph else {"input_shape"})
             if source and (extra := sorted(source.given & own)):
                 raise UsageError(f"source: {', '.join(extra)}: for files that hold a graph; {path.name} holds named tensors")
-            return _resolve(_read(path, name, source), source)
+            described = safetensors_file.spec_text(path) if name == "safetensors" and (source is None or source.automatic) else None
+            tensors = _read(path, name, source)
+            if described is not None:
+                built = by_spec(described, tensors, source.ignore if source else ())
+                return _Resolved(tensors, built, None, built.reasons, readout_stated=True)
+            return _resolve(tensors, source)
         built = GRAPH_READERS[name](path, source or Source())
     except MemoryError:
         raise ResourceError(f"{path}: does not fit into memory") from None

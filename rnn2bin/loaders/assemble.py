@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rnn2bin import spec as spec_module
 from rnn2bin.errors import UnsupportedError
+from rnn2bin.files import json_object
 from rnn2bin.recipe import LayerSource, LinearSource, SectionSource, Source
 from rnn2bin.spec import CELLS, DIRECTIONS, DecodeSpec, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
 
@@ -22,14 +23,15 @@ if TYPE_CHECKING:
     import torch
 
 CANDIDATE = "candidate"
-BLOCKS = {
-    "lstm": ("i", "f", CANDIDATE, "o"),
-    "lstm_peephole": ("i", "f", CANDIDATE, "o"),
-    "lstm_coupled": ("i", CANDIDATE, "o"),
-    "lstm_coupled_peephole": ("i", CANDIDATE, "o"),
-    "gru": ("r", "z", CANDIDATE),
-    "gru_reset_before": ("r", "z", CANDIDATE),
-}
+
+
+def _blocks(gates: tuple[str, ...]) -> tuple[str, ...]:
+    before = gates.index("o") if "o" in gates else len(gates)
+    return (*gates[:before], CANDIDATE, *gates[before:])
+
+
+# Of deep cells there is no such order: their tensors come under our own names.
+BLOCKS = {name: _blocks(kind.gate_names) for name, kind in CELLS.items() if not kind.deep}
 
 # What a tensor that the network does not use most likely is, by its name: said in the refusal, never acted upon.
 LOOKS_LIKE = (
@@ -85,6 +87,22 @@ def build(source: Source, tensors: Mapping[str, torch.Tensor]) -> Assembly:
     return Assembly(spec, work.weights if not work.reasons else {}, list(dict.fromkeys(work.reasons)))
 
 
+def by_spec(described: str, tensors: Mapping[str, torch.Tensor], ignore: Sequence[str]) -> Assembly:
+    """A file of our own float networks: its spec as JSON, its tensors under our own names. Nothing is taken on trust."""
+    try:
+        spec = spec_module.from_dict(json_object(described.encode(), where="the header's spec"))
+    except UnsupportedError as error:
+        return Assembly(reasons=list(error.reasons))
+    work = Work(tensors)
+    for name, shape in spec.tensors().items():
+        values = work.take(name, "the spec in the file's header", shape)
+        if values is not None:
+            work.keep(name, values)
+    work.reasons += leftovers(tensors, work.uses, ignore)
+    notes = ["written by rnn2bin: its header says what it is"]
+    return Assembly(spec, work.weights if not work.reasons else {}, list(dict.fromkeys(work.reasons)), notes)
+
+
 def leftovers(tensors: Mapping[str, torch.Tensor], used: Iterable[str], ignore: Sequence[str]) -> list[str]:
     """One reason for every tensor that is neither used nor listed in `ignore` (names or glob patterns)."""
     return [
@@ -128,7 +146,8 @@ def split_direction(cell: str, ih: torch.Tensor, hh: torch.Tensor, b_ih: torch.T
 
     def split(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         blocks = dict(zip(BLOCKS[cell], values.chunk(len(BLOCKS[cell])), strict=True))
-        return torch.cat([blocks[gate] for gate in CELLS[cell].gate_names]), blocks[CANDIDATE]
+        gates = [blocks[gate] for gate in CELLS[cell].gate_names]
+        return torch.cat(gates) if gates else values[:0], blocks[CANDIDATE]
 
     found = {}
     for name, values in (("weight_ih", ih), ("weight_hh", hh)):
@@ -230,21 +249,57 @@ class Work:
         first = specs[0]
         assert first is not None
         if len(specs) == 2 and specs[1] != first:
-            self.reasons.append(f"{prefix}: the two directions have different sizes ({source.weight_hh}, {directions[1].weight_hh})")
+            names = [one.prefix or one.weight_hh for one in directions]
+            self.reasons.append(f"{prefix}: the two directions have different sizes ({', '.join(map(str, names))})")
             return None
-        return LayerSpec(cell, first.input_size, first.hidden_size, len(specs), first.proj_size)
+        return replace(first, directions=len(specs))
+
+    def own(self, prefix: str, cell: str, source: LayerSource) -> LayerSpec | None:
+        """A direction under our own names behind `source.prefix`. A gated feedback stack without biases of its global gates has zeros."""
+        import torch
+
+        first = self.tensors.get(f"{source.prefix}candidate.weight_ih")
+        if first is None or first.ndim != 2 or 0 in first.shape:
+            self.take(f"{source.prefix}candidate.weight_ih", f"the candidate of {cell}", (None, None))
+            return None
+        layer = LayerSpec(cell, first.shape[1], first.shape[0], depth=source.depth, activation=source.activation)
+        if CELLS[cell].deep == "" and source.depth > 1:
+            self.reasons.append(f"{source.prefix}: {cell} has no depth")
+            return None
+        found = {}
+        for name, shape in layer.tensors().items():
+            given = f"{source.prefix}{name}"
+            if name == "global.bias" and given not in self.tensors:
+                found[name] = torch.zeros(shape)
+            elif (values := self.take(given, f"{name} of {cell}", shape)) is not None:
+                found[name] = values
+        if len(found) < len(layer.tensors()):
+            return None
+        for name, values in found.items():
+            self.keep(f"{prefix}.{name}", values)
+        return layer
 
     def direction(self, prefix: str, cell: str, source: LayerSource) -> LayerSpec | None:
         """weight_ih (G*H, I), weight_hh (G*H, R), biases (G*H,), weight_hr (R, H); G counts the candidate block too."""
-        blocks = len(BLOCKS[cell])
+        cell = source.cell or cell
+        if source.activation != "tanh" and cell != "rnn":
+            self.reasons.append(f"{prefix}: activation {source.activation} is for a plain RNN, not for {cell}")
+        if source.prefix is not None:
+            return self.own(prefix, cell, source)
+        assert source.weight_ih is not None  # LayerSource: one of the two
+        if cell not in BLOCKS or (source.weight_hh is None) == CELLS[cell].recurrent:
+            needs = "weight_hh" if cell in BLOCKS and CELLS[cell].recurrent else "no weight_hh" if cell in BLOCKS else "a `prefix`"
+            self.reasons.append(f"{source.weight_ih}: {cell} wants {needs}")
+            return None
+        blocks, sized = len(BLOCKS[cell]), source.weight_hh or source.weight_ih
         if source.weight_hr and not CELLS[cell].is_lstm:
             self.reasons.append(f"{source.weight_hr}: only an LSTM has a projection")
         projection = self.take(source.weight_hr, "the projection", (None, None)) if source.weight_hr else None
-        size = self.tensors[source.weight_hh].shape if source.weight_hh in self.tensors else ()
+        size = self.tensors[sized].shape if sized in self.tensors else ()
         hidden = size[0] // blocks if len(size) == 2 else None
         recurrent = projection.shape[0] if projection is not None else hidden
         rows = hidden * blocks if hidden is not None else None
-        hh = self.take(source.weight_hh, f"weight_hh of {cell}", (rows, recurrent))
+        hh = self.take(source.weight_hh, f"weight_hh of {cell}", (rows, recurrent)) if source.weight_hh else None
         ih = self.take(source.weight_ih, f"weight_ih of {cell}", (rows, None))
         biases = {name: self.take(name, f"a bias of {cell}", (rows,)) for name in (source.bias_ih, source.bias_hh) if name}
         if projection is not None and hidden is not None and projection.shape[1] != hidden:
@@ -252,33 +307,36 @@ class Work:
             return None
         peephole = self.peephole(cell, source, hidden)
         incomplete = (source.weight_hr and projection is None) or any(bias is None for bias in biases.values())
-        if hh is None or ih is None or hidden is None or incomplete:
+        if (hh is None and source.weight_hh) or ih is None or hidden is None or incomplete:
             return None
-        zeros = hh.new_zeros(blocks * hidden)
+        zeros = ih.new_zeros(blocks * hidden)
         b_ih, b_hh = (biases[name] if name else None for name in (source.bias_ih, source.bias_hh))
-        self.permute(prefix, cell, ih, hh, zeros if b_ih is None else b_ih, zeros if b_hh is None else b_hh)
+        self.permute(prefix, cell, ih, ih[:, :0] if hh is None else hh, zeros if b_ih is None else b_ih, zeros if b_hh is None else b_hh)
         if projection is not None:
             self.keep(f"{prefix}.projection.weight", projection)
         if peephole is not None:
             self.keep(f"{prefix}.gates.peephole", peephole)
-        return LayerSpec(cell, ih.shape[1], hidden, 1, projection.shape[0] if projection is not None else 0)
+        proj_size = projection.shape[0] if projection is not None else 0
+        return LayerSpec(cell, ih.shape[1], hidden, 1, proj_size, activation=source.activation)
 
     def peephole(self, cell: str, source: LayerSource, hidden: int | None) -> torch.Tensor | None:
-        """(G·H,), in the canonical order of gates."""
+        """(G·H,) or (G·H,H), in the canonical order of gates."""
         import torch
 
         kind, names = CELLS[cell], source.peephole or []
-        if len(names) != len(kind.gates) * kind.peepholes:
+        shape = (hidden, hidden) if kind.peepholes == "full" else (hidden,)
+        if len(names) != len(kind.gates) * bool(kind.peepholes):
             wanted = f"a tensor for each of {', '.join(kind.gate_names)}" if kind.peepholes else "none"
             self.reasons.append(f"{source.weight_hh}: {len(names)} peepholes given; {cell} has {wanted}")
             return None
-        found = [self.take(name, f"the peephole of {gate}", (hidden,)) for name, gate in zip(names, kind.gate_names, strict=False)]
+        found = [self.take(name, f"the peephole of {gate}", shape) for name, gate in zip(names, kind.gate_names, strict=False)]
         whole = [one for one in found if one is not None]
         return torch.cat(whole) if whole else None
 
     def permute(self, prefix: str, cell: str, ih: torch.Tensor, hh: torch.Tensor, b_ih: torch.Tensor, b_hh: torch.Tensor) -> None:
         for name, values in split_direction(cell, ih, hh, b_ih, b_hh).items():
-            self.keep(f"{prefix}.{name}", values)
+            if values.numel():  # a cell without gates has no rows of them, one that looks at no step before no columns
+                self.keep(f"{prefix}.{name}", values)
 
     def keep(self, name: str, values: torch.Tensor) -> None:
         import torch

@@ -87,7 +87,8 @@ class _GraphWork(Work):
         embedding = self.embedding("main", source)
         if embedding is not None:
             return self.weights["main.embedding.weight"]
-        first = self.tensors.get(source.layers[0].weight_ih)
+        layer = source.layers[0]
+        first = self.tensors.get(layer.weight_ih or f"{layer.prefix}candidate.weight_ih")
         return first.shape[1] if source.one_hot and first is not None and first.ndim == 2 else None
 
     def input_shape(self, given: list[int] | None) -> tuple[int, ...]:

@@ -218,9 +218,8 @@ class _Recogniser:
         if hidden and hh[0] == 3 * hidden:
             return "gru"
         if hh[0] == hidden:
-            self.reasons.append(f"{label}: a plain RNN ({roles['weight_hh']} {hh}) has no gates to make binary")
-        else:
-            self.reasons.append(f"{roles['weight_hh']}: shape {hh} is neither an LSTM's (4H, H) nor a GRU's (3H, H)")
+            return "rnn"
+        self.reasons.append(f"{roles['weight_hh']}: shape {hh} is neither an LSTM's (4H, H) nor a GRU's (3H, H) nor a plain RNN's (H, H)")
         return None
 
     # -- matrices --
@@ -274,13 +273,14 @@ class _Recogniser:
         table = self.table(chain, matrices)
         rest = [m for m in matrices if m is not table]
         linears = self.head(chain, rest, table) if head else []
-        cell = self.hints.cell if self.hints.cell and chain[0].cell == "gru" else chain[0].cell
-        if self.hints.cell and chain[0].cell != "gru":
-            self.reasons.append(f"source.cell: {self.hints.cell} was asked for, but the {name} layers are {chain[0].cell}")
+        found = next((stack.cell for stack in chain if stack.cell != "rnn"), "rnn")
+        cell = self.hints.cell if self.hints.cell and found == "gru" else found
+        if self.hints.cell and found != "gru":
+            self.reasons.append(f"source.cell: {self.hints.cell} was asked for, but the {name} layers are {found}")
         draft: Draft = {"cell": cell}
         if table:
             draft["embedding"] = table.name
-        draft["layers"] = [layer for stack in chain for layer in stack.layers]
+        draft["layers"] = [layer for stack in chain for layer in self.carried(stack)]
         if linears:
             draft["head"] = self.activated(linears)
         elif head and self.hints.activations:
@@ -291,11 +291,25 @@ class _Recogniser:
             draft["readout"] = self.hints.readout
         return draft
 
+    def carried(self, stack: Stack) -> Iterator[Draft]:
+        """A stack's layers. A plain RNN is carried through; the file cannot say what its activation is."""
+        for layer in stack.layers:
+            if stack.cell != "rnn":
+                yield layer
+                continue
+            name = layer["weight_ih"]
+            self.reasons.append(f"{name}: a plain RNN, tanh or relu: the file cannot say which; write it as the layer's `activation`")
+            ways = {"reverse": {**layer["reverse"], "activation": UNKNOWN}} if "reverse" in layer else {}
+            yield {**layer, **ways, "cell": "rnn", "activation": UNKNOWN}
+
     def chain(self, stacks: list[Stack]) -> list[Stack] | None:
         """All stacks in the one order in which they join, or None with the reason."""
         shown = ", ".join(f"{s.name.rstrip('._/:') or 'cell'} {s.cell} ({s.reads} -> {s.gives})" for s in stacks)
-        if len({s.cell for s in stacks}) > 1:
-            self.reasons.append(f"recurrent layers of different kinds: {shown}; one section has one kind of cell")
+        if all(s.cell == "rnn" for s in stacks):
+            self.reasons.append(f"{shown}: a plain RNN has no gates to make binary")
+            return None
+        if len({s.cell for s in stacks} - {"rnn"}) > 1:
+            self.reasons.append(f"recurrent layers of different kinds: {shown}; write `source:` by hand, with a `cell:` for each layer")
             return None
         if len(stacks) > 1 and sum(bool(ONE_WAY.search(s.name)) for s in stacks) > 1:
             self.reasons.append(

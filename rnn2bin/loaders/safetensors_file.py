@@ -24,6 +24,7 @@ WIDTHS = {
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
 }
 MOST_EMPTY = 2**40
+SPEC = "rnn2bin"  # of a header's metadata: the network's spec as JSON
 
 
 def read(path: Path, *, ignore: Sequence[str] = ()) -> dict[str, torch.Tensor]:
@@ -38,6 +39,19 @@ def read(path: Path, *, ignore: Sequence[str] = ()) -> dict[str, torch.Tensor]:
         raise
     except Exception as error:
         raise UnsupportedError(f"{path}: not a readable safetensors file, or truncated ({_line(error)})") from None
+
+
+def spec_text(path: Path) -> str | None:
+    """What rnn2bin's own float networks say of themselves in the header (`cells.module`), None of another file's."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        first = stream.read(8)
+        (length,) = struct.unpack("<Q", first) if len(first) == 8 else (size,)
+        if length > min(size - 8, JSON_BYTES):  # `header` says what is wrong
+            return None
+        found = json_object(stream.read(length), where=f"{path}: header").get("__metadata__")
+    text = found.get(SPEC) if isinstance(found, dict) else None
+    return text if isinstance(text, str) else None
 
 
 def header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -77,7 +77,7 @@ static int batch_and_states(unsigned seed) {
   r2b_state *s = new_state(BATCH, STEPS);
   int failed = r2b_run(s, x, STEPS, lengths, y);
   for (int64_t k = layer < 0 ? 0 : layer; k < (layer < 0 ? info.layers : layer + 1) && !failed; k++)
-    for (int64_t which = 0; which < 2; which++) {
+    for (int64_t which = 0; which < 3; which++) {
       int64_t size = r2b_state_size(model, k, 0, which);
       float *values = calloc((size_t)(BATCH * size + 1), 4);
       if (size) failed |= r2b_get_state(s, k, 0, which, values) || r2b_set_state(s, k, 0, which, values);
