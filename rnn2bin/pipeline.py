@@ -27,6 +27,7 @@ from rnn2bin.packed import read_config
 from rnn2bin.packed import vocabulary as vocabulary_of
 from rnn2bin.recipe import Budget, Recipe
 from rnn2bin.spec import RnnSpec
+from rnn2bin.stages import Stage, unwatched
 
 Report = dict[str, Any]
 Progress = Callable[[dict[str, Any]], None]
@@ -242,9 +243,11 @@ def run(
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    stage: Stage = unwatched,
 ) -> Result:
     """`convert` for a file, with a resolved recipe."""
     progress = progress if processes.leads() else None
+    stage("load")
     if not resume:
         processes.lead(lambda: check_out(out, force=force))
     job = processes.first(lambda: prepare(source, recipe, given))
@@ -253,7 +256,8 @@ def run(
     if done:
         return Result(out, done)
     with keeping(work):
-        report = _convert(job, network, out, work, command=command_of(source, given), resume=resume, force=force, progress=progress)
+        command, options = command_of(source, given), {"resume": resume, "force": force}
+        report = _convert(job, network, out, work, command=command, progress=progress, stage=stage, **options)
         processes.lead(lambda: discard(work))
     return Result(out, report)
 
@@ -302,10 +306,11 @@ def _convert(
     resume: bool,
     force: bool,
     progress: Progress | None,
+    stage: Stage,
 ) -> Report:
     recipe = job.recipe
     began = time.perf_counter()
-    network, trained = distil(job, work, network=network, resume=resume, progress=progress)
+    network, trained = distil(job, work, network=network, resume=resume, progress=progress, stage=stage)
     searched: Report | None = None
     if recipe.searched:
         from rnn2bin.search import descent
@@ -316,12 +321,14 @@ def _convert(
     network.eval()
 
     def ship() -> Report:
+        stage("pack")
         with pack.staging(out, force=force) as folder:
             provenance = provenance_of(job, command["model"])
             pack.write_model(network, folder, provenance=provenance, task=task_of(job))
             pack.write_runtime(folder)
             (folder / "recipe.yaml").write_text(recipe_yaml.dump(recipe), encoding="utf-8")
             recorded = {**provenance, "command": command, **made(folder, recipe)}
+            stage("verify")
             report = write_report(job, folder, trained, provenance=recorded, seconds=seconds, fine_tuned=fine_tuned, searched=searched)
             refuse_over_budget(report, recipe)
         return report
@@ -330,11 +337,19 @@ def _convert(
 
 
 def distil(
-    job: Job, work: Path, *, network: Network | None = None, resume: bool = False, progress: Progress | None = None
+    job: Job,
+    work: Path,
+    *,
+    network: Network | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    stage: Stage = unwatched,
 ) -> tuple[Network, distiller.Trained]:
     """The student, calibrated and trained by the job's recipe; checkpoints lie in `work`."""
     network = student.student(job.teacher, job.recipe.gates, weights=job.recipe.pack.weights) if network is None else network
+    stage("calibrate")
     calibrate.calibrate(network, job.teacher, job.task, distiller.calibration_batches(job.parts.train, job.recipe, job.task))
+    stage("distill")
     trained = distiller.train(
         network,
         job.teacher,

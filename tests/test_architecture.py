@@ -18,6 +18,7 @@ ORDER = [
     "recipe",
     "recipe_yaml",
     "packed",
+    "stages",
     "gates",
     "cells",
     "loaders",
@@ -40,6 +41,7 @@ ORDER = [
     "modules",
     "hub",
     "doctor",
+    "serve",
     "cli",
 ]
 # Function-level imports that close a loop on purpose, each with its reason.
@@ -47,6 +49,7 @@ ALLOWED = {
     ("pipeline", "modules"),  # convert() hands an nn.Module over
     ("pipeline", "search"),  # convert() with two limits
     ("pipeline", "plan"),  # the pre-flight check before the work starts
+    ("serve", "cli"),  # its child keeps the libraries as quiet as the command does
 }
 
 
