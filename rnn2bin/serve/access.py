@@ -92,18 +92,9 @@ def caller_of(token: str, store: Store) -> Caller:
 
 
 def token_of(headers: Any, cookies: Any) -> str | None:
+    """The key that a request came with, in its header or the page's cookie."""
     kind, _, token = headers.get("authorization", "").partition(" ")
     return token.strip() if kind.lower() == "bearer" else cookies.get(COOKIE)
-
-
-def authenticate(headers: Any, cookies: Any, store: Store, *, open_to_all: bool) -> Caller:
-    """The caller of a request. `open_to_all`: on loopback, where there were no keys when the service started."""
-    token = token_of(headers, cookies)
-    if token is not None:
-        return caller_of(token, store)
-    if open_to_all:
-        return ANYBODY
-    raise AuthenticationError("a key is needed: Authorization: Bearer r2b_…")
 
 
 def check_site(method: str, headers: Any, *, hosts: frozenset[str] | None) -> None:

@@ -13,13 +13,12 @@ from typing import IO, Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rnn2bin import __version__, recipe_yaml
-from rnn2bin.errors import ConflictError, NotFoundError, Rnn2binError, TooLargeError, UnavailableError, UsageError
+from rnn2bin.errors import AuthenticationError, ConflictError, NotFoundError, Rnn2binError, TooLargeError, UnavailableError, UsageError
 from rnn2bin.serve import access, forms, problems, recipes
 from rnn2bin.serve.access import Caller
 from rnn2bin.serve.engine import Queue
@@ -33,6 +32,7 @@ PAGE = Path(__file__).parent / "page"
 BODY = 4 * 2**20  # bytes of a JSON body
 CHUNK = 2**20  # of an upload, written at once
 LARGE = 2**31 - 1
+PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 TYPES = {".html": "text/html", ".json": "application/json"}
 NOBODY_READS = 499
 Answers = dict[int | str, dict[str, Any]]
@@ -61,13 +61,19 @@ class Service:
         return found
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:  # async: not worth a thread
     return request.app.state.service  # type: ignore[no-any-return]
 
 
-def caller_of(request: Request) -> Caller:
-    service = service_of(request)
-    return access.authenticate(request.headers, request.cookies, service.store, open_to_all=service.open_to_all)
+async def caller_of(request: Request) -> Caller:
+    """Who asks; a thread only where a key is to be looked up."""
+    service: Service = request.app.state.service
+    token = access.token_of(request.headers, request.cookies)
+    if token is not None:
+        return await run_in_threadpool(access.caller_of, token, service.store)
+    if service.open_to_all:
+        return access.ANYBODY
+    raise AuthenticationError("a key is needed: Authorization: Bearer r2b_…")
 
 
 Here = Annotated[Service, Depends(service_of)]
@@ -350,10 +356,12 @@ def _file(here: Service, job: Row, name: str, request: Request) -> Response:
 
 
 def _recipes(app: FastAPI) -> None:
+    listed = forms.Recipes.model_validate({"items": recipes.bundled(), "knobs": recipes.knobs()}).model_dump_json()  # never changes
+
     @app.get("/v1/recipes", response_model=forms.Recipes)
-    def list_recipes() -> Any:
+    async def list_recipes() -> Any:
         """The bundled recipes, and every knob there is, with its meaning and bounds."""
-        return {"items": recipes.bundled(), "knobs": recipes.knobs()}
+        return Response(listed, media_type="application/json")
 
     @app.get("/v1/recipes/{name}", response_model=forms.BundledRecipe, responses=problems.responses(404, 422))
     def get_recipe(name: str) -> Any:
@@ -373,13 +381,13 @@ def _recipes(app: FastAPI) -> None:
 
 def _around(app: FastAPI) -> None:
     @app.get("/v1/session", response_model=forms.Session, responses=problems.responses(403))
-    def session(request: Request, here: Here) -> Any:
+    async def session(request: Request, here: Here) -> Any:
         """Whether a key is needed, whose this one is, and what it has used."""
         try:
-            by = caller_of(request)
+            by = await caller_of(request)
         except Rnn2binError:
             return {"needs_key": True, "owner": None}
-        jobs, size = here.store.used(by.owner)
+        jobs, size = await run_in_threadpool(here.store.used, by.owner)
         quota = {"max_jobs": by.max_jobs, "max_bytes": by.max_bytes, "jobs": jobs, "bytes": size}
         return {"needs_key": not here.open_to_all, "owner": by.owner, **quota}
 
@@ -414,11 +422,26 @@ def _around(app: FastAPI) -> None:
         """Prometheus."""
         return Response(here.metrics.text(), media_type=MEDIA)
 
-    @app.get("/", include_in_schema=False)
-    def index() -> Response:
-        return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+    files = {path.name: (path.read_bytes(), PAGE_TYPES[path.suffix]) for path in PAGE.iterdir() if path.suffix in PAGE_TYPES}
 
-    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    @app.get("/", include_in_schema=False)
+    async def index(request: Request) -> Response:
+        return _page(*files["index.html"], request)
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page(name: str, request: Request) -> Response:
+        if name not in files:
+            raise NotFoundError("the page has no such file")
+        return _page(*files[name], request)
+
+
+def _page(content: bytes, media: str, request: Request) -> Response:
+    """From memory: it is small, and asked for again and again; an unchanged file is not sent again."""
+    tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+    headers = {"ETag": tag, "Cache-Control": "no-cache"}
+    if tag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(content, media_type=media, headers=headers)
 
 
 class Guard:

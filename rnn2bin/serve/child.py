@@ -17,7 +17,8 @@ from typing import Any
 
 from rnn2bin.serve import isolation
 
-EVERY = 0.5  # seconds between two reports of progress, at least
+EVERY = 0.5  # seconds between two reports of progress, at least; a long run reports less often as it goes on
+REPORTS = 400  # over any stretch of a run that is as long as all before it
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -90,7 +91,8 @@ class Watch:
 
     def __init__(self, tell: Tell, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.tell, self.clock = tell, clock
-        self.last, self.seen = -EVERY, (0, None)
+        self.began = clock()
+        self.last, self.seen = self.began - EVERY, (0, None)
         self.first: tuple[int, int, float] | None = None  # training, step, when
 
     def __call__(self, now: dict[str, Any]) -> None:
@@ -98,7 +100,10 @@ class Watch:
         if self.first is None or self.first[0] != training:
             self.first = (training, now["step"], at)
         seen = (training, now["measured"])
-        if seen != self.seen or now["step"] == now["steps"] or at - self.last >= EVERY:
+        pause = max(EVERY, (at - self.began) / REPORTS)
+        if seen != self.seen:  # a measurement, which may come with every step
+            pause /= 5
+        if now["step"] == now["steps"] or at - self.last >= pause:
             self.last, self.seen = at, seen
             self.tell({"progress": {name: _finite(value) for name, value in {**now, "seconds_left": self._left(now, at)}.items()}})
 

@@ -105,6 +105,7 @@ class Validity(BaseModel):
 class RecipeName(BaseModel):
     name: str
     summary: str
+    one_network: bool = Field(description="written for the files of one public network: it has a `source`")
 
 
 class BundledRecipe(BaseModel):

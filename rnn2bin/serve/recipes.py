@@ -1,4 +1,4 @@
-"""Recipes as the page needs them: every knob with its meaning and bounds, from the models of rnn2bin.recipe; and what a request may not say."""
+"""Recipes as the page needs them: every knob with its meaning and bounds, from the models of rnn2bin.recipe; and what none may say."""
 
 from __future__ import annotations
 
@@ -75,8 +75,10 @@ def alone(reason: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def bundled() -> list[dict[str, str]]:
-    return [{"name": path.stem, "summary": recipe_yaml.summary(path)} for path in recipe_yaml.bundled()]
+@cache
+def bundled() -> tuple[dict[str, Any], ...]:
+    about = lambda path: recipe_yaml.read(path).source is not None
+    return tuple({"name": path.stem, "summary": recipe_yaml.summary(path), "one_network": about(path)} for path in recipe_yaml.bundled())
 
 
 def shown(name: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Settings:
     lease: float = 15.0  # seconds after which a worker that gives no sign is taken for dead
     grace: float = 2.5  # seconds a child has to write its last checkpoint
     poll: float = 0.25  # seconds between looks at the data base
+    pickup: float = 0.5  # seconds between a worker's looks at the queue
     limits: Limits = field(default_factory=Limits)
 
     @property

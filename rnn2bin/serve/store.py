@@ -119,7 +119,7 @@ def open_engine(db: str) -> sa.Engine:
     """An engine on which a reader never waits for a writer, and a writer at most half a minute for another."""
     url = sa.make_url(db)
     if url.get_backend_name() == "sqlite":
-        engine = sa.create_engine(url, connect_args={"timeout": 30})
+        engine = sa.create_engine(url, connect_args={"timeout": 30}, pool_size=20, max_overflow=30)
 
         @sa_event.listens_for(engine, "connect")
         def _(connection: Any, __: Any) -> None:
@@ -275,7 +275,7 @@ class Store:
             found = db.execute(sa.update(jobs).where(*where).values(**now, started=started).returning(*jobs.c)).mappings().first()
             if found is None:
                 return None
-            self._event(db, id, "started", {"run": run, "start": found["starts"]})
+            self._event(db, id, "started", {"run": run, "start": found["starts"], "worker": worker})
         return dict(found)
 
     def note(self, id: str, worker: str, kind: str, data: Row, **values: Any) -> bool:

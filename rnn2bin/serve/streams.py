@@ -1,4 +1,7 @@
-"""Server-sent events: one task looks for news of all jobs that anybody listens to; a stream that has caught up costs no query of its own."""
+"""Server-sent events: one task looks for news of all jobs that anybody listens to; a stream costs no query and no rendering of its own.
+
+Events of a job are numbered 1, 2, 3, …, so a job that is listened to has its history here as a list, and a listener is a place in it.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,30 @@ from rnn2bin.serve.store import ENDED, Row, Store
 
 log = logging.getLogger("rnn2bin.serve")
 KEEP_ALIVE = 15.0  # seconds of silence after which a comment says that the stream lives
-BACKLOG = 1000
+BATCH = 1000  # events read, or sent, at once
 
 
 class Topic:
     """A job that somebody listens to."""
 
-    def __init__(self, last: int) -> None:
-        self.last = last
-        self.listeners: set[asyncio.Queue[list[Row] | None]] = set()
+    def __init__(self) -> None:
+        self.history: list[bytes] = []  # event n at n - 1
+        self.ended = False
+        self.gone = False
+        self.news = asyncio.Event()
+        self.listeners = 0
+        self.reading = asyncio.Lock()
+
+    def wake(self) -> None:
+        self.news.set()
+        self.news = asyncio.Event()
 
 
 class Streams:
     def __init__(self, store: Store, *, poll: float) -> None:
         self.store, self.poll = store, poll
         self.topics: dict[str, Topic] = {}
-        self.stopping = asyncio.Event()
+        self.stopping = False
         self.task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -37,10 +48,9 @@ class Streams:
 
     async def stop(self) -> None:
         """Every stream ends at once."""
-        self.stopping.set()
+        self.stopping = True
         for topic in self.topics.values():
-            for listener in topic.listeners:
-                listener.put_nowait(None)
+            topic.wake()
         if self.task is not None:
             self.task.cancel()
             with suppress(asyncio.CancelledError):
@@ -48,7 +58,7 @@ class Streams:
 
     @property
     def open(self) -> int:
-        return sum(len(topic.listeners) for topic in self.topics.values())
+        return sum(topic.listeners for topic in self.topics.values())
 
     async def _follow(self) -> None:
         while True:
@@ -65,50 +75,50 @@ class Streams:
         newest = await run_in_threadpool(self.store.newest_events, list(topics))
         for job, topic in topics.items():
             if job not in newest:  # deleted
-                self._tell(topic, None)
-            elif newest[job] > topic.last:
-                found = await run_in_threadpool(self.store.events_after, job, topic.last, limit=BACKLOG)
-                if found:
-                    topic.last = found[-1]["id"]
-                    self._tell(topic, found)
+                topic.gone = True
+                topic.wake()
+            elif newest[job] > len(topic.history):
+                await self._read(job, topic)
 
-    def _tell(self, topic: Topic, news: list[Row] | None) -> None:
-        for listener in topic.listeners:
-            listener.put_nowait(news)
+    async def _read(self, job: str, topic: Topic) -> None:
+        """Bring the history up to date."""
+        async with topic.reading:
+            while found := await run_in_threadpool(self._rendered, job, len(topic.history)):
+                texts, kind = found
+                topic.history += texts
+                topic.ended = kind in ENDED
+                topic.wake()
 
-    async def of(self, job: str, after: int) -> AsyncIterator[str]:
-        """The job's events behind `after` as text of a stream, until the last one, the end of the service, or of the job itself."""
-        news: asyncio.Queue[list[Row] | None] = asyncio.Queue()
-        topic = self.topics.setdefault(job, Topic(after))
-        topic.listeners.add(news)
+    def _rendered(self, job: str, after: int) -> tuple[list[bytes], str] | None:
+        found = self.store.events_after(job, after, limit=BATCH)
+        return ([rendered(event) for event in found], found[-1]["kind"]) if found else None
+
+    async def of(self, job: str, after: int) -> AsyncIterator[bytes]:
+        """The job's events behind `after` as parts of a stream, until the last one, the end of the service, or of the job itself."""
+        topic = self.topics.setdefault(job, Topic())
+        topic.listeners += 1
         try:
-            yield "retry: 1000\n\n"
-            while backlog := await run_in_threadpool(self.store.events_after, job, after, limit=BACKLOG):
-                for event in backlog:
-                    yield rendered(event)
-                after = backlog[-1]["id"]
-                if backlog[-1]["kind"] in ENDED and len(backlog) < BACKLOG:
+            yield b"retry: 1000\n\n"
+            if topic.listeners == 1 or not topic.history:
+                await self._read(job, topic)
+            while not (self.stopping or topic.gone):
+                if after < len(topic.history):
+                    some = topic.history[after : after + BATCH]
+                    after += len(some)
+                    yield b"".join(some)
+                elif topic.ended:
                     return
-            while not self.stopping.is_set():
-                try:
-                    found = await asyncio.wait_for(news.get(), KEEP_ALIVE)
-                except TimeoutError:
-                    yield ": still here\n\n"
-                    continue
-                if found is None:
-                    return
-                for event in found:
-                    if event["id"] > after:
-                        after = event["id"]
-                        yield rendered(event)
-                if found[-1]["kind"] in ENDED and found[-1]["id"] == after:
-                    return
+                else:
+                    try:
+                        await asyncio.wait_for(topic.news.wait(), KEEP_ALIVE)
+                    except TimeoutError:
+                        yield b": still here\n\n"
         finally:
-            topic.listeners.discard(news)
+            topic.listeners -= 1
             if not topic.listeners and self.topics.get(job) is topic:
                 del self.topics[job]
 
 
-def rendered(event: Row) -> str:
+def rendered(event: Row) -> bytes:
     data = json.dumps({"at": event["at"], **event["data"]}, separators=(",", ":"))
-    return f"id: {event['id']}\nevent: {event['kind']}\ndata: {data}\n\n"
+    return f"id: {event['id']}\nevent: {event['kind']}\ndata: {data}\n\n".encode()

@@ -79,14 +79,14 @@ class Worker:
         DBOS(config=engine.config(self.settings.db, worker=self.id))  # type: ignore[arg-type]
         DBOS.launch()
         DBOS.register_queue(
-            QUEUE, worker_concurrency=self.settings.slots, polling_interval_sec=self.settings.poll, on_conflict="always_update"
+            QUEUE, worker_concurrency=self.settings.slots, polling_interval_sec=self.settings.pickup, on_conflict="always_update"
         )
         for thread in self.threads:
             thread.start()
 
     def stop(self) -> None:
-        """Children write a checkpoint and end; their jobs go on with another worker, or after the next start. The process is to end then: the
-        engine's threads are left as they are."""
+        """Children write a checkpoint and end; their jobs go on with another worker, or after the next start. The process is to end then:
+        the engine's threads are left as they are."""
         self.stopping.set()
         with self.lock:
             conversions = list(self.conversions.values())
