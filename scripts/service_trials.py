@@ -342,9 +342,9 @@ def fuzz(count: int, *, seed: int = 1) -> Found:
         service.cancel(job["id"])
         answers: dict[str, int] = {}
         while sum(answers.values()) < count and runs < 40:
-            words = [str(Path(sys.executable).parent / "schemathesis"), "run", f"{server.url}/openapi.json", "--checks",
-                     "not_a_server_error", "--max-examples", "200", "--seed", str(seed + runs),
-                     "--request-timeout", "3", "--workers", "2", "--no-color", "--suppress-health-check", "all", "--continue-on-failure"]  # fmt: skip
+            words = [str(Path(sys.executable).parent / "schemathesis"), "run", f"{server.url}/openapi.json"]
+            words += ["--checks", "not_a_server_error", "--max-examples", "200", "--seed", str(seed + runs), "--request-timeout", "3"]
+            words += ["--workers", "2", "--no-color", "--suppress-health-check", "all", "--continue-on-failure"]
             done = subprocess.run(words, capture_output=True, text=True, env=quiet(), cwd=at, timeout=1800)
             runs += 1
             answers = answered(service.http.get("/metrics").text)
