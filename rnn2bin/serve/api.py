@@ -14,6 +14,7 @@ from typing import IO, Annotated, Any
 from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -487,7 +488,8 @@ class Guard:
             message = await receive()
             size += len(message.get("body", b""))
             if size > BODY:
-                raise TooLargeError(f"more than the {BODY} bytes that a request may have")
+                # as FastAPI's own kind: any other, raised while it reads a body, it takes for a body that cannot be parsed
+                raise HTTPException(TooLargeError.http_status, f"more than the {BODY} bytes that a request may have")
             return message
 
         return limited

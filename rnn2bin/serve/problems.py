@@ -70,7 +70,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _(request: Request, error: HTTPException) -> JSONResponse:
-        code = {404: "not-found", 405: "method"}.get(error.status_code, "request")
+        code = {404: "not-found", 405: "method", 413: "too-large"}.get(error.status_code, "request")
         return answer(code, error.status_code, [str(error.detail)], headers=error.headers)
 
     @app.exception_handler(Exception)

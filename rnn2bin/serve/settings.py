@@ -20,7 +20,7 @@ class Limits:
     cpu: int = 48 * 3600  # seconds of processor time (RLIMIT_CPU)
     file: int = 20 * GB  # bytes of the largest file it writes (RLIMIT_FSIZE)
     threads: int = 1  # of its arithmetic
-    stalls: int = 10  # times in a row that it is started over without a new checkpoint
+    stalls: int = 30  # times in a row that it is started over without a new checkpoint
 
 
 @dataclass(frozen=True)

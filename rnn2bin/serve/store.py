@@ -219,7 +219,7 @@ class Store:
 
     def counts(self) -> dict[str, int]:
         with self.engine.connect() as db:
-            found = dict(db.execute(sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)).tuples().all())
+            found = _pairs(db.execute(sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)))
         return {state: found.get(state, 0) for state in STATES}
 
     def cancel(self, owner: str, id: str) -> bool:
@@ -310,7 +310,7 @@ class Store:
     def newest_events(self, ids: Iterable[str]) -> dict[str, int]:
         """Job -> number of its last event; a job that is gone is not in it."""
         with self.engine.connect() as db:
-            return dict(db.execute(sa.select(jobs.c.id, jobs.c.last_event).where(jobs.c.id.in_(list(ids)))).tuples().all())
+            return _pairs(db.execute(sa.select(jobs.c.id, jobs.c.last_event).where(jobs.c.id.in_(list(ids)))))
 
     # -- keys
 
@@ -347,7 +347,7 @@ class Store:
     def list_workers(self) -> dict[str, int]:
         """Worker -> its last beat."""
         with self.engine.connect() as db:
-            return dict(db.execute(sa.select(workers.c.id, workers.c.beat)).tuples().all())
+            return _pairs(db.execute(sa.select(workers.c.id, workers.c.beat)))
 
     def remove_worker(self, id: str, beat: int | None = None) -> bool:
         """Forget a worker; with `beat` only where it has given no sign since."""
@@ -394,6 +394,10 @@ class Store:
     def _all(self, query: Any) -> list[Row]:
         with self.engine.connect() as db:
             return [dict(row) for row in db.execute(query).mappings()]
+
+
+def _pairs(rows: Iterable[Any]) -> dict[str, int]:
+    return {row[0]: row[1] for row in rows}
 
 
 def _chunks(stream: Any) -> Iterator[bytes]:
