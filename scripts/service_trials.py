@@ -71,7 +71,7 @@ class Process:
 
     def kill(self) -> None:
         self.running.kill()
-        self.running.wait()
+        self.running.communicate()
 
     def stop(self, most: float = 20.0) -> float:
         """Seconds from SIGTERM to its end."""
@@ -80,8 +80,10 @@ class Process:
         try:
             self.running.wait(most)
         except subprocess.TimeoutExpired:
-            self.kill()
-        return time.monotonic() - began
+            self.running.kill()
+        took = time.monotonic() - began
+        self.running.communicate()
+        return took
 
     def __enter__(self) -> Process:
         return self
