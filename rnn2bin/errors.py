@@ -78,3 +78,45 @@ class NotReproducedError(Rnn2binError):
     """A recorded conversion was run again and came out otherwise, or its inputs are others; the first difference is named."""
 
     exit_code, http_status, code = 5, 409, "not-reproduced"
+
+
+class AuthenticationError(Rnn2binError):
+    """The service wants a key, or does not know this one."""
+
+    exit_code, http_status, code = 2, 401, "unauthorized"
+
+
+class ForbiddenError(Rnn2binError):
+    """A request from another site, or to a name that is not this service's."""
+
+    exit_code, http_status, code = 2, 403, "forbidden"
+
+
+class NotFoundError(Rnn2binError):
+    """There is no such upload, job or file, or it is somebody else's."""
+
+    exit_code, http_status, code = 2, 404, "not-found"
+
+
+class ConflictError(Rnn2binError):
+    """What was asked does not fit the state of the job or upload."""
+
+    exit_code, http_status, code = 2, 409, "conflict"
+
+
+class TooLargeError(Rnn2binError):
+    """An upload is larger than the service takes."""
+
+    exit_code, http_status, code = 6, 413, "too-large"
+
+
+class QuotaError(Rnn2binError):
+    """The key's jobs or bytes are used up."""
+
+    exit_code, http_status, code = 6, 429, "quota"
+
+
+class UnavailableError(Rnn2binError):
+    """The service cannot be reached, or is shutting down."""
+
+    exit_code, http_status, code = 7, 503, "unavailable"

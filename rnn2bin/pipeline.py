@@ -42,6 +42,7 @@ from rnn2bin.measure import Candidate
 from rnn2bin.packed import read_config
 from rnn2bin.recipe import Budget, Recipe
 from rnn2bin.spec import RnnSpec
+from rnn2bin.stages import Stage, unwatched
 
 Report = dict[str, Any]
 Progress = Callable[[dict[str, Any]], None]
@@ -262,9 +263,11 @@ def run(
     force: bool = False,
     progress: Progress | None = None,
     callbacks: Sequence[watching.Callback] = (),
+    stage: Stage = unwatched,
 ) -> Result:
     """`convert` for a file, with a resolved recipe."""
     progress = progress if processes.leads() else None
+    stage("load")
     if not resume:
         processes.lead(lambda: check_out(out, force=force))
     job = processes.first(lambda: prepare(source, recipe, given))
@@ -273,8 +276,9 @@ def run(
     if done:
         return Result(out, done)
     with keeping(work):
-        watch: dict[str, Any] = {"progress": progress, "callbacks": callbacks}
-        report = _convert(job, network, out, work, command=command_of(source, given), resume=resume, force=force, **watch)
+        command = command_of(source, given)
+        watch: dict[str, Any] = {"progress": progress, "callbacks": callbacks, "stage": stage}
+        report = _convert(job, network, out, work, command=command, resume=resume, force=force, **watch)
         processes.lead(lambda: discard(work))
     return Result(out, report)
 
@@ -324,10 +328,11 @@ def _convert(
     force: bool,
     progress: Progress | None,
     callbacks: Sequence[watching.Callback],
+    stage: Stage,
 ) -> Report:
     recipe = job.recipe
     began = time.perf_counter()
-    network, trained = distil(job, work, network=network, resume=resume, progress=progress, callbacks=callbacks)
+    network, trained = distil(job, work, network=network, resume=resume, progress=progress, callbacks=callbacks, stage=stage)
     searched: Report | None = None
     if recipe.searched:
         from rnn2bin.search import descent
@@ -338,6 +343,7 @@ def _convert(
     network.eval()
 
     def ship() -> Report:
+        stage("pack")
         with pack.staging(out, force=force) as folder:
             provenance = provenance_of(job, command["model"])
             pack.write_model(network, folder, provenance=provenance, task=task_of(job))
@@ -345,6 +351,7 @@ def _convert(
             tokenizer.write(folder, job.parts.vocabulary)
             (folder / "recipe.yaml").write_text(recipe_yaml.dump(recipe), encoding="utf-8")
             recorded = {**provenance, "command": command, **made(folder, recipe)}
+            stage("verify")
             report = write_report(job, folder, trained, provenance=recorded, seconds=seconds, fine_tuned=fine_tuned, searched=searched)
             refuse_over_budget(report, recipe)
         return report
@@ -360,12 +367,15 @@ def distil(
     resume: bool = False,
     progress: Progress | None = None,
     callbacks: Sequence[watching.Callback] = (),
+    stage: Stage = unwatched,
 ) -> tuple[Network, distiller.Trained]:
     """The student, calibrated and trained by the job's recipe; checkpoints lie in `work`."""
     network = student.of_recipe(job.teacher, job.recipe) if network is None else network
     recipe, tried = job.recipe, tuple[distiller.Tried, ...]()
+    stage("calibrate")
     calibrate.calibrate(network, job.teacher, job.task, distiller.calibration_batches(job.parts.train, recipe, job.task))
     given: dict[str, Any] = {"task": job.task, "train": job.parts.train, "valid": job.parts.valid, "resume": resume, "report": progress}
+    stage("distill")
     if rate.wanted(recipe):
         recipe, tried = rate.find(network, job.teacher, recipe=recipe, out=work, **given)
     trained = distiller.train(network, job.teacher, recipe=recipe, out=work, callbacks=callbacks, **given)

@@ -436,7 +436,7 @@ class Loss(Closed):
 class Train(Closed):
     steps: Count = Field(4000, description="length of the anneal; time and accuracy grow with it")
     max_steps: Count | None = Field(None, description="hard stop when gates have not binarized; default 1.25 * steps")
-    batch_size: Count = 64
+    batch_size: Count = Field(64, description="sequences a step; more: a steadier gradient, more memory and time")
     window: Count = Field(64, description="steps of truncated backpropagation; longer inputs carry their state")
     accumulation: Count = Field(1, description="batches a weight update is averaged over")
     learning_rate: Positive | Literal["auto"] = Field(
@@ -447,7 +447,7 @@ class Train(Closed):
     final_learning_rate: Share = Field(0.02, description="share of the learning rate left at the end (cosine)")
     warmup: Share = Field(0.02, description="share of the steps over which the learning rate rises")
     clip: Positive = Field(1.0, description="largest norm of the gradient")
-    weight_decay: NotNegative = 0.0
+    weight_decay: NotNegative = Field(0.0, description="pull of weights towards 0 (AdamW)")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="of matrix products in training; bfloat16 only where the processor multiplies it natively, float32 elsewhere; "
@@ -485,8 +485,8 @@ def _number(value: Any) -> Any:
 class Recipe(Closed):
     version: Annotated[Literal[1], BeforeValidator(_number)] = 1
     task: Task = Field("auto", description="auto: from the data's targets")
-    metric: Metric = "auto"
-    seed: Annotated[int, Field(ge=0)] = 0
+    metric: Metric = Field("auto", description="what checkpoints are chosen by and the report compares; auto: the task's own")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of noise, order and split: the same seed, the same network")
     source: Source | None = None
     data: Data = Data()
     gates: Gates = Gates()

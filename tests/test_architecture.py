@@ -19,6 +19,7 @@ ORDER = [
     "recipe_yaml",
     "packed",
     "tokenizer",
+    "stages",
     "gates",
     "diagnostics",
     "cells",
@@ -42,6 +43,7 @@ ORDER = [
     "modules",
     "hub",
     "doctor",
+    "serve",
     "cli",
 ]
 # Function-level imports that close a loop on purpose, each with its reason.
@@ -49,6 +51,7 @@ ALLOWED = {
     ("pipeline", "modules"),  # convert() hands an nn.Module over
     ("pipeline", "search"),  # convert() with two limits
     ("pipeline", "plan"),  # the pre-flight check before the work starts
+    ("serve", "cli"),  # its child keeps the libraries as quiet as the command does
 }
 
 

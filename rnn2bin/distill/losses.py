@@ -85,6 +85,17 @@ def open_rates(pre: Tensor, mask: Tensor) -> Tensor:
     return (bits * mask).sum((0, 1, 3)) / (mask.sum().clamp_min(1) * pre.shape[3])
 
 
+def opened(student: Network, output: Output) -> dict[str, tuple[float, float]]:
+    """For each gate (`main.layers.0.fwd.i`) its ones and how many decisions were counted. Of z the zeros: units that are updated."""
+    found = {}
+    for (prefix, cell), pre, mask in zip(student.cells().items(), output.pre, step_masks(output), strict=True):
+        ones = ((pre > 0) * mask).sum((0, 1, 3)).tolist()
+        counted = float(mask.sum()) * pre.shape[3]
+        for gate, count in zip(cell.layer.kind.gate_names, ones, strict=True):
+            found[f"{prefix}.{gate}"] = (counted - count if gate == "z" else count, max(counted, 1.0))
+    return found
+
+
 def budget(student: Network, output: Output, masks: list[Tensor], wanted: dict[str, float]) -> Tensor:
     """Σ over cells and gates of max(0, open rate − wanted), in units. For z the rate is that of updated units, 1 − share of keeps."""
     terms = []

@@ -146,6 +146,7 @@ class AnnealTrainer(Trainer):
         self.last_loss, self.tokens = math.nan, 0
         self.began, self.seconds_before = time.perf_counter(), 0.0
         self.binarized = False
+        self.open_rates: dict[str, float] = {}  # of the last measurement, for who watches
         self.best_step, self.best = 0, dict[str, Tensor]()  # the weights with the best hard metric so far
         super().__init__(
             model=student,
@@ -381,13 +382,16 @@ class DistillTrainer(AnnealTrainer):
     def measure(self, hard_mode: Discretize, soft_mode: Discretize) -> Measured:
         saturated: list[float] = []
         densities: list[float] = []
+        opened: list[dict[str, tuple[float, float]]] = []
         wanted = self.recipe.budget.counts and not self.float_student
 
         def seen(name: str, prepared: tasks.Prepared, out: Output) -> None:
             if name == "soft":
                 saturated.extend(float(losses.saturation(soft_mode, pre)) for pre in out.pre if pre.numel())
-            elif name == "hard" and wanted:
-                densities.append(float(budgets.density(student, prepared, out, learn=False)))
+            elif name == "hard":
+                opened.append(losses.opened(student, out))
+                if wanted:
+                    densities.append(float(budgets.density(student, prepared, out, learn=False)))
 
         student = self.student()
         found = compare(
@@ -398,6 +402,7 @@ class DistillTrainer(AnnealTrainer):
             seen=seen,
             device=self.args.device,
         )
+        self.open_rates = {gate: sum(one[gate][0] for one in opened) / sum(one[gate][1] for one in opened) for gate in opened[0]}
         dense = sum(densities) / len(densities) if densities else None
         if dense is not None and self.recipe.budget.density is not None:
             self.price.correct(dense, self.recipe.budget, self.progress)
@@ -474,6 +479,7 @@ class _Progress(TrainerCallback):
             "temperature": mode.temperature,
             "slope": mode.slope,
             "progress": trainer.progress,
+            "open": trainer.open_rates,
         }
 
 
