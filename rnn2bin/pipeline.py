@@ -378,8 +378,9 @@ def distil(
     stage("distill")
     if rate.wanted(recipe):
         recipe, tried = rate.find(network, job.teacher, recipe=recipe, out=work, **given)
-    trained = distiller.train(network, job.teacher, recipe=recipe, out=work, callbacks=callbacks, **given)
-    return network, replace(trained, tried=tried)
+    lower = job.recipe.train.learning_rate == "auto"
+    trained = rate.train(network, job.teacher, recipe=recipe, out=work, lower=lower, callbacks=callbacks, **given)
+    return network, replace(trained, tried=(*tried, *trained.tried))
 
 
 def command_of(source: str | Path, given: Any) -> dict[str, Any]:

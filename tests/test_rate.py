@@ -109,3 +109,30 @@ def test_a_conversion_finds_and_reports_it(tmp_path):
     assert cost["steps"] == 500
     assert len(cost["tried_rates"]) in (3, 4)
     assert not (tmp_path / "out.work").exists()
+
+
+def test_training_that_diverges_starts_over_at_a_lower_rate(tmp_path, monkeypatch, caplog):
+    torch.manual_seed(0)
+    torch.save(torch.nn.GRU(3, 6).state_dict(), tmp_path / "gru.pt")
+    torch.save({"inputs": torch.randn(80, 5, 3)}, tmp_path / "data.pt")
+    train = trainer.train
+
+    def diverges(student, *args, recipe, **kwargs):
+        run = train(student, *args, recipe=recipe, **kwargs)
+        if recipe.learning_rate > 2e-3:
+            for p in student.parameters():
+                p.detach().fill_(float("nan"))
+            raise DivergedError("training diverged: the loss is nan at step 9; nothing was packed")
+        return run
+
+    monkeypatch.setattr(trainer, "train", diverges)
+    knobs = ["train.steps=20", "train.max_steps=20", "train.evaluate_every=10", "train.batch_size=8", "report.controls=false"]
+    knobs += ["budget.density=0.5"]
+    given = {"data": tmp_path / "data.pt", "out": tmp_path / "out"}
+    result = pipeline.convert(tmp_path / "gru.pt", overrides=knobs, **given)
+    cost = result.report["cost"]
+    assert [one["metric"] for one in cost["tried_rates"]] == [None, None]
+    assert cost["learning_rate"] == pytest.approx(1.6e-3)
+    assert "training diverged: the loss is nan at step 9; it starts over at a lower rate" in caplog.text
+    with pytest.raises(DivergedError):
+        pipeline.convert(tmp_path / "gru.pt", overrides=[*knobs, "train.learning_rate=0.01"], force=True, **given)

@@ -8,7 +8,9 @@ student and is measured as checkpoints are, on the validation part with hard gat
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,13 @@ from rnn2bin.distill.trainer import Tried
 from rnn2bin.errors import DivergedError
 from rnn2bin.recipe import Recipe
 
+log = logging.getLogger("rnn2bin")
+
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SHARE, FEWEST, MOST = 1 / 40, 50, 200  # steps of a short run: of the conversion's, and bounds
 SHORTEST = 500  # a conversion of fewer steps is not worth them: it takes the default
 USUAL, AT_MOST = 3, 4  # short runs
+LOWER, ATTEMPTS = 10**-0.5, 3  # where training diverges at a rate that was not given, it starts over at so much of it
 FOLDER = "rate-"  # before the rate: where a short run's checkpoint lies
 
 
@@ -89,3 +94,21 @@ def find(
 
     found = climb(measure)
     return with_rate(recipe, max(found, key=lambda rate: found[rate])), tuple(Tried(*one) for one in metrics.items())
+
+
+def train(student: Network, *args: Any, recipe: Recipe, out: Path, lower: bool, **given: Any) -> trainer.Trained:
+    """`trainer.train`; with `lower`, where training diverges, again from the same student at a lower rate, at most ATTEMPTS in all."""
+    start = {name: t.clone() for name, t in student.state_dict().items()}
+    diverged: list[Tried] = []
+    while True:
+        count = len(diverged)
+        one = with_rate(recipe, recipe.learning_rate * LOWER**count) if count else recipe
+        try:
+            run = trainer.train(student, *args, recipe=one, out=out / f"{FOLDER}lower-{count}" if count else out, **given)
+            return replace(run, tried=tuple(diverged))
+        except DivergedError as error:
+            diverged.append(Tried(one.learning_rate, None))
+            if not lower or len(diverged) == ATTEMPTS:
+                raise
+            log.warning("%s; it starts over at a lower rate", error.reasons[0].partition(";")[0])
+        student.load_state_dict(start)
