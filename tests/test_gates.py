@@ -303,7 +303,7 @@ def test_a_number_called_binary_comes_from_bits(levels, monkeypatch):
 
     monkeypatch.setattr(weights, "select", spy)
     task = tasks.resolve(recipe_of(), teacher.spec, part)
-    report, _ = evaluation.evaluate_parts(
+    report = evaluation.evaluate_parts(
         teacher=teacher, model=Model(network, {}), task=task, part=part, soft_mode=Discretize("sigmoid"), gates=gates, with_controls=False
     )
     assert len(seen) == part.inputs.shape[1] - 1  # every step of the oracle's walk, of the binary network alone
