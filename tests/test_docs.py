@@ -82,6 +82,16 @@ def test_the_tutorial_runs(surroundings: dict[str, Any], capsys: pytest.CaptureF
     assert surroundings["result"].report["teacher"]["metric"] > 0.9  # the float network learned it
     assert Path("counter-sparse.rnn2bin/report.html").is_file()
     assert "gru" in capsys.readouterr().out
+    report = surroundings["result"].report
+    (heat,) = report["figures"]["heatmaps"]
+    assert len(heat["tokens"]) == 20
+    assert set(heat["tokens"]) <= set("0123")
+    assert {len(row["units"][0]) for row in heat["rows"]} == {20}
+    assert {len(one["before"]) for one in report["figures"]["histograms"]} == {40}
+    assert all(row["target"] in "01" and row["binary"][0] != row["target"] for row in report["worst"])
+    page = Path("counter.rnn2bin/report.html").read_text(encoding="utf-8")
+    assert "Decisions along one sequence" in page
+    assert "main.layers.0.fwd: " in page
 
 
 def test_a_card_of_a_packed_directory_runs(surroundings: dict[str, Any]) -> None:
