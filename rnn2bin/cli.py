@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from rnn2bin import __version__, processes, signals
 from rnn2bin.errors import BudgetError, InterruptedRunError, Rnn2binError
@@ -91,8 +90,10 @@ def as_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, default=str))
 
 
-def recipe_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def recipe_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Any]:
     """Bundled recipes that begin so, and files."""
+    from click.shell_completion import CompletionItem
+
     from rnn2bin import recipe_yaml
 
     names = [CompletionItem(path.name) for path in recipe_yaml.bundled() if path.name.startswith(incomplete)]

@@ -394,3 +394,45 @@ def test_the_card_says_its_limits() -> None:
     assert limits is not None
     for text in ("3,000 sequences", "made up, not on real ones", "reads 41%", "native runtime was not measured", "69.5%"):
         assert text in limits[1]
+
+
+# ---------------------------------------------------------------------------------------------- rnn2bin bench --save
+
+
+@pytest.fixture
+def benched(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Directories that were measured, in no time."""
+    from rnn2bin import bench, packed
+    from rnn2bin import spec as specs
+
+    seen: list[Path] = []
+    content = specs.to_dict(RnnSpec({"main": SectionSpec((LayerSpec("gru", 3, 4),), None)}))
+    monkeypatch.setattr(packed, "read_config", lambda path: {"spec": content})
+    monkeypatch.setattr(bench, "bench", lambda path, *_: seen.append(path) or SPEED)
+    monkeypatch.setattr(bench, "render", lambda found: "benched")
+    return seen
+
+
+def test_bench_saves_into_the_report(tmp_path: Path, benched: list[Path]) -> None:
+    from click.testing import CliRunner
+
+    from rnn2bin import cli
+
+    out = folder(tmp_path / "OUT")
+    assert CliRunner().invoke(cli.main, ["bench", str(out)]).exit_code == 0
+    assert "speed" not in stored.read(out)
+    result = CliRunner().invoke(cli.main, ["bench", str(out), "--save"])
+    assert result.exit_code == 0, result.output
+    assert stored.read(out)["speed"] == json.loads(json.dumps(SPEED))
+    assert "onnxruntime int8" in (out / "report.html").read_text()
+
+
+def test_bench_measures_nothing_where_it_could_not_save(tmp_path: Path, benched: list[Path]) -> None:
+    from click.testing import CliRunner
+
+    from rnn2bin import cli
+
+    result = CliRunner().invoke(cli.main, ["bench", str(tmp_path), "--save"])
+    assert result.exit_code == 2
+    assert "no such report" in result.output
+    assert benched == []

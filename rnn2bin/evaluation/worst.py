@@ -218,5 +218,6 @@ def _unpadded(tokens: list[int], least: int = 8) -> list[int]:
 
 
 def shown_words(words: Sequence[str]) -> str:
-    """Characters close together, words apart."""
-    return ("" if words and all(len(word) == 1 for word in words) else " ").join(words)
+    """Characters close together (names such as <unk> among them do not matter), words apart."""
+    letters = all(len(word) == 1 or word[:1] + word[-1:] == "<>" for word in words)
+    return ("" if letters else " ").join(words)

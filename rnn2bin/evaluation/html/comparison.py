@@ -28,7 +28,7 @@ NAMES = {
 }
 METRICS = ("teacher", "binary", "native", "soft_student", "threshold_only", "float_same_compute")
 SHARES = ("weights_touched", "layers_read", "drop_relative")
-PLOT_WIDTH, PLOT_LEFT, PLOT_RIGHT, PLOT_ROW = 940, 60, 90, 34
+PLOT_WIDTH, PLOT_LEFT, PLOT_RIGHT, PLOT_ROW = 640, 50, 70, 30
 
 
 @dataclass(frozen=True)

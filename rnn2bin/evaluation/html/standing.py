@@ -9,7 +9,7 @@ from rnn2bin.evaluation.html.axes import Axis
 from rnn2bin.evaluation.html.networks import NETWORKS, lost_by, measured, networks_of
 from rnn2bin.evaluation.html.words import Report, Scale, finite, get, words
 
-WIDTH, LEFT, RIGHT, ROW, BOTTOM = 940, 170, 90, 26, 34
+WIDTH, LEFT, RIGHT, ROW, BOTTOM = 640, 150, 70, 24, 34
 NEAR = ("teacher", "soft_student", "binary", "native", "float_same_compute")
 FAR = 8  # a control so many times further off than the networks that are near lies on the edge, with an arrow
 
