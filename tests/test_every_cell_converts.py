@@ -1,4 +1,4 @@
-"""Every row of `spec.CELLS` from a float network trained from scratch to a packed directory that both backends run; and what reads its file."""
+"""Every row of `spec.CELLS` from a float network trained from scratch to a packed directory that both backends run; and its file."""
 
 from __future__ import annotations
 

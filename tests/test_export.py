@@ -101,6 +101,8 @@ NETWORKS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"cell": "gru_reset_before", "activation": "softsign", "readout": "final"}, {}),
     ({"cell": "lstm_peephole"}, {}),
     ({"cell": "lstm_peephole", "copies": 3, "clip": 0.7, "cell_clip": 0.5}, {"soft": "f"}),
+    ({"cell": "lstm_peephole_full"}, {}),
+    ({"cell": "lstm_peephole_full", "copies": 3, "clip": 0.7}, {"soft": "f"}),
     ({"cell": "lstm_peephole", "copies": 2, "proj_size": 4, "directions": 2, "proj_clip": 0.3}, {}),
     ({"cell": "lstm_coupled", "copies": 3, "directions": 2}, {}),
     ({"cell": "lstm_coupled", "embedding": TOKENS, "clip": 0.7}, {"levels": "strict", "soft": "i"}),
@@ -262,6 +264,7 @@ def test_the_state_dict_is_read_back_as_the_same_network(tmp_path, monkeypatch):
         (section("gru"), {}, "learned levels z.lo"),
         (section("lstm_peephole"), {"levels": "strict"}, "peepholes, or one decision"),
         (section("lstm_coupled"), {"levels": "strict"}, "peepholes, or one decision"),
+        (section("rnn_minimal"), {"levels": "strict"}, "has no rnn_minimal"),
         (section("lstm", cell_clip=1.0), {"levels": "strict"}, "clip nothing"),
     ],
 )
@@ -295,3 +298,10 @@ def test_the_command(tmp_path, monkeypatch):
     assert CliRunner().invoke(main, ["export", "nothing", "--to", "onnx"]).exit_code == 2
     with pytest.raises(UsageError, match=r"ending in \.onnx"):
         export(tmp_path / "out", to="onnx", out=tmp_path / "m.pt")
+
+
+def test_cells_of_other_families_are_not_exported_to_onnx(tmp_path):
+    from rnn2bin.export import onnx_file
+
+    with pytest.raises(UnsupportedError, match="rnn_residual: such cells are not exported"):
+        onnx_file.write(student(section("rnn_residual")), suffix=".onnx")
