@@ -16,7 +16,7 @@ from pathlib import Path
 
 import text
 import torch
-from common import Column, Numbers, Results, Study, bars, run
+from common import Column, Numbers, Results, Study, points, run
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -135,7 +135,7 @@ def measure(row: str, seed: int, size: Size) -> Numbers:
 
 
 def plot(results: Results, path: Path) -> None:
-    bars(results, path, column="bits", label="bits per character on held-out text")
+    points(results, path, column="bits", label="bits per character on held-out text")
 
 
 STUDY = Study(
@@ -144,8 +144,8 @@ STUDY = Study(
     columns=(
         Column("bits", "bits per character", 3),
         Column("skipped", "matrices skipped %", 1),
-        Column("weights", "thousand weights", 1),
-        Column("seconds", "s", 0),
+        Column("weights", "thousand weights", 1, interval=False),
+        Column("seconds", "s", 0, interval=False),
     ),
     variants=lambda size: list(ROWS),
     measure=measure,
