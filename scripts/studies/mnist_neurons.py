@@ -151,7 +151,8 @@ def heat_maps(results: Results, out: Path) -> None:
         axis.axis("off")
     for axis, (row, values) in zip(axes.flat, found.items(), strict=False):
         axis.imshow(values, cmap="viridis")
-        axis.set_title(row.replace(", slope", ",\nslope"), fontsize=7)
+        words = row.split(", ")
+        axis.set_title(", ".join(words[:2]) + "\n" + ", ".join(words[2:]), fontsize=7)
     save(figure, out / "mnist_neurons_maps.png")
 
 
