@@ -31,9 +31,12 @@ def needed(name: str) -> None:
         pytest.importorskip("mlxtend")
     if name == "gumbel_lstm" and not Path("/usr/share/dict/american-english").exists():
         pytest.skip("wamerican is not installed")
-    if name == "written_memories" and "pseudo" not in CELLS:
-        pytest.skip("this version has no pseudo-LSTM")
-    if name in ("conversion", "written_memories") and not any(Path(p, "bible").exists() for p in ("/usr/bin", "/usr/games")):
+    for study, cell in (("written_memories", "pseudo"), ("gated_feedback", "gf_gru")):
+        if name == study and cell not in CELLS:
+            pytest.skip(f"this version has no cell {cell}")
+    if name in ("conversion", "written_memories", "gated_feedback") and not any(
+        Path(p, "bible").exists() for p in ("/usr/bin", "/usr/games")
+    ):
         pytest.skip("bible-kjv is not installed")
 
 

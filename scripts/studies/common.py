@@ -32,11 +32,12 @@ Numbers = dict[str, float]
 
 @dataclass(frozen=True)
 class Column:
-    """A number of each run: its name in the results, its heading, how many digits behind the point."""
+    """A number of each run: its name in the results, its heading, how many digits behind the point, whether its interval is shown."""
 
     name: str
     heading: str
     digits: int = 2
+    interval: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def shown(results: Results, row: str, column: Column) -> str:
     mean, half = results.interval(row, column.name)
     if mean != mean:
         return "–"
-    return f"{mean:.{column.digits}f}" + ("" if half != half else f" ± {half:.{column.digits}f}")
+    return f"{mean:.{column.digits}f}" + ("" if half != half or not column.interval else f" ± {half:.{column.digits}f}")
 
 
 def over_examples(values: Any) -> float:
@@ -173,7 +174,7 @@ def write_page(study: Study, results: Results, path: Path) -> None:
     """Writes the table between its marks; a page that is not there begins as nothing but them."""
     size = ", ".join(f"{name} {value}" for name, value in results.size.items())
     made = versions()
-    note = f"Size: {size}. {results.seconds / 60:.0f} minutes of one thread; {', '.join(f'{k} {v}' for k, v in made.items())}."
+    note = f"Size: {size}. {results.seconds / 60:.0f} minutes on the clock, one thread; {', '.join(f'{k} {v}' for k, v in made.items())}."
     parts = [
         BEGIN,
         table(study, results),
@@ -185,26 +186,22 @@ def write_page(study: Study, results: Results, path: Path) -> None:
     path.write_text(before + block + rest.partition(END)[2], encoding="utf-8")
 
 
-def bars(
-    results: Results, path: Path, *, column: str, label: str, marks: Mapping[str, float] | None = None, second: str | None = None
-) -> None:
-    """One bar a row with its 95% interval; `marks`: vertical lines by name (a public figure, the float network)."""
+def points(results: Results, path: Path, *, column: str, label: str, marks: Mapping[str, float] | None = None) -> None:
+    """One point a row with its 95% interval; `marks`: vertical lines by name (a public figure, the float network)."""
     plt = pyplot()
     rows = [row for row in results.runs if results.values(row, column)]
-    figure, axes = plt.subplots(figsize=(8, 0.32 * len(rows) + 1.3))
-    for k, (name, colour) in enumerate(zip([column, second] if second else [column], COLOURS, strict=False)):
-        found = [results.interval(row, name) for row in rows]
-        high = 0.8 / (2 if second else 1)
-        at = [n + (k - 0.5) * high if second else n for n in range(len(rows))]
-        axes.barh(at, [m for m, _ in found], high, xerr=[0 if h != h else h for _, h in found], color=colour, label=name, ecolor="#16191d")
+    found = [results.interval(row, column) for row in rows]
+    figure, axes = plt.subplots(figsize=(7, 0.28 * len(rows) + 1.2))
+    spread = [0 if half != half else half for _, half in found]
+    axes.errorbar([mean for mean, _ in found], range(len(rows)), xerr=spread, fmt="o", color=COLOURS[0], ecolor="#9aa7b8", capsize=2)
     for n, (name, value) in enumerate((marks or {}).items()):
-        axes.axvline(value, linestyle="--", color=COLOURS[3 + n], label=name)
+        axes.axvline(value, linestyle="--", color=COLOURS[1 + n], label=name)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(label)
-    axes.grid(axis="x", color="#dfe3e8")
+    axes.grid(color="#dfe3e8")
     axes.set_axisbelow(True)
-    if second or marks:
+    if marks:
         axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     save(figure, path)
 

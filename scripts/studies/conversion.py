@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import ROOT, Column, Numbers, Results, Study, bars, run
+from common import ROOT, Column, Numbers, Results, Study, points, run
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import results as public
@@ -119,7 +119,7 @@ def measure(variant: str, seed: int, size: Size) -> Numbers:
 
 
 def plot(results: Results, path: Path) -> None:
-    bars(results, path, column="lost", label="bits per character lost against the float teacher, on unseen text")
+    points(results, path, column="lost", label="bits per character lost against the float teacher, on unseen text")
 
 
 STUDY = Study(
@@ -131,8 +131,8 @@ STUDY = Study(
         Column("gap", "binary − soft", 3),
         Column("accuracy", "accuracy %", 1),
         Column("density", "weights read %", 1),
-        Column("best_step", "best step", 0),
-        Column("training", "training, s", 0),
+        Column("best_step", "best step", 0, interval=False),
+        Column("training", "training, s", 0, interval=False),
     ),
     variants=lambda size: list(VARIANTS) if size != SIZES["quick"] else QUICK,
     measure=measure,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import mnist
 import torch
-from common import Column, Numbers, Results, Study, bars, over_examples, run
+from common import Column, Numbers, Results, Study, over_examples, points, run
 from torch import nn
 from torch.nn import functional
 
@@ -70,13 +70,13 @@ def measure(row: str, seed: int, size: Size) -> Numbers:
 
 
 def plot(results: Results, path: Path) -> None:
-    bars(results, path, column="error", label="error on held-out images, %", marks={"DNI, source": 2.4, "DNI, paper": 2.2})
+    points(results, path, column="error", label="error on held-out images, %", marks={"DNI, source": 2.4, "DNI, paper": 2.2})
 
 
 STUDY = Study(
     name="dni",
     title="DNI: a feed-forward net trained by synthetic gradients",
-    columns=(Column("error", "error %", 2), Column("train_loss", "training loss, nats", 4), Column("seconds", "s", 0)),
+    columns=(Column("error", "error %", 2), Column("train_loss", "training loss, nats", 4), Column("seconds", "s", 0, interval=False)),
     variants=lambda size: ROWS,
     measure=measure,
     sizes=SIZES,

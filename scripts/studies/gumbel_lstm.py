@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from common import Column, Numbers, Results, Study, bars, over_examples, run
+from common import Column, Numbers, Results, Study, over_examples, points, run
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -158,7 +158,7 @@ def measure(row: str, seed: int, size: Size) -> Numbers:
 
 
 def plot(results: Results, path: Path) -> None:
-    bars(results, path, column="nats", label="nats per letter on held-out words, gates as bits (the float row: as sigmoids)")
+    points(results, path, column="nats", label="nats per letter on held-out words, gates as bits (the float row: as sigmoids)")
 
 
 def drawn(results: Results, out: Path) -> None:
@@ -174,8 +174,8 @@ STUDY = Study(
         Column("nats", "nats per letter, bits", 3),
         Column("soft", "soft gates", 3),
         Column("final", "at the last step", 3),
-        Column("best_at", "best at % of the run", 0),
-        Column("seconds", "s", 0),
+        Column("best_at", "best at % of the run", 0, interval=False),
+        Column("seconds", "s", 0, interval=False),
     ),
     variants=lambda size: list(ROWS) if size != SIZES["quick"] else QUICK,
     measure=measure,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mnist
 import torch
-from common import Column, Numbers, Results, Study, bars, over_examples, run
+from common import Column, Numbers, Results, Study, over_examples, points, run
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -187,7 +187,7 @@ def measure(row: str, seed: int, size: Size) -> Numbers:
 
 
 def plot(results: Results, path: Path) -> None:
-    bars(results, path, column="loss", label="−log p(lower half | upper half) on held-out images, nats; one drawn bottleneck")
+    points(results, path, column="loss", label="−log p(lower half | upper half) on held-out images, nats; one drawn bottleneck")
 
 
 STUDY = Study(
@@ -198,7 +198,7 @@ STUDY = Study(
         Column("bound", "bound of 20", 1),
         Column("hard", "bits cut at 0", 1),
         Column("open", "bits on %", 0),
-        Column("seconds", "s", 0),
+        Column("seconds", "s", 0, interval=False),
     ),
     variants=lambda size: ROWS if size != SIZES["quick"] else QUICK,
     measure=measure,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import mnist
 import torch
-from common import Column, Numbers, Results, Study, bars, over_examples, pyplot, run, save
+from common import Column, Numbers, Results, Study, over_examples, points, pyplot, run, save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -137,7 +137,7 @@ def measure(row: str, seed: int, size: Size) -> Numbers:
 
 
 def plot(results: Results, path: Path) -> None:
-    bars(results, path, column="accuracy", label="accuracy on held-out images, %", marks={"float, source": 98.79})
+    points(results, path, column="accuracy", label="accuracy on held-out images, %", marks={"float, source": 98.79})
 
 
 def heat_maps(results: Results, out: Path) -> None:
@@ -151,14 +151,15 @@ def heat_maps(results: Results, out: Path) -> None:
         axis.axis("off")
     for axis, (row, values) in zip(axes.flat, found.items(), strict=False):
         axis.imshow(values, cmap="viridis")
-        axis.set_title(row.replace(", slope", ",\nslope"), fontsize=7)
+        words = row.split(", ")
+        axis.set_title(", ".join(words[:2]) + "\n" + ", ".join(words[2:]), fontsize=7)
     save(figure, out / "mnist_neurons_maps.png")
 
 
 STUDY = Study(
     name="mnist_neurons",
     title="Binary neurons on MNIST",
-    columns=(Column("accuracy", "accuracy %", 2), Column("open", "neurons on %", 1), Column("seconds", "s", 0)),
+    columns=(Column("accuracy", "accuracy %", 2), Column("open", "neurons on %", 1), Column("seconds", "s", 0, interval=False)),
     variants=lambda size: [FLOAT, *ROWS] if size != SIZES["quick"] else [FLOAT, *[r for r in ROWS if r.endswith("both, slope annealed")]],
     measure=measure,
     sizes=SIZES,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import text
 import torch
-from common import Column, Numbers, Results, Study, bars, run
+from common import Column, Numbers, Results, Study, points, run
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -105,13 +105,13 @@ def measure(row: str, seed: int, size: Size) -> Numbers:
 
 
 def plot(results: Results, path: Path) -> None:
-    bars(results, path, column="sequence", label="nats per window on held-out text, best epoch")
+    points(results, path, column="sequence", label="nats per window on held-out text, best epoch")
 
 
 STUDY = Study(
     name="written_memories",
     title="Written memories: eight LSTMs",
-    columns=(Column("sequence", "nats per window", 2), Column("bits", "bits per character", 3), Column("seconds", "s", 0)),
+    columns=(Column("sequence", "nats per window", 2), Column("bits", "bits per character", 3), Column("seconds", "s", 0, interval=False)),
     variants=lambda size: list(ROWS) if size != SIZES["quick"] else [row for row in ROWS if row.endswith("1e-3")],
     measure=measure,
     sizes=SIZES,
