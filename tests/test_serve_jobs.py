@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -112,6 +113,8 @@ def test_cancel_stops_the_process_and_retry_resumes(service):
         if event["event"] == "progress" and event["data"]["measured"]:
             break
     assert trials.children_of(at / "home") == 1
+    waiting = client.convert(at / "model.npz", recipe="smoke")
+    assert client.cancel(waiting["id"])["state"] == "cancelled"
     assert client.cancel(job["id"])["cancelling"]
     assert ended(client, job["id"])["state"] == "cancelled"
     assert trials.children_of(at / "home") == 0
@@ -123,6 +126,13 @@ def test_cancel_stops_the_process_and_retry_resumes(service):
             break
     client.cancel(job["id"])
     ended(client, job["id"])
+    with sqlite3.connect(at / "home" / "service.sqlite") as db:  # what was cancelled in the queue has ended there too
+        state = lambda: db.execute("SELECT status FROM workflow_status WHERE workflow_uuid = ?", [f"{waiting['id']}-1"]).fetchone()[0]
+        end = time.monotonic() + 30
+        while state() != "SUCCESS" and time.monotonic() < end:
+            time.sleep(0.2)
+        assert state() == "SUCCESS"
+    db.close()
 
 
 def test_a_child_dies_with_its_worker(tmp_path):

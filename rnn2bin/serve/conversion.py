@@ -22,7 +22,8 @@ from rnn2bin.serve.store import Row, Store
 from rnn2bin.stages import STAGES
 
 log = logging.getLogger("rnn2bin.serve")
-Outcome = dict[str, Any]  # {state: done | failed | cancelled, result | error}
+OVER = "over"  # of a run that had ended before it came here
+Outcome = dict[str, Any]  # {state: done | failed | cancelled | over, result | error}
 
 
 class Left(BaseException):
@@ -64,9 +65,9 @@ class Conversion:
 
     def _start(self) -> None:
         job = self.store.begin(self.job, self.run, self.worker)
-        if job is None:
-            raise Left
-        if job["cancel"]:
+        if job is None:  # cancelled while it waited, or deleted
+            self.outcome = {"state": OVER}
+        elif job["cancel"]:
             self.outcome = {"state": "cancelled"}
         elif job["stalls"] > self.settings.limits.stalls:
             self.outcome = failed(

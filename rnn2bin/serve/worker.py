@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from dbos import DBOS
+from dbos import error as dbos_errors
 
 from rnn2bin.serve import engine
-from rnn2bin.serve.conversion import Conversion, Left, Outcome
+from rnn2bin.serve.conversion import OVER, Conversion, Left, Outcome
 from rnn2bin.serve.folders import Folders
 from rnn2bin.serve.settings import QUEUE, WORKFLOW, Settings
 from rnn2bin.serve.store import Store, new_id
@@ -66,6 +67,7 @@ class Worker:
         self.conversions: dict[tuple[str, int], Conversion] = {}
         self.lock = threading.Lock()
         self.stopping = threading.Event()
+        self.dropped: set[str] = set()  # workflows that were let go here without an end
         self.seen: dict[str, tuple[int, float]] = {}  # worker -> its beat, and since when we see that one
         self.lock_file: int | None = None
         self.threads = [threading.Thread(target=self._live, daemon=True), threading.Thread(target=self._look_after, daemon=True)]
@@ -122,6 +124,8 @@ class Worker:
         except BaseException:
             one.kill()
             self._forget(job, run)
+            if one.stopping.is_set():
+                self.dropped.add(engine.workflow_id(job, run))
             raise
         if outcome is not None:
             self._forget(job, run)
@@ -134,13 +138,15 @@ class Worker:
     def finish(self, job: str, run: int, outcome: Outcome) -> None:
         """May come twice after a crash: the second changes nothing."""
         state = outcome["state"]
+        if state == OVER:
+            return
+        self.folders.clean_up(job)  # before a retry may lay it out again
         if state == "done":
             values = {name: outcome[name] for name in ("result", "artifacts", "bytes")}
             self.store.finish(job, run, state, outcome["result"], **values)
         else:
             error = outcome.get("error")
             self.store.finish(job, run, state, error or {}, error=error)
-        self.folders.clean_up(job)
 
     # -- life and death
 
@@ -152,6 +158,7 @@ class Worker:
                 alive = self.store.beat(self.id)
                 if alive:
                     last = time.monotonic()
+                    self._take_up_dropped()
                     continue
             except Exception:
                 log.warning("no sign of life possible: the data base does not answer")
@@ -160,8 +167,17 @@ class Worker:
                 self._let_go()
             if not alive:
                 with suppress(Exception):
+                    self.dropped.clear()  # the others may have taken them up
                     self._recover(self.id)
                     self.store.add_worker(self.id, slots=self.settings.slots)
+
+    def _take_up_dropped(self) -> None:
+        """The data base answers again, and nobody has given this worker up: what it let go is still its own."""
+        while self.dropped and not self.stopping.is_set():
+            one = next(iter(self.dropped))
+            with suppress(dbos_errors.DBOSNonExistentWorkflowError):  # deleted meanwhile
+                DBOS.resume_workflow(one, queue_name=QUEUE)
+            self.dropped.discard(one)
 
     def _let_go(self) -> None:
         with self.lock:

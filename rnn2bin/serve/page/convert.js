@@ -43,7 +43,7 @@ export async function convertView() {
               el("p", { class: "help" }, "Files of bare tensors do not say how these are joined. Take that from a bundled recipe written for the same network."),
               el("div", { class: "field" }, about))))),
       el("aside", { class: "ask card sum", "aria-label": "Summary" },
-        el("h2", {}, "This conversion"), facts, el("label", { for: "name", class: "unseen" }, "Name"), named, errors, button, hint)));
+        el("h2", {}, "This conversion"), facts, el("div", { class: "named" }, el("label", { for: "name" }, "Name in the list"), named), errors, button, hint)));
 
   function pick(one) {
     return el("label", { class: "pick" },
@@ -135,7 +135,7 @@ class Files {
     for (const name of ["dragover", "dragenter"]) this.zone.addEventListener(name, (event) => { event.preventDefault(); this.zone.classList.add("over"); });
     for (const name of ["dragleave", "drop"]) this.zone.addEventListener(name, (event) => { event.preventDefault(); this.zone.classList.remove("over"); });
     this.zone.addEventListener("drop", (event) => this.add(event.dataTransfer.files));
-    this.items = el("ul", { class: "files", "aria-label": `Files: ${what}` });
+    this.items = el("ul", { class: "files", "aria-label": `Files: ${what}`, hidden: true });
     this.node = el("div", { class: "stack" }, this.items, this.zone);
   }
 
