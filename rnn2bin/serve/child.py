@@ -92,11 +92,12 @@ class Watch:
     def __init__(self, tell: Tell, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.tell, self.clock = tell, clock
         self.began = clock()
-        self.last, self.seen = self.began - EVERY, (0, None)
-        self.first: tuple[int, int, float] | None = None  # training, step, when
+        self.last = self.began - EVERY
+        self.seen: tuple[Any, Any] = (None, None)
+        self.first: tuple[Any, int, float] | None = None  # training, step, when
 
     def __call__(self, now: dict[str, Any]) -> None:
-        at, training = self.clock(), now.get("training", 1)
+        at, training = self.clock(), (now.get("training", 1), now.get("trying_rate"))  # short runs count for themselves
         if self.first is None or self.first[0] != training:
             self.first = (training, now["step"], at)
         seen = (training, now["measured"])

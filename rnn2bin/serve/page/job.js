@@ -84,7 +84,7 @@ export async function jobView(id) {
     figures.replaceChildren(
       tile(figure(now?.hard), "Hard gates", name), tile(figure(now?.soft), "Soft gates", name),
       tile(figure(now?.temperature, 3), "Temperature", "falls to bits"), tile(figure(now?.slope, 3), "Slope", "rises to a step"),
-      tile(now ? `${now.step} / ${now.steps}` : "–", "Steps", now?.training > 1 ? `training ${now.training}` : ""), tile(left, "Time left", "of training"));
+      tile(now ? `${now.step} / ${now.steps}` : "–", "Steps", now?.trying_rate ? `short run, rate ${now.trying_rate}` : now?.training > 1 ? `training ${now.training}` : ""), tile(left, "Time left", "of training"));
     const measured = [...points.values()], all = [...curve.values()];
     metric.replaceChildren(chart(measured, { a: "hard", b: "soft", names: ["with hard gates", "with soft gates"], steps: now?.steps, wait: job.state === "running" ? "The first measurement comes soon" : "Nothing measured yet" }));
     anneal.replaceChildren(chart(all, { a: "temperature", b: "slope", names: ["temperature", "slope"], width: 1060, height: 190, steps: now?.steps, wait: "Not begun" }));
@@ -119,8 +119,9 @@ export async function jobView(id) {
     const data = JSON.parse(event.data);
     if (kind === "progress") {
       now = { ...data };
-      curve.set(`${data.training || 1}.${data.step}`, { x: data.step, temperature: data.temperature, slope: data.slope });
-      if (data.measured !== null) points.set(`${data.training || 1}.${data.measured}`, { x: data.measured, hard: data.hard, soft: data.soft });
+      // A short run that looks for the rate is no point of the training's curves.
+      if (!data.trying_rate) curve.set(`${data.training || 1}.${data.step}`, { x: data.step, temperature: data.temperature, slope: data.slope });
+      if (!data.trying_rate && data.measured !== null) points.set(`${data.training || 1}.${data.measured}`, { x: data.measured, hard: data.hard, soft: data.soft });
     } else {
       if (kind === "stage") { job = { ...job, state: "running", stage: data.stage }; say(`Stage: ${data.stage}`); }
       if (kind === "started") job = { ...job, state: "running" };
