@@ -313,7 +313,7 @@ def _lines(file: str, knob: str, what: str, size: int) -> tuple[str, ...]:
     """The lines of a file of names, as many as the network knows; DataError."""
     path = Path(file)
     if not path.is_file():
-        raise DataError(f"{path}: no such file; {knob} names a file with one {what} a line")
+        raise DataError(f"{path}: no such {knob.removeprefix('data.')} file; {knob} names a file with one {what} a line")
     words = tuple(read_text(path).removesuffix("\n").split("\n"))
     if len(words) != size:
         raise DataError(f"{path}: {len(words)} {what}s, but the network knows {size}; {knob} names a file with one {what} a line")
