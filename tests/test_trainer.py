@@ -7,6 +7,7 @@ import math
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from rnn2bin.errors import DivergedError, InterruptedRunError
 from rnn2bin.gates.estimators import BINARY, FLOAT
 from rnn2bin.measure import Candidate, compare
 from rnn2bin.recipe import Recipe, parse
-from rnn2bin.spec import EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
+from rnn2bin.spec import CELLS, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
 
 WORDS, H = 5, 6
 
@@ -399,3 +400,11 @@ def test_a_carried_state_survives_its_file():
     for carried in ((state, None), (None, None), (state, state)):
         again = trainer.unflatten_state(trainer.flatten_state(carried), layers)
         assert str(again) == str(carried)
+
+
+def test_open_rates_count_real_steps_and_of_z_the_units_that_are_updated():
+    cell = SimpleNamespace(layer=SimpleNamespace(kind=CELLS["gru"]))
+    student = SimpleNamespace(cells=lambda: {"main.layers.0.fwd": cell})
+    pre = torch.tensor([[[[1.0, -1.0], [1.0, 1.0]]], [[[1.0, 1.0], [-1.0, 1.0]]], [[[1.0, 1.0], [1.0, 1.0]]]])  # (T,B,G,H), r and z
+    output = SimpleNamespace(pre=[pre], traces=[SimpleNamespace(products=torch.zeros(3, 1, 1))], lengths=[torch.tensor([2])])
+    assert losses.opened(student, output) == {"main.layers.0.fwd.r": (3.0, 4.0), "main.layers.0.fwd.z": (1.0, 4.0)}
