@@ -40,7 +40,7 @@ Estimator = Literal[
 if TYPE_CHECKING:
     CellName = str
 else:
-    CellName = Literal[tuple(name for name, kind in CELLS.items() if not kind.came_from)]  # of the table all that a file may have
+    CellName = Literal[tuple(CELLS)]  # every row of the table, by name
 
 GATE_NAMES = tuple(dict.fromkeys(gate.name for kind in CELLS.values() for gate in (*kind.gates, *kind.links)))
 _T = TypeVar("_T")

@@ -56,8 +56,8 @@ def student(teacher: Network, gates: Gates, *, weights: str = "fp16", output: bo
     spec = with_copies(with_outputs(teacher.spec) if output else teacher.spec, copies_of(gates))
     network = Network(spec, plan(spec, gates), levels=gates.levels).to(next(teacher.parameters()).device)
     state = dict(teacher.state_dict())
-    for prefix, layer in spec.cell_names():
-        if layer.kind.came_from:
+    for (prefix, layer), (_, given) in zip(spec.cell_names(), teacher.spec.cell_names(), strict=True):
+        if layer.cell != given.cell:
             state |= with_open_output(state, f"{prefix}.gates", layer.hidden_size)
         if layer.kind.unit_gates:
             bias = state[f"{prefix}.gates.bias"].view(-1, 1, layer.hidden_size)

@@ -105,8 +105,11 @@ def test_rows_in_pytorchs_manner(name, tmp_path):
         whole = torch.cat([block("bias", gate) for gate in order])
         hidden = torch.randn_like(whole)
         if kind.candidate_bias_hh:
-            hidden[-H:] = own["candidate.bias_hh"]
-            whole[:-H] -= hidden[:-H]
+            apart = slice(order.index("candidate") * H, (order.index("candidate") + 1) * H)
+            wanted = whole[apart].clone()
+            hidden[apart] = own["candidate.bias_hh"]
+            whole -= hidden
+            whole[apart] = wanted
         else:
             whole = whole - hidden
         file |= {f"{k}.b1": whole, f"{k}.b2": hidden}

@@ -513,7 +513,7 @@ def test_after_a_kill_everything_is_as_uninterrupted(cell, kind, accumulation, e
         assert ours["distill.json"].pop("seconds") > 0 < theirs["distill.json"].pop("seconds")
         assert [name for name in theirs if not same(ours[name], theirs[name])] == []
         assert bool(ours["carried.safetensors"]) == (kind != "padded")
-        assert bool(ours["baselines.safetensors"]) == (estimator == "reinforce")
+        assert ("baselines.safetensors" in ours) == (estimator == "reinforce")
 
 
 @pytest.mark.parametrize(("tolerance", "last"), [(0, 9), (1e9, 8)])

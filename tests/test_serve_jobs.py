@@ -222,7 +222,7 @@ def test_progress_is_told_now_and_then_with_the_time_left():
 
 
 def test_a_killed_server_and_a_killed_worker_lose_nothing():
-    found = trials.kills(4, pauses=(2.0, 6.0))
+    found = trials.kills(2, pauses=(1.0, 5.0))
     assert found["ok"], found
 
 
@@ -244,7 +244,7 @@ def installed() -> ModuleType:
 
 
 def test_two_workers_share_one_postgresql(installed):
-    found = installed.workers(4)
+    found = installed.workers(3)
     assert found["ok"], found
 
 

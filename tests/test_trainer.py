@@ -7,6 +7,7 @@ import math
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from rnn2bin.errors import DivergedError, InterruptedRunError
 from rnn2bin.gates.estimators import BINARY, FLOAT
 from rnn2bin.measure import Candidate, compare
 from rnn2bin.recipe import Gates, Recipe, parse
-from rnn2bin.spec import EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
+from rnn2bin.spec import CELLS, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
 
 WORDS, H = 5, 6
 
@@ -426,3 +427,11 @@ def test_behind_an_output_gate_what_is_kept_is_matched(directions):
     kept = [fold(trace.states[1], 2) - its.states[0] for trace, its in zip(out.traces, target.traces, strict=True)]
     wanted = sum(float(k[:, 0].square().sum() + k[:3, 1].square().sum()) for k in kept) / (8 * 4 * directions)
     assert float(found[0]) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_open_rates_count_real_steps_and_of_z_the_units_that_are_updated():
+    cell = SimpleNamespace(layer=SimpleNamespace(kind=CELLS["gru"]))
+    student = SimpleNamespace(cells=lambda: {"main.layers.0.fwd": cell})
+    pre = torch.tensor([[[[1.0, -1.0], [1.0, 1.0]]], [[[1.0, 1.0], [-1.0, 1.0]]], [[[1.0, 1.0], [1.0, 1.0]]]])  # (T,B,G,H), r and z
+    output = SimpleNamespace(pre=[pre], traces=[SimpleNamespace(products=torch.zeros(3, 1, 1))], lengths=[torch.tensor([2])])
+    assert losses.opened(student, output) == {"main.layers.0.fwd.r": (3.0, 4.0), "main.layers.0.fwd.z": (1.0, 4.0)}

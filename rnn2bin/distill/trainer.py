@@ -416,12 +416,13 @@ class DistillTrainer(AnnealTrainer):
         super().save_more(folder)
         save_file(flatten_state(self.all_carried), folder / "carried.safetensors")
         (folder / "price.json").write_text(json.dumps(asdict(self.price)))
-        save_file({f"{name}/{key}": t for name, one in self.baselines.items() for key, t in one.tensors().items()}, folder / BASELINES)
+        if remembered := {f"{name}/{key}": t for name, one in self.baselines.items() for key, t in one.tensors().items()}:
+            save_file(remembered, folder / BASELINES)
 
     def restore(self, folder: Path) -> None:
         super().restore(folder)
         self.price = budgets.Price(**json.loads((folder / "price.json").read_text()))
-        remembered = load_file(folder / BASELINES, device=str(self.args.device))
+        remembered = load_file(folder / BASELINES, device=str(self.args.device)) if (folder / BASELINES).exists() else {}
         for name in self.baselines:
             own = {key.rpartition("/")[2]: t for key, t in remembered.items() if key.rpartition("/")[0] == name}
             self.baselines[name] = score.restored(self.recipe.gates.reinforce.baseline, own)
