@@ -138,8 +138,8 @@ export async function jobView(id) {
     source?.close();
     say(`The conversion is ${job.state}`);
     window.dispatchEvent(new Event("rnn2bin-jobs"));
+    draw(); // at once: a report below a chip that says "running" would be two stories
     drawEnd();
-    soon();
   }
 
   function follow() {
