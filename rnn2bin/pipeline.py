@@ -397,7 +397,7 @@ def made(folder: Path, recipe: Recipe) -> dict[str, Any]:
 def _float_control(job: Job, work: Path, *, trained: distiller.Trained, resume: bool) -> Network:
     """The float network, fine-tuned with the same data, losses and steps: what of the student's metric is plain further training."""
     recipe = job.recipe.model_copy(update={"budget": Budget()})  # nor the rate that a budget brings: it would only harm
-    if trained.tried:
+    if trained.tried and job.recipe.budget.density is None:
         recipe = rate.with_rate(recipe, trained.rate)
     if recipe.searched:  # as long as all the trainings behind the student together
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": trained.steps})})

@@ -189,7 +189,7 @@ def test_the_float_control_is_trained_without_the_budget_and_its_rate(tmp_path, 
     pipeline._float_control(
         SimpleNamespace(teacher=teacher_of("lstm"), task=None, recipe=recipe, parts=parts),
         tmp_path,
-        trained=SimpleNamespace(steps=7, tried=(), rate=0.016),
+        trained=SimpleNamespace(steps=7, tried=(distiller.Tried(0.016, None),), rate=0.005),  # which diverged once
         resume=False,
     )
     assert (seen[0].learning_rate, seen[0].budget, seen[0].train.steps) == (0.001, Budget(), 7)
