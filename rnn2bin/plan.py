@@ -180,7 +180,7 @@ class Disk:
 
 def disk_of(job: Any, network: Network, out: Path) -> Disk:
     control, searched = job.recipe.report.float_same_compute, search_of(job.recipe)
-    beside = int(control) + (searched["trainings_at_most"] if searched else 0) + rate.AT_MOST * rate.wanted(job.recipe)
+    beside = int(control) + (searched["trainings_at_most"] if searched else 0) + rate.ladder(job.recipe).most * rate.wanted(job.recipe)
     return space(out, packed=packed_bytes(job, network), checkpoint=checkpoint_bytes(network, job.recipe), beside=beside)
 
 
@@ -267,10 +267,11 @@ def time_of(job: Any, network: Network, preparing: float) -> Plan:
     control = total(recipe.train.steps) if recipe.report.float_same_compute else 0.0
     searched = search_of(recipe)
     further = searched["trainings_at_most"] * total(searched["steps"]) if searched else 0.0
+    ladder = rate.ladder(recipe)
     short = rate.steps(recipe) * per_update + per_measurement if rate.wanted(recipe) else 0.0
     return {
-        "seconds": once + rate.USUAL * short + total(recipe.train.steps) + control,
-        "seconds_at_most": once + rate.AT_MOST * short + total(recipe.max_steps) + further + control,
+        "seconds": once + ladder.usual * short + total(recipe.train.steps) + control,
+        "seconds_at_most": once + ladder.most * short + total(recipe.max_steps) + further + control,
         "seconds_per_step": per_update,
         "seconds_per_measurement": per_measurement,
         "seconds_report": report,

@@ -25,7 +25,7 @@ RATES = (1.0, 2.0, 3.0, 4.0, 5.0)
     ],
 )
 def test_the_climb_goes_on_while_it_gets_better(values, tried):
-    found = rate.climb(lambda one: values[int(one) - 1], RATES)
+    found = rate.climb(lambda one: values[int(one) - 1], RATES, first=2)
     assert tuple(found) == tried
     assert all(value == values[int(one) - 1] for one, value in found.items())
 
@@ -35,19 +35,45 @@ def test_the_climb_goes_on_while_it_gets_better(values, tried):
     [
         ({}, True),
         ({"train": {"learning_rate": 0.01}}, False),
-        ({"budget": {"density": 0.3}}, False),
+        ({"budget": {"density": 0.3}}, True),
+        ({"budget": {"density": 0.3}, "train": {"steps": rate.BUDGET.shortest - 1}}, False),
         ({"budget": {"price": 0.3}}, True),
-        ({"train": {"steps": rate.SHORTEST - 1}}, False),
-        ({"train": {"steps": rate.SHORTEST}}, True),
+        ({"train": {"steps": rate.FREE.shortest - 1}}, False),
+        ({"train": {"steps": rate.FREE.shortest}}, True),
     ],
 )
 def test_when_it_is_looked_for(given, wanted):
     assert rate.wanted(Recipe(**given)) is wanted
 
 
-@pytest.mark.parametrize(("steps", "short"), [(500, 50), (4000, 100), (100_000, 200)])
-def test_short_runs_are_a_share_of_the_long_one(steps, short):
+@pytest.mark.parametrize(("steps", "short", "with_budget"), [(500, 50, 250), (4000, 100, 250), (16_000, 200, 1000), (100_000, 200, 1000)])
+def test_short_runs_are_a_share_of_the_long_one(steps, short, with_budget):
     assert rate.steps(Recipe(train={"steps": steps})) == short
+    assert rate.steps(Recipe(train={"steps": steps}, budget={"density": 0.3})) == with_budget
+
+
+@pytest.mark.parametrize(("given", "start"), [({}, 1e-3), ({"budget": {"density": 0.3}}, 1.6e-2)])
+def test_a_run_too_short_to_look_takes_the_rate_that_others_start_from(given, start):
+    recipe = Recipe(**given)
+    ladder = rate.ladder(recipe)
+    assert ladder.rates[ladder.first] == recipe.learning_rate == start
+
+
+def test_with_a_budget_a_short_run_that_reads_too_much_is_behind_all_that_do_not(tmp_path, monkeypatch):
+    given = job(tmp_path)
+    given["recipe"] = Recipe(train={"steps": 4000}, budget={"density": 0.3})
+    sign = 1 if given["task"].higher_is_better else -1
+    ends = {1.6e-2: (5.0, 0.3), 5e-3: (9.0, 0.4), 5e-2: (6.0, 0.305)}  # rate -> how good, density
+
+    def trained(*_, recipe, **__):
+        good, density = ends[recipe.learning_rate]
+        point = trainer.Point(250, 0.0, sign * good, sign * good, 1.0, 1.0, 1.0, 1.0, density)
+        return trainer.Trained([point], trainer.FLOAT, 250, 250, 0, True, recipe.learning_rate)
+
+    monkeypatch.setattr(trainer, "train", trained)
+    recipe, tried = rate.find(given.pop("student"), given.pop("teacher"), **given)
+    assert [one.rate for one in tried] == list(ends)
+    assert recipe.learning_rate == 5e-2
 
 
 def job(tmp_path) -> dict:

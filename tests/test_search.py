@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as xml
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from test_cli import assert_refused, call
 
 from rnn2bin import pipeline, recipe_yaml, reproduce, storage
+from rnn2bin.distill import rate, trainer
 from rnn2bin.errors import InterruptedRunError, RecipeError, UsageError
 from rnn2bin.search import descent, measured, picture, space, study
 from rnn2bin.search.descent import AGAIN, LOWER
@@ -219,6 +221,22 @@ def test_another_part_held_out_changes_nothing_that_is_chosen(model, data, tmp_p
     assert [t["wanted_density"] for t in trainings] == pytest.approx([0.98 * 0.7**k for k in range(3)])
     assert sum(t["chosen"] for t in trainings) == 1
     assert made[0].report["cost"]["steps"] == next(t["steps"] for t in trainings if t["chosen"])
+
+
+def test_further_trainings_keep_the_rate_that_the_first_one_found(model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(descent, "FURTHER", 1)
+    monkeypatch.setattr(rate, "BUDGET", replace(rate.BUDGET, shortest=1, bounds=(2, 2), rates=(2e-3, 3e-3, 4e-3), first=0))
+    rates, train = [], trainer.train
+
+    def noted(*args, recipe, **given):
+        rates.append(recipe.learning_rate)
+        return train(*args, recipe=recipe, **given)
+
+    monkeypatch.setattr(trainer, "train", noted)
+    report = convert(model, data(3), tmp_path / "OUT", **LOOSE).report
+    assert len(report["search"]["trainings"]) == 2
+    assert rates[-2:] == [report["cost"]["learning_rate"]] * 2
+    assert rates[-1] in (2e-3, 3e-3, 4e-3)
 
 
 @pytest.mark.slow

@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rnn2bin import tasks
 from rnn2bin.cells.network import Network
 from rnn2bin.data import Part
+from rnn2bin.distill import budget as budgets
 from rnn2bin.distill import trainer
 from rnn2bin.distill.trainer import Tried
 from rnn2bin.errors import DivergedError
@@ -24,29 +25,49 @@ from rnn2bin.recipe import Recipe
 
 log = logging.getLogger("rnn2bin")
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-SHARE, FEWEST, MOST = 1 / 40, 50, 200  # steps of a short run: of the conversion's, and bounds
-SHORTEST = 500  # a conversion of fewer steps is not worth them: it takes the default
-USUAL, AT_MOST = 3, 4  # short runs
+
+@dataclass(frozen=True)
+class Ladder:
+    """What is tried: from `rates[first]` on, each for `share` of the conversion's steps, within bounds; a conversion of fewer than
+    `shortest` steps is not worth it and takes the default. `usual` and `most` count short runs."""
+
+    rates: tuple[float, ...]
+    first: int
+    share: float
+    bounds: tuple[int, int]
+    shortest: int
+    usual: int = 3
+    most: int = 4
+
+
+FREE = Ladder(rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2), first=2, share=1 / 40, bounds=(50, 200), shortest=500)
+# A budget has to be reached first, and what it needs shows later: a short run is longer.
+BUDGET = Ladder(rates=(5e-4, 1.6e-3, 5e-3, 1.6e-2, 5e-2), first=3, share=1 / 16, bounds=(250, 1000), shortest=4000)
 LOWER, ATTEMPTS = 10**-0.5, 3  # where training diverges at a rate that was not given, it starts over at so much of it
 FOLDER = "rate-"  # before the rate: where a short run's checkpoint lies
 
 
+def ladder(recipe: Recipe) -> Ladder:
+    return FREE if recipe.budget.density is None else BUDGET
+
+
 def wanted(recipe: Recipe) -> bool:
-    """Whether the rate is to be looked for: where the recipe leaves it open, and no budget says it (decision 014)."""
-    return recipe.train.learning_rate == "auto" and recipe.budget.density is None and recipe.train.steps >= SHORTEST
+    """Whether the rate is to be looked for: where the recipe leaves it open, and the run is long enough."""
+    return recipe.train.learning_rate == "auto" and recipe.train.steps >= ladder(recipe).shortest
 
 
 def steps(recipe: Recipe) -> int:
     """Of one short run."""
-    return min(max(round(SHARE * recipe.train.steps), FEWEST), MOST)
+    used = ladder(recipe)
+    fewest, most = used.bounds
+    return min(max(round(used.share * recipe.train.steps), fewest), most)
 
 
 def with_rate(recipe: Recipe, rate: float) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": rate})})
 
 
-def climb(measure: Callable[[float], float], rates: tuple[float, ...] = RATES, *, first: int = 2) -> dict[float, float]:
+def climb(measure: Callable[[float], float], rates: tuple[float, ...], *, first: int) -> dict[float, float]:
     """From `rates[first]` down while that is better, else up while that is: what was measured, in that order; more is better."""
     found = {first: measure(rates[first])}
     for way in (-1, 1):
@@ -89,10 +110,12 @@ def find(
         except DivergedError:
             metrics[rate] = None
             return float("-inf")
-        metrics[rate] = run.history[-1].hard
-        return sign * run.history[-1].hard
+        last = run.history[-1]
+        metrics[rate] = last.hard
+        return budgets.choice(sign * last.hard, last.density, recipe.budget.density)
 
-    found = climb(measure)
+    used = ladder(recipe)
+    found = climb(measure, used.rates, first=used.first)
     return with_rate(recipe, max(found, key=lambda rate: found[rate])), tuple(Tried(*one) for one in metrics.items())
 
 

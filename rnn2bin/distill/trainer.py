@@ -197,9 +197,11 @@ class AnnealTrainer(Trainer):
         for part in self.model.modules():  # type: ignore[union-attr]
             if isinstance(part, Cell):
                 part.project_levels()
-        for name, weight in self.student().named_parameters():
-            if not bool(torch.isfinite(weight).all()):
-                raise self.diverged(f"{name} is not finite")
+        weights = dict(self.student().named_parameters())
+        sizes = torch.stack(torch._foreach_norm(list(weights.values())))  # one pass, and one wait for the device
+        if not bool(torch.isfinite(sizes).all()):
+            name = next(name for name, size in zip(weights, sizes, strict=True) if not bool(torch.isfinite(size)))
+            raise self.diverged(f"{name} is not finite")
         self.progress = schedules.advance(
             self.progress, 1 / self.recipe.train.steps, closed_loop=self.recipe.gates.closed_loop, keeps_up=self.keeps_up
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 from rnn2bin import processes
 from rnn2bin.cells.network import Network
+from rnn2bin.distill import rate
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.trainer import Trained
 from rnn2bin.errors import BudgetError
@@ -117,7 +118,7 @@ def _train(
         network,
         job.teacher,
         task=job.task,
-        recipe=recipe_of(job.recipe, wanted),
+        recipe=recipe_of(rate.with_rate(job.recipe, before.trained.rate), wanted),
         train=job.parts.train,
         valid=job.parts.valid,
         out=work / rung.folder,
