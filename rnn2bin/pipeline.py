@@ -31,7 +31,7 @@ from rnn2bin import (
     tokenizer,
 )
 from rnn2bin.cells.network import Network, teacher_network
-from rnn2bin.distill import calibrate, rate, sampling
+from rnn2bin.distill import calibrate, checkpoints, rate, sampling
 from rnn2bin.distill import callbacks as watching
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
@@ -199,7 +199,7 @@ def check_work(out: Path, job_key: str, *, resume: bool, force: bool) -> Path:
         return work
     if not force and found and resume:
         raise UsageError(f"{work}: belongs to a conversion with another model, recipe or data; --force starts over")
-    if not force and found and distiller.newest_checkpoint(work):
+    if not force and found and checkpoints.newest(work):
         raise UsageError(f"{work}: an interrupted conversion lies here; --resume goes on with it, --force starts over")
     discard(work)
     with storage.failures(work, "nothing was changed; choose another --out"):
@@ -249,8 +249,8 @@ def keeping(work: Path) -> Iterator[None]:
 
 
 def _how_to_go_on(work: Path) -> str:
-    newest = distiller.newest_checkpoint(work)
-    return f"the same command with --resume goes on from {f'step {distiller.step_of(newest)}' if newest else 'the beginning'}"
+    newest = checkpoints.newest(work)
+    return f"the same command with --resume goes on from {f'step {checkpoints.step_of(newest)}' if newest else 'the beginning'}"
 
 
 def run(

@@ -19,7 +19,7 @@ import torch
 
 from rnn2bin import data, student, tasks
 from rnn2bin.cells.network import Network, State
-from rnn2bin.distill import calibrate, losses, rate
+from rnn2bin.distill import calibrate, checkpoints, losses, rate, states
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import ResourceError
@@ -32,7 +32,7 @@ WARM_UP, PROBE_STEPS = 2, 6
 CALIBRATION_PROBE = 2
 PROBE_SECONDS = 20.0  # a slow network is probed with fewer steps, at least two
 PROBE_SEQUENCES, PROBE_WINDOW = 256, 256
-CHECKPOINTS = distiller.KEPT + 1  # one more while it is written
+CHECKPOINTS = checkpoints.KEPT + 1  # one more while it is written
 REPORT_BYTES = 1 << 20  # report.html and report.json
 FIXED_BYTES = 1 << 16  # of a checkpoint: random states, trainer state, history
 
@@ -191,7 +191,7 @@ def space(out: Path, *, packed: int, checkpoint: int, beside: int) -> Disk:
 
     work = pipeline.work_folder(out)
     there = sum(f.stat().st_size for f in work.rglob("*") if f.is_file()) if work.is_dir() else 0
-    needed = (CHECKPOINTS + beside * distiller.KEPT) * checkpoint + packed + REPORT_BYTES
+    needed = (CHECKPOINTS + beside * checkpoints.KEPT) * checkpoint + packed + REPORT_BYTES
     at = next(p for p in out.absolute().parents if p.is_dir())
     return Disk(packed, max(packed + REPORT_BYTES, needed - there), shutil.disk_usage(at).free, at)
 
@@ -217,12 +217,12 @@ def packed_bytes(job: Any, network: Network) -> int:
 
 
 def checkpoint_bytes(network: torch.nn.Module, recipe: Recipe) -> int:
-    """fp32 weights, the best ones so far, Adam's two moments, and of a Network the carried states of teacher and student."""
+    """fp32 weights, the best ones so far, Adam's two moments, and of a Network the carried sizes of teacher and student."""
     weights = sum(t.numel() for t in network.state_dict().values())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     cells = network.spec.cell_names() if isinstance(network, Network) else ()
-    states = sum(sum(layer.state_sizes) for _, layer in cells) * recipe.train.batch_size
-    return 4 * (2 * weights + 2 * trained + 2 * states) + FIXED_BYTES
+    sizes = sum(sum(layer.state_sizes) for _, layer in cells) * recipe.train.batch_size
+    return 4 * (2 * weights + 2 * trained + 2 * sizes) + FIXED_BYTES
 
 
 def memory(job: Any, network: Network) -> int:
@@ -308,7 +308,7 @@ def probe_training(job: Any, network: Network) -> tuple[int, float]:
         with torch.no_grad():
             target = prepared.forward(job.teacher, mode=FLOAT, walk=walk, state=carried[0])
         output = prepared.forward(trained, mode=mode, walk=walk, state=carried[1])
-        carried = (target.state, distiller.detached(output)) if task.windowed else (None, None)
+        carried = (target.state, states.detached(output)) if task.windowed else (None, None)
         losses.total(task, recipe, prepared, output, target, student=trained, mode=mode).backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), train.clip)
         optimizer.step()

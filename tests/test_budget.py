@@ -16,7 +16,7 @@ from test_trainer import recipe_of, run, stream, teacher_of
 
 from rnn2bin import cost, pipeline, student, tasks
 from rnn2bin.cells.network import Trace
-from rnn2bin.distill import budget
+from rnn2bin.distill import budget, checkpoints
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import WINDOWS, run_cell
 from rnn2bin.evaluation.density import DensityCounter
@@ -224,7 +224,7 @@ def test_a_checkpoint_over_budget_is_chosen_only_where_none_keeps_it():
 def test_the_price_survives_a_checkpoint(tmp_path):
     case = {"cell": "lstm", "readout": "all", "train": {}, "gates": {}, "more": {"budget": {"density": 0.2}}}
     run(case, tmp_path)
-    folder = distiller.newest_checkpoint(tmp_path)
+    folder = checkpoints.newest(tmp_path)
     assert folder is not None
     kept = json.loads((folder / "price.json").read_text())
     assert kept["first"] is not None

@@ -20,7 +20,7 @@ from tolerances import assert_close
 
 from rnn2bin import pipeline, processes
 from rnn2bin.data import Batches, Part
-from rnn2bin.distill import trainer
+from rnn2bin.distill import checkpoints, states
 from rnn2bin.errors import DataError, UsageError
 
 # Without noise, which every process draws for its own rows.
@@ -140,11 +140,11 @@ def test_a_signal_to_torchrun_leaves_a_checkpoint_that_any_number_of_processes_g
     told = first + started.communicate(timeout=120)[1]
     assert "the same command with --resume goes on" in told, told
     assert not (tmp_path / "TWO").exists()
-    left = trainer.newest_checkpoint(pipeline.work_folder(tmp_path / "TWO"))
+    left = checkpoints.newest(pipeline.work_folder(tmp_path / "TWO"))
     assert left is not None
     resumed = call(*command, "--resume")  # by one process
     assert resumed.exit_code == 0, resumed.stderr
-    assert json.loads(resumed.stderr.splitlines()[0])["step"] > trainer.step_of(left)
+    assert json.loads(resumed.stderr.splitlines()[0])["step"] > checkpoints.step_of(left)
     same_end = [json.loads(text.stdout)["training"][-1]["hard"] for text in (whole, resumed)]
     assert same_end[0] == pytest.approx(same_end[1], rel=1e-3)
 
@@ -175,7 +175,7 @@ def test_fewer_rows_than_processes_are_refused():
 def test_carried_states_of_the_processes_are_those_of_the_whole_batch():
     whole = [[(torch.randn(5, 3), torch.randn(5, 4))], [(torch.randn(5, 2),)]]
     cut = [[[tuple(t.tensor_split(2)[rank] for t in states) for states in layer] for layer in whole] for rank in range(2)]
-    assert str(trainer.joined([(None, one) for one in cut])) == str((None, whole))
+    assert str(states.joined([(None, one) for one in cut])) == str((None, whole))
 
 
 def test_alone_nothing_is_shared(monkeypatch):

@@ -34,7 +34,7 @@ import rnn2bin
 from rnn2bin import cli, data, machine, pack, pipeline, plan, recipe_yaml, runtime, storage, student, tasks
 from rnn2bin.cells.network import Network
 from rnn2bin.data import Part
-from rnn2bin.distill import calibrate, losses, trainer
+from rnn2bin.distill import calibrate, checkpoints, losses, trainer
 from rnn2bin.errors import DataError, DivergedError, InterruptedRunError, ResourceError, UsageError
 from rnn2bin.recipe import Recipe, parse
 from rnn2bin.spec import EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
@@ -563,11 +563,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Network, tr
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_passed_over_with_a_word(name, how, trained, tmp_path, caplog):
     folder = shutil.copytree(trained[0], tmp_path / "a")
-    assert [path.name for path in trainer.checkpoints(folder)] == ["checkpoint-6", "checkpoint-9"]  # two are kept
+    assert [path.name for path in checkpoints.every(folder)] == ["checkpoint-6", "checkpoint-9"]  # two are kept
     spoil(folder / "checkpoint-9" / name, how)
-    assert trainer.newest_checkpoint(folder) == folder / "checkpoint-6"
-    trainer.discard_newer(folder, folder / "checkpoint-6")
-    assert [path.name for path in trainer.checkpoints(folder)] == ["checkpoint-6"]
+    assert checkpoints.newest(folder) == folder / "checkpoint-6"
+    checkpoints.discard_newer(folder, folder / "checkpoint-6")
+    assert [path.name for path in checkpoints.every(folder)] == ["checkpoint-6"]
     assert len(caplog.messages) == 1
     assert "checkpoint-9 is passed over: " in caplog.text
     assert name in caplog.text or (name == "manifest.json" and how == "missing")
@@ -585,7 +585,7 @@ def test_from_the_checkpoint_before_the_end_is_the_same(trained, tmp_path):
 
 def test_both_damaged_starts_over_with_two_words(trained, tmp_path, caplog):
     folder = shutil.copytree(trained[0], tmp_path / "a")
-    for checkpoint in trainer.checkpoints(folder):
+    for checkpoint in checkpoints.every(folder):
         spoil(checkpoint / "model.safetensors", "truncated")
     again: list[int] = []
     _, found = train("gru", "stream", recipe_for("gumbel"), folder, resume=True, report=lambda now: again.append(now["step"]))
@@ -616,7 +616,7 @@ def test_the_best_weights_survive_the_removal_of_their_checkpoint_and_a_move(tmp
     with pytest.raises(Killed):
         train("lstm", "stream", recipe, tmp_path / "cut", report=kill_at(9))
     (tmp_path / "cut").rename(tmp_path / "moved")
-    assert [path.name for path in trainer.checkpoints(tmp_path / "moved")] == ["checkpoint-7", "checkpoint-8"]
+    assert [path.name for path in checkpoints.every(tmp_path / "moved")] == ["checkpoint-7", "checkpoint-8"]
     found, resumed = train("lstm", "stream", recipe, tmp_path / "moved", resume=True)
     assert resumed == whole
     assert same(found.state_dict(), wanted.state_dict())
@@ -642,7 +642,7 @@ def test_a_gradient_that_is_not_finite_is_caught_in_its_step(value, at, tmp_path
     with pytest.raises(DivergedError, match=rf"not finite at step {at}; nothing was packed"):
         train("lstm", "stream", recipe_for("gumbel"), tmp_path)
     assert len(calls) == at
-    kept = trainer.newest_checkpoint(tmp_path)
+    kept = checkpoints.newest(tmp_path)
     assert (kept.name if kept else None) == {1: None, 6: "checkpoint-3", 7: "checkpoint-6"}[at]
     if kept:
         assert all(bool(torch.isfinite(t).all()) for t in load_file(kept / "model.safetensors").values())
@@ -666,7 +666,7 @@ def test_a_diverged_conversion_packs_nothing(here, monkeypatch):
     assert result.exit_code == 5
     assert "the loss is nan at step 4" in result.stderr
     assert sorted(path.name for path in here.iterdir()) == ["OUT.work", "m.pt"]
-    assert trainer.newest_checkpoint(here / "OUT.work") == here / "OUT.work" / "checkpoint-4"
+    assert checkpoints.newest(here / "OUT.work") == here / "OUT.work" / "checkpoint-4"
     assert call(*CONVERT, "--resume").exit_code == 0  # calls 6 … are sound again
 
 

@@ -18,7 +18,7 @@ from rnn2bin import data, storage, student, tasks
 from rnn2bin.cells.network import Network, Trace, teacher_network
 from rnn2bin.cells.weights import fold
 from rnn2bin.data import Batches, Part
-from rnn2bin.distill import losses, trainer
+from rnn2bin.distill import checkpoints, losses, states, trainer
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DivergedError, InterruptedRunError
 from rnn2bin.gates.estimators import BINARY, FLOAT
@@ -223,7 +223,7 @@ def test_resuming_without_a_whole_checkpoint_starts_anew(tmp_path):
     run(TEXT, tmp_path / "a")
     for folder in (tmp_path / "a").glob("checkpoint-*"):
         (folder / storage.MANIFEST).unlink()
-    assert trainer.newest_checkpoint(tmp_path / "a") is None
+    assert checkpoints.newest(tmp_path / "a") is None
     steps: list[int] = []
     run(TEXT, tmp_path / "a", resume=True, report=lambda now: steps.append(now["step"]))
     assert steps[0] == 1
@@ -233,9 +233,9 @@ def test_checkpoints_that_will_be_written_again_go_first(tmp_path):
     """A stale checkpoint with a higher number made the Trainer's rotation delete the folder that was being written."""
     for number in (4, 8, 100):
         (tmp_path / f"checkpoint-{number}").mkdir()
-    trainer.discard_newer(tmp_path, tmp_path / "checkpoint-4")
+    checkpoints.discard_newer(tmp_path, tmp_path / "checkpoint-4")
     assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-4"]
-    trainer.discard_newer(tmp_path, None)
+    checkpoints.discard_newer(tmp_path, None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -251,7 +251,7 @@ def test_a_loss_that_is_not_finite_stops_at_once_and_keeps_the_last_checkpoint(a
     with pytest.raises(DivergedError, match=f"at step {at - 1}"):
         run(TEXT, tmp_path)
     assert len(calls) == at
-    kept = trainer.newest_checkpoint(tmp_path)
+    kept = checkpoints.newest(tmp_path)
     assert (kept.name if kept else None) == ("checkpoint-4" if at > 4 else None)
 
 
@@ -399,7 +399,7 @@ def test_a_carried_state_survives_its_file():
     state = [[(torch.randn(2, 3), torch.randn(2, 4))], [(torch.randn(2, 3), torch.randn(2, 4))]]
     layers = (LayerSpec("lstm", 1, 4, proj_size=3),) * 2
     for carried in ((state, None), (None, None), (state, state)):
-        again = trainer.unflatten_state(trainer.flatten_state(carried), layers, layers)
+        again = states.unflattened(states.flattened(carried), layers, layers)
         assert str(again) == str(carried)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,19 +27,17 @@ from rnn2bin.cells.weights import Cell
 from rnn2bin.data import Batch, Batches, Part, share
 from rnn2bin.distill import budget as budgets
 from rnn2bin.distill import callbacks as watching
-from rnn2bin.distill import credit, losses
+from rnn2bin.distill import checkpoints, credit, losses, states
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DivergedError, InterruptedRunError, UsageError
 from rnn2bin.gates import schedules, score
 from rnn2bin.gates.estimators import BINARY, FLOAT, SCORE, Discretize
 from rnn2bin.measure import Candidate, compare
 from rnn2bin.recipe import Gates, Recipe
-from rnn2bin.spec import LayerSpec
 
 SELECTION_SEQUENCES = 1024  # the validation part is cut to these for the measurements during training
 SELECTION_TOKENS = 65_536
 CALIBRATION_BATCHES = 20
-KEPT = 2  # checkpoints: the newest, and the one before it for when that is damaged
 STATE, BEST, BASELINES = "distill.json", "best.safetensors", "baselines.safetensors"
 
 log = logging.getLogger("rnn2bin")
@@ -254,8 +251,7 @@ class AnnealTrainer(Trainer):
             folder = out / f"checkpoint-{self.state.global_step}"
             self.save_more(folder)
             storage.seal(folder)
-            for older in checkpoints(out)[:-KEPT]:
-                shutil.rmtree(older, ignore_errors=True)
+            checkpoints.rotate(out)
 
     def save_more(self, folder: Path) -> None:
         """What the Trainer does not know of."""
@@ -359,7 +355,7 @@ class DistillTrainer(AnnealTrainer):
         mode = self.training_mode()
         output = prepared.forward(model, mode=mode, walk=self.walk, state=self.carried[1])
         if self.task.windowed:
-            self.carried = (target.state, detached(output))
+            self.carried = (target.state, states.detached(output))
         total = losses.total(self.task, self.recipe, prepared, output, target, student=self.student(), mode=mode)
         if mode.estimator in SCORE:
             given = (self.task, self.recipe, prepared, output, target)
@@ -411,12 +407,12 @@ class DistillTrainer(AnnealTrainer):
         return Measured(found["hard"].value, found["soft"].value, sum(saturated) / len(saturated), dense)
 
     def _save_checkpoint(self, model, trial):
-        self.all_carried = joined(processes.gathered(self.carried))
+        self.all_carried = states.joined(processes.gathered(self.carried))
         super()._save_checkpoint(model, trial)
 
     def save_more(self, folder: Path) -> None:
         super().save_more(folder)
-        save_file(flatten_state(self.all_carried), folder / "carried.safetensors")
+        save_file(states.flattened(self.all_carried), folder / "carried.safetensors")
         (folder / "price.json").write_text(json.dumps(asdict(self.price)))
         if remembered := {f"{name}/{key}": t for name, one in self.baselines.items() for key, t in one.tensors().items()}:
             save_file(remembered, folder / BASELINES)
@@ -430,7 +426,7 @@ class DistillTrainer(AnnealTrainer):
             self.baselines[name] = score.restored(self.recipe.gates.reinforce.baseline, own)
         rows = load_file(folder / "carried.safetensors", device=str(self.args.device))
         rows = {name: share(tensor, processes.rank(), processes.count()) for name, tensor in rows.items()}
-        self.carried = unflatten_state(rows, self.teacher.spec.entry.layers, self.student().spec.entry.layers)
+        self.carried = states.unflattened(rows, self.teacher.spec.entry.layers, self.student().spec.entry.layers)
 
 
 def training_walk(recipe: Recipe) -> Walk:
@@ -517,32 +513,6 @@ def arguments(recipe: Recipe, out: Path, *, steps: int) -> TrainingArguments:
     )
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """All of them, whole or not, oldest first."""
-    numbered = {folder: folder.name.rpartition("-")[2] for folder in out.glob("checkpoint-*")}
-    return sorted((folder for folder, number in numbered.items() if number.isdigit()), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def newest_checkpoint(out: Path) -> Path | None:
-    """The latest whole checkpoint in `out`."""
-    return next((folder for folder in reversed(checkpoints(out)) if storage.flaw(folder) is None), None)
-
-
-def discard_newer(out: Path, checkpoint: Path | None) -> None:
-    """Remove checkpoints that this run will write again (all of them where it starts anew), with a word where one was not whole: as the
-    newest by number they would make the rotation delete the ones that are being written."""
-    for folder in checkpoints(out):
-        if checkpoint is None or step_of(folder) > step_of(checkpoint):
-            flaw = storage.flaw(folder)
-            if flaw:
-                log.warning("%s is passed over: %s", folder, flaw)
-            shutil.rmtree(folder)
-
-
 def train(
     student: Network,
     teacher: Network,
@@ -569,8 +539,8 @@ def train(
 
 def _begin(out: Path, *, resume: bool) -> Path | None:
     """The checkpoint to go on from; those behind it are removed."""
-    checkpoint = newest_checkpoint(out) if resume else None
-    discard_newer(out, checkpoint)
+    checkpoint = checkpoints.newest(out) if resume else None
+    checkpoints.discard_newer(out, checkpoint)
     return checkpoint
 
 
@@ -616,47 +586,3 @@ def fit(
         trainer.recipe.learning_rate,
         seconds_before=trainer.seconds_before,
     )
-
-
-def detached(output: Output) -> State:
-    return [[tuple(t.detach() for t in direction) for direction in layer] for layer in output.state]
-
-
-def flatten_state(carried: tuple[State | None, State | None]) -> dict[str, Tensor]:
-    return {
-        f"{who}.{layer}.{direction}.{k}": tensor.contiguous()
-        for who, state in zip(("teacher", "student"), carried, strict=True)
-        for layer, directions in enumerate(state or [])
-        for direction, states in enumerate(directions)
-        for k, tensor in enumerate(states)
-    }
-
-
-def joined(carried: list[tuple[State | None, State | None]]) -> tuple[State | None, State | None]:
-    """The states of all processes' rows, in their order."""
-    if len(carried) == 1:
-        return carried[0]
-
-    def of(states: list[Any]) -> State | None:
-        if states[0] is None:
-            return None
-        return [
-            [tuple(torch.cat(parts) for parts in zip(*one, strict=True)) for one in zip(*layer, strict=True)]
-            for layer in zip(*states, strict=True)
-        ]
-
-    return of([one[0] for one in carried]), of([one[1] for one in carried])
-
-
-def unflatten_state(
-    tensors: dict[str, Tensor], teacher: tuple[LayerSpec, ...], student: tuple[LayerSpec, ...]
-) -> tuple[State | None, State | None]:
-    def of(who: str, layers: tuple[LayerSpec, ...]) -> State | None:
-        if not any(name.startswith(who) for name in tensors):
-            return None
-        return [
-            [tuple(tensors[f"{who}.{i}.{d}.{k}"] for k in range(len(layer.kind.states))) for d in range(layer.directions)]
-            for i, layer in enumerate(layers)
-        ]
-
-    return of("teacher", teacher), of("student", student)
