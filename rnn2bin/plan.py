@@ -217,7 +217,7 @@ def packed_bytes(job: Any, network: Network) -> int:
 
 
 def checkpoint_bytes(network: torch.nn.Module, recipe: Recipe) -> int:
-    """fp32 weights, the best ones so far, Adam's two moments, and of a Network the carried sizes of teacher and student."""
+    """fp32 weights, the best ones so far, Adam's two moments, and of a Network the carried states of teacher and student."""
     weights = sum(t.numel() for t in network.state_dict().values())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     cells = network.spec.cell_names() if isinstance(network, Network) else ()
