@@ -31,7 +31,7 @@ from rnn2bin import (
     tokenizer,
 )
 from rnn2bin.cells.network import Network, teacher_network
-from rnn2bin.distill import calibrate, checkpoints, rate, sampling
+from rnn2bin.distill import budget, calibrate, checkpoints, rate, sampling
 from rnn2bin.distill import callbacks as watching
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
@@ -373,7 +373,9 @@ def distil(
     network = student.of_recipe(job.teacher, job.recipe) if network is None else network
     recipe, tried = job.recipe, tuple[distiller.Tried, ...]()
     stage("calibrate")
-    calibrate.calibrate(network, job.teacher, job.task, distiller.calibration_batches(job.parts.train, recipe, job.task))
+    first = lambda: distiller.calibration_batches(job.parts.train, recipe, job.task)
+    budget.check(recipe.budget, network, job.teacher, job.task, next(first()))
+    calibrate.calibrate(network, job.teacher, job.task, first())
     given: dict[str, Any] = {"task": job.task, "train": job.parts.train, "valid": job.parts.valid, "resume": resume, "report": progress}
     stage("distill")
     if rate.wanted(recipe):

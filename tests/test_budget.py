@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import VOCABULARY
 from hypothesis import given
 from hypothesis import strategies as st
 from test_trainer import recipe_of, run, stream, teacher_of
@@ -19,6 +20,7 @@ from rnn2bin.cells.network import Trace
 from rnn2bin.distill import budget, checkpoints
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import WINDOWS, run_cell
+from rnn2bin.errors import UsageError
 from rnn2bin.evaluation.density import DensityCounter
 from rnn2bin.gates.estimators import BINARY, Discretize, Sample
 from rnn2bin.recipe import Budget, parse
@@ -142,13 +144,59 @@ def test_the_wanted_density_falls_in_equal_ratios_and_never_below():
     assert budget.Price(first=0.1).wanted(plan, 0) == 0.2
 
 
-@given(found=st.floats(0, 1), wanted=st.floats(0.02, 0.9), price=st.floats(0.01, 1e3))
-def test_the_price_is_on_the_distance_and_rises_while_it_is_too_large(found, wanted, price):
-    one = budget.Price(price, first=1.0, shift=0.0)
-    charged = one.charge(torch.tensor(found, dtype=torch.float64), Budget(density=wanted), 1.0)
-    assert float(charged) == pytest.approx(price * abs(found - wanted), rel=1e-4, abs=1e-6 * price)
+@given(found=st.floats(0, 1), wanted=st.floats(0.02, 0.9), price=st.floats(0.01, 900))
+def test_a_weight_costs_the_price_above_the_aim_pays_it_below_and_a_share_of_it_between(found, wanted, price):
+    one, density = budget.Price(price, first=1.0, shift=0.0), torch.tensor(found, dtype=torch.float64, requires_grad=True)
+    charged = one.charge(density, Budget(density=wanted), 1.0)
+    charged.backward()
+    share = min(max((found - wanted) / budget.TOLERANCE, -1.0), 1.0)
+    assert float(density.grad) == pytest.approx(price * share, rel=1e-4, abs=1e-6 * price)
+    assert float(charged.detach()) == pytest.approx(price * share * (found - wanted), rel=1e-4, abs=1e-6 * price)
     if abs(abs(found - wanted) - budget.TOLERANCE / 2) > 1e-6:
         assert (one.price > price) == (abs(found - wanted) > budget.TOLERANCE / 2)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_noise_of_single_batches_does_not_raise_the_price(seed):
+    """It once rose at any batch that was half a hundredth beside the aim, on either side, and had no end: with sequences of a few steps
+    most batches are, until the price was all of the loss."""
+    noise = torch.Generator().manual_seed(seed)
+    one, plan = budget.Price(10.0, first=1.0, shift=0.0), Budget(density=0.1)
+    for _ in range(1000):
+        one.charge(0.1 + 0.015 * torch.randn((), generator=noise), plan, 1.0)
+    assert one.price < 0.1
+
+
+def test_the_price_has_bounds():
+    one = budget.Price(first=1.0, shift=0.0)
+    for found, bound in ((0.9, budget.MOST_PRICE), (0.1, budget.LEAST_PRICE), (0.01, budget.MOST_PRICE)):
+        for _ in range(2000):
+            one.charge(torch.tensor(found), Budget(density=0.1), 1.0)
+        assert one.price == pytest.approx(bound)
+
+
+def test_a_density_that_is_on_its_way_to_the_aim_is_not_charged_ever_more():
+    """Else the price overshoots by what it takes gates to follow, and closes more than was asked."""
+    plan, falling, standing = Budget(density=0.1), budget.Price(first=1.0, shift=0.0), budget.Price(first=1.0, shift=0.0)
+    for step in range(100):
+        falling.charge(torch.tensor(0.1 + 0.4 * 0.95**step), plan, 1.0)
+        standing.charge(torch.tensor(0.15), plan, 1.0)
+    assert falling.price < budget.FIRST_PRICE < standing.price
+
+
+@pytest.mark.parametrize(("tokens", "wanted", "refused"), [(False, 0.2, True), (False, 0.5, False), (True, 0.05, False)])
+def test_a_density_below_what_dense_inputs_read_is_refused_before_training(tokens, wanted, refused, save_model, save_data, tmp_path):
+    """It was tried to the end before, at a price that left nothing of the network."""
+    given = {"overrides": [f"budget.density={wanted}"], "recipe": "smoke.yaml", "data": save_data(tokens=tokens), "out": tmp_path / "out"}
+    model = save_model(tokens=tokens, outputs=VOCABULARY)
+    if not refused:
+        pipeline.convert(model, **given)
+        return
+    with pytest.raises(
+        UsageError, match=r"budget.density: 0.2 cannot be reached: a step reads [2-4]\d\.\d% of .* \(main.layers.0.fwd\); ask for more"
+    ):
+        pipeline.convert(model, **given)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_price_of_its_own_is_charged_for_every_weight_and_stays():
@@ -195,11 +243,11 @@ def test_the_float_control_is_trained_without_the_budget_and_its_rate(tmp_path, 
     assert (seen[0].learning_rate, seen[0].budget, seen[0].train.steps) == (0.001, Budget(), 7)
 
 
-def test_a_network_that_reads_less_than_it_may_is_left_alone():
+def test_a_network_that_reads_less_than_it_may_from_the_start_is_left_alone():
     one = budget.Price(5.0, first=0.3)
     found = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     one.charge(found, Budget(density=0.5), 0.0).backward()
-    assert (float(found.grad), one.price) == (0.0, 5.0)
+    assert float(found.grad) == 0.0
 
 
 def test_training_aims_beside_the_wanted_density_by_what_the_validation_part_reads_too_much():
@@ -212,7 +260,7 @@ def test_training_aims_beside_the_wanted_density_by_what_the_validation_part_rea
     assert shifts == pytest.approx([0, 0, -0.005, -0.007, -budget.MOST_SHIFT])
     one.price, found = 1.0, torch.tensor(0.195, dtype=torch.float64, requires_grad=True)
     one.charge(found, plan, 1.0).backward()
-    assert float(found.grad) == 1.0  # below the budget, and still charged
+    assert float(found.grad) == pytest.approx(1.0)  # below the budget, and still charged
 
 
 def test_a_checkpoint_over_budget_is_chosen_only_where_none_keeps_it():

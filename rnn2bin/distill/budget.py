@@ -7,20 +7,27 @@ it may is drawn back up, since open gates are what accuracy is made of; one that
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rnn2bin import cost, tasks
-from rnn2bin.cells.network import Network, Output
-from rnn2bin.gates.estimators import Discretize, Sample
+from rnn2bin.cells.network import EQUATIONS, Network, Output
+from rnn2bin.data import Batch
+from rnn2bin.distill.window import run_cell
+from rnn2bin.errors import UsageError
+from rnn2bin.gates.estimators import BINARY, Discretize, Sample
 from rnn2bin.recipe import DENSITY_TOLERANCE, Budget
 
 TOLERANCE = DENSITY_TOLERANCE
 MOST_SHIFT = 2 * TOLERANCE  # by which training may aim beside the wanted density to meet it on validation data
-FIRST_PRICE, LEAST_PRICE = 0.1, 1e-3  # in units of loss for the whole network's weights
-STEP = 0.03  # the share by which the price moves at a step, up while the density is off by more than half the tolerance, else down
+FIRST_PRICE, LEAST_PRICE, MOST_PRICE = 0.1, 1e-3, 1e3  # in units of loss for the whole network's weights
+STEP = 0.03  # the share by which the price moves at a step, up while the density stays off by more than half the tolerance, else down
+STAYS = 0.5  # of the longer mean: an error below that is on its way to 0, and a price that still rose would carry the density beyond
+# What one batch reads scatters around what the network reads, widely where sequences are short: both means are over the last steps.
+NEAR, FAR = 0.8, 0.95
 
 # Counted in bits; the gradient is that of σ(pre), which reaches every unit and not only those near the threshold.
 _COUNT = Discretize("straight-through", slope=1.0, backward="sigmoid")
@@ -35,14 +42,40 @@ def density(student: Network, prepared: tasks.Prepared, output: Output, *, learn
     return torch.stack([c.incremental for c in counts]).sum() / torch.stack([c.dense for c in counts]).sum()
 
 
+@torch.no_grad()
+def check(budget: Budget, student: Network, teacher: Network, task: tasks.Task, batch: Batch) -> None:
+    """Raises UsageError for a density that no gates can bring about: first layers' inputs that are no tokens meet every gate's row."""
+    if budget.density is None:
+        return
+    prepared = tasks.prepare(task, batch, teacher, walk=run_cell)
+    found = cost.cells(student, prepared, prepared.forward(student, mode=BINARY, walk=run_cell))
+    least, dense, where = 0.0, 0.0, []
+    for read in found:
+        layer, kind = read.cell.layer, read.cell.layer.kind
+        dense += float(cost.count(read).dense)
+        if read.inputs is not None and ".layers.0." in read.name and kind.name not in EQUATIONS:
+            least += float((read.inputs * read.mask).sum()) * len(kind.gates) * layer.hidden_size
+            where.append(read.name)
+    if least > budget.density * dense:
+        raise UsageError(
+            f"budget.density: {budget.density:g} cannot be reached: a step reads {least / dense:.1%} of the layers' weights whatever its "
+            f"gates do, since inputs that are no tokens meet every gate ({', '.join(where)}); ask for more"
+        )
+
+
 @dataclass
 class Price:
-    """What a weight read costs now. `first`: the density before training; `None` until it is measured. `shift`: training aims that much
-    above the wanted density, so that the validation part, with hard gates, meets it; it starts below, since the price comes to rest where
-    it just does not rise. `fallen`: whether the wanted density was the budget at the last measurement."""
+    """What a weight read costs now, at most: where the density is less than a tolerance off, it costs that share, and below the aim it
+    pays. `first`: the density before training; `None` until it is measured. `near`, `far`: means of what the last steps read above the
+    aim, a short one that says how much of the price is charged and a longer one that moves it. `shift`: training aims that much above
+    the wanted density, so that the validation part, with hard gates, meets it; it starts below, since the price rests half a hundredth
+    above. `fallen`: whether the wanted density was the budget at
+    the last measurement."""
 
     price: float = FIRST_PRICE
     first: float | None = None
+    near: float | None = None
+    far: float | None = None
     shift: float = -TOLERANCE / 2
     fallen: bool = False
 
@@ -62,12 +95,16 @@ class Price:
         if self.first is None:
             self.first = now
         wanted = self.wanted(budget, progress)
-        aim = wanted + self.shift
-        off = (found.float() - aim) * (1 if now > aim else -1)
-        if self.first <= wanted and now <= aim:
-            return off * 0
-        charged = self.price * off
-        self.price = max(LEAST_PRICE, self.price * (1 + STEP if float(off.detach()) > TOLERANCE / 2 else 1 - STEP))
+        error = now - (wanted + self.shift)
+        self.near = error if self.near is None else NEAR * self.near + (1 - NEAR) * error
+        self.far = error if self.far is None else FAR * self.far + (1 - FAR) * error
+        share = min(max(self.near / TOLERANCE, -1.0), 1.0)
+        if self.first <= wanted:
+            share = max(share, 0.0)
+        charged = self.price * share * (found.float() - (now - error))
+        stays = abs(self.far) > TOLERANCE / 2 and math.copysign(1.0, self.far) * self.near > STAYS * abs(self.far)
+        moved = self.price * (1 + STEP if stays else 1 - STEP)
+        self.price = min(max(moved, LEAST_PRICE), MOST_PRICE)
         return charged
 
     def correct(self, found: float, budget: Budget, progress: float) -> None:
