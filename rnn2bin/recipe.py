@@ -441,8 +441,8 @@ class Train(Closed):
     accumulation: Count = Field(1, description="batches a weight update is averaged over")
     learning_rate: Positive | Literal["auto"] = Field(
         "auto",
-        description="auto: the best of a few short runs; 0.016 with a density budget, which moves gates far from where the teacher has "
-        "them; 0.001 in runs of less than 500 steps and for modules",
+        description="auto: the best of a few short runs; 0.001 in runs of less than 500 steps and for modules, with a density budget 0.016 "
+        "in runs of less than 4,000",
     )
     final_learning_rate: Share = Field(0.02, description="share of the learning rate left at the end (cosine)")
     warmup: Share = Field(0.02, description="share of the steps over which the learning rate rises")

@@ -1,7 +1,7 @@
 """The rate of learning that a network wants, found by short runs of the whole anneal (docs/decisions/028-rate.md).
 
 What a rate does depends on the network more than on anything a recipe could say: a converged one is harmed by the rate that another needs
-to get anywhere. A short run, annealed and decayed to its end, put rates in the order of the long one on both networks that were tried. Each
+to get anywhere. A short run, annealed and decayed to its end, put rates in the order of the long one where that was tried. Each
 starts from the same calibrated student and is measured as checkpoints are, on the validation part with hard gates.
 """
 
