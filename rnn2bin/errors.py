@@ -32,6 +32,10 @@ class RecipeError(UsageError):
     code = "recipe"
 
 
+class UnreachableError(RecipeError):
+    """A recipe asks for a density that this network's gates cannot bring about."""
+
+
 class DataError(UsageError):
     """The data file is empty, malformed, not finite, or does not fit the network."""
 

@@ -20,7 +20,7 @@ from rnn2bin.cells.network import Trace
 from rnn2bin.distill import budget, checkpoints
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import WINDOWS, run_cell
-from rnn2bin.errors import UsageError
+from rnn2bin.errors import UnreachableError
 from rnn2bin.evaluation.density import DensityCounter
 from rnn2bin.gates.estimators import BINARY, Discretize, Sample
 from rnn2bin.recipe import Budget, parse
@@ -193,7 +193,8 @@ def test_a_density_below_what_dense_inputs_read_is_refused_before_training(token
         pipeline.convert(model, **given)
         return
     with pytest.raises(
-        UsageError, match=r"budget.density: 0.2 cannot be reached: a step reads [2-4]\d\.\d% of .* \(main.layers.0.fwd\); ask for more"
+        UnreachableError,
+        match=r"budget.density: 0.2 cannot be reached: a step reads [2-4]\d\.\d% of .* \(main.layers.0.fwd\); ask for more",
     ):
         pipeline.convert(model, **given)
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ from test_cli import assert_refused, call
 
 from rnn2bin import pipeline, recipe_yaml, reproduce, storage
 from rnn2bin.distill import rate, trainer
-from rnn2bin.errors import InterruptedRunError, RecipeError, UsageError
+from rnn2bin.errors import DivergedError, InterruptedRunError, RecipeError, UnreachableError, UsageError
 from rnn2bin.search import descent, measured, picture, space, study
 from rnn2bin.search.descent import AGAIN, LOWER
 from rnn2bin.search.front import Found, Limits, choose, front, missed
@@ -435,14 +435,17 @@ def test_convert_reproduces_the_chosen_recipe(model, data, tmp_path, monkeypatch
     assert found.drop == pytest.approx(report["trials"][at]["drop"], abs=2e-3)  # fp16
 
 
-@pytest.mark.parametrize("error", ["diverged", "behind"])
+@pytest.mark.parametrize("error", ["diverged", "unreachable", "behind"])
 def test_a_trial_that_fails_is_told_and_the_search_goes_on(model, data, tmp_path, monkeypatch, error):
-    if error == "diverged":
-        from rnn2bin.errors import DivergedError
+    told = {
+        "diverged": DivergedError("training diverged: the loss is nan at step 1; lower it"),
+        "unreachable": UnreachableError("budget.density: 0.05 cannot be reached; ask for more"),
+    }
+    if error in told:
 
         def distil(job, *args, **options):
             if job.recipe.train.steps == 2:
-                raise DivergedError("training diverged: the loss is nan at step 1; lower it")
+                raise told[error]
             return plain(job, *args, **options)
 
         plain = pipeline.distil
@@ -452,8 +455,8 @@ def test_a_trial_that_fails_is_told_and_the_search_goes_on(model, data, tmp_path
         monkeypatch.setattr(study, "behind", lambda progress, drop, rivals: next(answers))
     report = study.search(model, recipe=tiny("budget.density=0.05"), data=data(), out=tmp_path / "S", trials=2)
     stopped = [t["stopped"] for t in report["trials"] if t["state"] == "pruned"]
-    if error == "diverged":
-        assert stopped == ["training diverged: the loss is nan at step 1"]
+    if error in told:
+        assert stopped == [told[error].reasons[0].split(";")[0]]
     else:
         assert stopped == ["behind at step 1"]
         assert not list((tmp_path / "S" / "trials").glob("*/"))

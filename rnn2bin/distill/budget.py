@@ -17,7 +17,7 @@ from rnn2bin import cost, tasks
 from rnn2bin.cells.network import EQUATIONS, Network, Output
 from rnn2bin.data import Batch
 from rnn2bin.distill.window import run_cell
-from rnn2bin.errors import UsageError
+from rnn2bin.errors import UnreachableError
 from rnn2bin.gates.estimators import BINARY, Discretize, Sample
 from rnn2bin.recipe import DENSITY_TOLERANCE, Budget
 
@@ -44,7 +44,7 @@ def density(student: Network, prepared: tasks.Prepared, output: Output, *, learn
 
 @torch.no_grad()
 def check(budget: Budget, student: Network, teacher: Network, task: tasks.Task, batch: Batch) -> None:
-    """Raises UsageError for a density that no gates can bring about: first layers' inputs that are no tokens meet every gate's row."""
+    """UnreachableError for a density that no gates can bring about: first layers' inputs that are no tokens meet every gate's row."""
     if budget.density is None:
         return
     prepared = tasks.prepare(task, batch, teacher, walk=run_cell)
@@ -57,7 +57,7 @@ def check(budget: Budget, student: Network, teacher: Network, task: tasks.Task, 
             least += float((read.inputs * read.mask).sum()) * len(kind.gates) * layer.hidden_size
             where.append(read.name)
     if least > budget.density * dense:
-        raise UsageError(
+        raise UnreachableError(
             f"budget.density: {budget.density:g} cannot be reached: a step reads {least / dense:.1%} of the layers' weights whatever its "
             f"gates do, since inputs that are no tokens meet every gate ({', '.join(where)}); ask for more"
         )

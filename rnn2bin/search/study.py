@@ -23,7 +23,7 @@ from rnn2bin import data as parts_of
 from rnn2bin import pipeline, processes, recipe_yaml, signals, storage
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
-from rnn2bin.errors import BudgetError, DivergedError, InterruptedRunError, ResourceError, UsageError
+from rnn2bin.errors import BudgetError, DivergedError, InterruptedRunError, ResourceError, UnreachableError, UsageError
 from rnn2bin.gates.estimators import FLOAT
 from rnn2bin.measure import Candidate, compare
 from rnn2bin.recipe import Recipe
@@ -228,7 +228,7 @@ class Worker:
                 return self._train(trial, recipe, folder)
         except BlockingIOError:
             self._stop(trial, "another worker trains the same recipe")
-        except DivergedError as error:
+        except (DivergedError, UnreachableError) as error:
             self._stop(trial, error.reasons[0].split(";")[0])
         except (InterruptedRunError, KeyboardInterrupt):
             self.study.enqueue_trial(values)
