@@ -16,7 +16,6 @@ from typing import Any
 
 from rnn2bin import tasks
 from rnn2bin.cells.network import Network
-from rnn2bin.data import Part
 from rnn2bin.distill import budget as budgets
 from rnn2bin.distill import trainer
 from rnn2bin.distill.trainer import Tried
@@ -88,14 +87,12 @@ def find(
     *,
     task: tasks.Task,
     recipe: Recipe,
-    train: Part,
-    valid: Part,
     out: Path,
-    resume: bool = False,
     report: Callable[[dict[str, Any]], None] | None = None,
+    **given: Any,
 ) -> tuple[Recipe, tuple[Tried, ...]]:
-    """The recipe with the best rate, and what was tried; `student` is calibrated, and stays as it is. Raises as `trainer.train` does, but
-    for a rate at which training diverges: that one is out."""
+    """The recipe with the best rate, and what was tried; `student` is calibrated, and stays as it is. `given`: what else `trainer.train` takes;
+    it raises what that does, but for a rate at which training diverges: that one is out."""
     count, sign = steps(recipe), 1 if task.higher_is_better else -1
     short = recipe.train.model_copy(update={"steps": count, "max_steps": count, "evaluate_every": count})
 
@@ -106,7 +103,7 @@ def find(
         watch = report and (lambda now: report(now | {"trying_rate": rate}))
         folder, network = out / f"{FOLDER}{rate:g}", copy.deepcopy(student)
         try:
-            run = trainer.train(network, teacher, task=task, recipe=one, train=train, valid=valid, out=folder, resume=resume, report=watch)
+            run = trainer.train(network, teacher, task=task, recipe=one, out=folder, report=watch, **given)
         except DivergedError:
             metrics[rate] = None
             return float("-inf")
