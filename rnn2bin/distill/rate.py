@@ -91,8 +91,8 @@ def find(
     report: Callable[[dict[str, Any]], None] | None = None,
     **given: Any,
 ) -> tuple[Recipe, tuple[Tried, ...]]:
-    """The recipe with the best rate, and what was tried; `student` is calibrated, and stays as it is. `given`: what else `trainer.train` takes;
-    it raises what that does, but for a rate at which training diverges: that one is out."""
+    """The recipe with the best rate, and what was tried; `student` is calibrated, and stays as it is. `given`: what else `trainer.train`
+    takes; it raises what that does, but for a rate at which training diverges: that one is out."""
     count, sign = steps(recipe), 1 if task.higher_is_better else -1
     short = recipe.train.model_copy(update={"steps": count, "max_steps": count, "evaluate_every": count})
 
