@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import pickle
@@ -18,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from rnn2bin.errors import BudgetError, UnsafeError
-from rnn2bin.serve import isolation
+from rnn2bin.errors import BudgetError, QuotaError, UnsafeError
+from rnn2bin.serve import access, isolation, store
 from rnn2bin.serve.child import Watch
 from rnn2bin.serve.client import Client
 
@@ -246,6 +247,25 @@ def installed() -> ModuleType:
 def test_two_workers_share_one_postgresql(installed):
     found = installed.workers(3)
     assert found["ok"], found
+
+
+def test_a_quota_holds_on_postgresql_too(installed):
+    """Where two transactions do not see each other's rows, they wait for the key's."""
+    with installed.folder() as at, installed.postgres(at) as db, store.opened(db) as found:
+        caller = access.caller_of(access.add_key(found, "one", max_jobs=3, max_bytes=100), found)
+        row = {"owner": caller.owner, "name": "", "request": {"model": {}, "data": {}}, "recipe": "", "idempotency_key": None}
+
+        def ask(_: int) -> bool:
+            try:
+                found.add_job({**row, "id": store.new_id("job"), "body_sha256": ""}, enqueue=lambda *_: time.sleep(0.02),
+                              allow=lambda used: access.check_quota(caller, used))  # fmt: skip
+            except QuotaError:
+                return False
+            return True
+
+        with concurrent.futures.ThreadPoolExecutor(10) as threads:
+            assert sum(threads.map(ask, range(20))) == 3
+        assert found.used(caller.owner)[0] == 3
 
 
 @pytest.mark.slow

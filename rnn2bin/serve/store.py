@@ -24,6 +24,8 @@ STATES = ("queued", "running", *ENDED)
 PART = 4 * 2**20  # bytes of a file in one row
 
 Row = dict[str, Any]
+Enqueue = Callable[[sa.Connection, str, int], object]
+Allow = Callable[[tuple[int, int]], object]  # of what `used` says after a change; raises where it is too much, and nothing is changed
 meta = sa.MetaData()
 
 
@@ -153,9 +155,9 @@ class Store:
 
     # -- uploads
 
-    def add_upload(self, row: Row) -> Row:
+    def add_upload(self, row: Row, *, allow: Allow) -> Row:
         row = {**row, "created": self.clock()}
-        with self.engine.begin() as db:
+        with self._quota(row["owner"], allow) as db:
             db.execute(sa.insert(uploads).values(**row))
         return row
 
@@ -171,11 +173,11 @@ class Store:
 
     # -- jobs
 
-    def add_job(self, row: Row, *, enqueue: Callable[[sa.Connection, str, int], object]) -> tuple[Row, bool]:
+    def add_job(self, row: Row, *, enqueue: Enqueue, allow: Allow) -> tuple[Row, bool]:
         """(the job, whether it is new): with an idempotency key that this owner used, that job. `enqueue` runs in the transaction."""
         row = {"run": 1, "state": "queued", "created": self.clock(), **row}
         try:
-            with self.engine.begin() as db:
+            with self._quota(row["owner"], allow) as db:
                 db.execute(sa.insert(jobs).values(**row))
                 self._event(db, row["id"], "queued", {"run": 1})
                 enqueue(db, row["id"], 1)
@@ -206,11 +208,23 @@ class Store:
 
     def used(self, owner: str) -> tuple[int, int]:
         """(jobs that are not ended, bytes stored) of an owner."""
+        with self.engine.connect() as db:
+            return self._used(db, owner)
+
+    def _used(self, db: sa.Connection, owner: str) -> tuple[int, int]:
         active = sa.select(sa.func.count()).select_from(jobs).where(jobs.c.owner == owner, jobs.c.state.not_in(ENDED))
         made = sa.select(sa.func.coalesce(sa.func.sum(jobs.c.bytes), 0)).where(jobs.c.owner == owner)
         sent = sa.select(sa.func.coalesce(sa.func.sum(uploads.c.bytes), 0)).where(uploads.c.owner == owner)
-        with self.engine.connect() as db:
-            return int(db.scalar(active) or 0), int(db.scalar(made) or 0) + int(db.scalar(sent) or 0)
+        return int(db.scalar(active) or 0), int(db.scalar(made) or 0) + int(db.scalar(sent) or 0)
+
+    @contextmanager
+    def _quota(self, owner: str, allow: Allow) -> Iterator[sa.Connection]:
+        """A transaction for changes that `allow` judges at its end. Those of an owner wait for each other, or two that fit alone might not
+        fit together: here for the row of the key; an SQLite file has one writer anyhow."""
+        with self.engine.begin() as db:
+            db.execute(sa.select(keys.c.id).where(keys.c.id == owner).with_for_update())
+            yield db
+            allow(self._used(db, owner))
 
     def uses_upload(self, owner: str, id: str) -> bool:
         """Whether a job that is not ended needs this upload."""
@@ -236,7 +250,7 @@ class Store:
                 return True
             return db.execute(sa.select(jobs.c.id).where(*mine, jobs.c.state == "running")).first() is not None
 
-    def retry(self, owner: str, id: str, *, enqueue: Callable[[sa.Connection, str, int], object]) -> bool:
+    def retry(self, owner: str, id: str, *, enqueue: Enqueue, allow: Allow) -> bool:
         """A job that failed or was cancelled is queued again; False where it is neither."""
         again = {
             "state": "queued",
@@ -247,7 +261,7 @@ class Store:
             "started": None,
             "worker": None,
         }
-        with self.engine.begin() as db:
+        with self._quota(owner, allow) as db:
             where = (jobs.c.id == id, jobs.c.owner == owner, jobs.c.state.in_(("failed", "cancelled")))
             run = db.execute(sa.update(jobs).where(*where).values(**again, stage=None, stalls=0).returning(jobs.c.run)).scalar()
             if run is None:
