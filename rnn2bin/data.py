@@ -115,7 +115,7 @@ def load_parts(
     `vocabulary`, `labels`: what a packed directory numbers characters or words, and classes, by; else they are what the recipe names, or
     found from the text. Raises DataError with every reason.
     """
-    paths = _paths(given, recipe.data)
+    paths = named_files(given, recipe.data)
     if not paths:
         return None
     text = [path.suffix.lower() in (".txt", ".text") for path in paths.values()]
@@ -138,7 +138,9 @@ def one_file(given: str | Path | Sequence[str] | None) -> Path | None:
     return Path(str(items[0]).removeprefix("test="))
 
 
-def _paths(given: str | Path | Sequence[str] | None, data: recipes.Data) -> dict[str, Path]:
+def named_files(given: str | Path | Sequence[str] | None, data: recipes.Data) -> dict[str, Path]:
+    """{all} or {train, valid, test}: the files of `--data`, else of the recipe's `data:`. DataError where they do not go together,
+    or are not there."""
     if given is None:
         named = {"train": data.train, "valid": data.valid_path, "test": data.test_path, "all": data.path}
         paths = {name: Path(path) for name, path in named.items() if path}

@@ -11,6 +11,7 @@ ROOT = Path(rnn2bin.__file__).parent
 ORDER = [
     "errors",
     "files",
+    "libraries",
     "signals",
     "storage",
     "processes",
@@ -51,7 +52,6 @@ ALLOWED = {
     ("pipeline", "modules"),  # convert() hands an nn.Module over
     ("pipeline", "search"),  # convert() with two limits
     ("pipeline", "plan"),  # the pre-flight check before the work starts
-    ("serve", "cli"),  # its child keeps the libraries as quiet as the command does
 }
 
 

@@ -159,9 +159,7 @@ def test_a_plain_rnn_beside_an_lstm_is_carried_through(tmp_path):
     assert "cell: rnn" in found.source
     rnn, gates = ({f"{k}_{s}": f"{n}.{k}_{s}_l0" for k in ("weight", "bias") for s in ("ih", "hh")} for n in ("rnn", "lstm"))
     layers = [{**rnn, "cell": "rnn", "activation": "relu"}, gates]
-    source = Source.model_validate(
-        {"main": {"cell": "lstm", "layers": layers, "head": [{"weight": "head.weight", "bias": "head.bias"}]}}
-    )
+    source = Source.model_validate({"main": {"cell": "lstm", "layers": layers, "head": [{"weight": "head.weight", "bias": "head.bias"}]}})
     x = torch.randn(7, 3, 4)
     with torch.no_grad():
         wanted = head(lstm(plain(x)[0])[0])

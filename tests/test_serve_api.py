@@ -22,6 +22,7 @@ from fastapi.testclient import TestClient
 
 from rnn2bin import cli, errors
 from rnn2bin.errors import ConflictError, UsageError
+from rnn2bin.recipe import Data
 from rnn2bin.serve import access, api, conversion, engine, folders, problems, recipes, settings, store
 from rnn2bin.serve.client import Client
 from rnn2bin.serve.streams import Streams
@@ -207,10 +208,13 @@ def test_every_reason_of_a_recipe_is_told(web):
     assert_problem(convert(web, recipe_text="version: 1\ntrain:\n  stepz: 1\n"), 422, "recipe", "recipe:3:3")
 
 
-@pytest.mark.parametrize("place", ["path", "train", "valid_path", "test_path", "vocabulary"])
+WRITTEN = [name for name, field in Data.model_fields.items() if field.annotation == str | None]  # whatever may be added
+
+
+@pytest.mark.parametrize("place", WRITTEN)
 def test_a_recipe_reads_no_file_of_the_service(web, place):
     answer = convert(web, recipe_text=f"version: 1\ndata:\n  {place}: /etc/passwd\n")
-    assert_problem(answer, 422, "recipe", f"data.{place}", "upload the data")
+    assert_problem(answer, 422, "recipe", f"data.{place}", "upload them")
     assert_problem(convert(web, set={f"data.{place}": "/etc/passwd"}), 422, "recipe", f"data.{place}")
 
 
@@ -220,6 +224,7 @@ def test_a_recipe_reads_no_file_of_the_service(web, place):
         ({"model": "upl_" + "0" * 32}, ("model", "no such upload")),
         ({"data": "upl_" + "0" * 32}, ("data.all", "no such upload")),
         ({"data": {"valid": "x"}}, ("train",)),
+        ({"data": {"all": "x", "train": "x"}}, ("train",)),
         ({"data": {"other": "x"}}, ("data",)),
         ({"more": 1}, ("more",)),
         ({"name": "a\nb"}, ("name",)),
@@ -469,7 +474,7 @@ def test_a_quota_holds_against_requests_at_once(make):
     assert service.coming == {}
     kept = {one["id"] for one in web.get("/v1/uploads", headers=headers).json()["items"]}
     assert {path.name for path in (service.settings.home / "uploads").iterdir()} == kept  # what was refused has left nothing
-    one, *_, last = web.get("/v1/conversions", headers=headers).json()["items"]
+    one, *_ = web.get("/v1/conversions", headers=headers).json()["items"]
     web.post(f"{one['links']['self']}/cancel", headers=headers)
     assert web.post("/v1/conversions", json=body, headers=headers).status_code == 202
     assert_problem(web.post(f"{one['links']['self']}/retry", headers=headers), 429, "quota")

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rnn2bin.errors import BudgetError, QuotaError, UnsafeError
@@ -73,6 +74,55 @@ def test_from_upload_to_packed_directory(service, tmp_path):
                           cwd=at, capture_output=True, text=True, env=trials.quiet(), check=True)  # fmt: skip
     assert json.loads(done.stdout)["binary"] == report["binary"]
     assert (at / "CLI" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def command(at: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "rnn2bin", *words], cwd=at, capture_output=True, text=True, env=trials.quiet())
+
+
+def test_the_command_lets_a_service_do_it(service, tmp_path):
+    server, client, at = service
+    tokens = [f"token-{n}" for n in range(11)]
+    (tmp_path / "tokens.txt").write_text("".join(f"{token}\n" for token in tokens))
+    np.savez(tmp_path / "data.npz", inputs=np.random.default_rng(0).integers(11, size=(40, 12)))
+    words = ("convert", str(at / "model.npz"), "--data", "data.npz", "--recipe", "smoke", "--set", "data.vocabulary=tokens.txt", "--json")
+    words += tuple(word for knob, value in FAST.items() for word in ("--set", f"{knob}={value}"))
+    there = command(tmp_path, *words, "--server", server.url, "--out", "THERE")
+    assert there.returncode == 0, there.stderr
+    here = command(tmp_path, *words, "--out", "HERE")
+    assert here.returncode == 0, here.stderr
+    reports = [json.loads(one.stdout) for one in (there, here)]
+    assert [set(one["figures"]["heatmaps"][0]["tokens"]) <= set(tokens) for one in reports] == [True, True]  # their names came along
+    assert reports[0]["binary"] == reports[1]["binary"]
+    assert (tmp_path / "THERE" / "model.safetensors").read_bytes() == (tmp_path / "HERE" / "model.safetensors").read_bytes()
+    job = next(iter(client.list()))
+    assert f"{server.url}/#/jobs/{job['id']}" in there.stderr
+    assert '"step": 6' in there.stderr  # progress, as of a conversion here
+    assert set(job["data"]) == {"vocabulary", "all"}
+    again = command(tmp_path, *words, "--server", server.url, "--out", "THERE")
+    assert (again.returncode, "exists already" in again.stderr) == (2, True)
+    assert len([one for one in client.list() if one["data"]]) == 1  # it was refused before anything was sent
+    fetched = command(tmp_path, "jobs", "--server", server.url, "fetch", job["id"], "--out", "THERE", "--force")
+    assert fetched.returncode == 0, fetched.stderr
+    listed = json.loads(command(tmp_path, "jobs", "--server", server.url, "ls", "--state", "done", "--json").stdout)
+    assert job["id"] in [one["id"] for one in listed]
+    assert command(tmp_path, "jobs", "--server", server.url, "rm", job["id"]).returncode == 0
+    gone = command(tmp_path, "jobs", "--server", server.url, "show", job["id"])
+    assert (gone.returncode, "no such conversion" in gone.stderr) == (2, True)
+
+
+def test_an_error_of_a_job_is_the_commands(service, tmp_path):
+    server, client, _ = service
+    with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"w": Evil()}))
+        archive.writestr("archive/version", "3\n")
+    done = command(tmp_path, "convert", "m.pt", "--recipe", "smoke", "--server", server.url)
+    assert done.returncode == UnsafeError.exit_code
+    assert "posix.system" in done.stderr
+    id = next(iter(client.list(state="failed")))["id"]
+    assert "posix.system" in command(tmp_path, "jobs", "--server", server.url, "show", id).stdout
+    assert command(tmp_path, "convert", "m.pt", "--server", server.url, "--resume").returncode == 2
+    assert not (tmp_path / "m.pt.rnn2bin").exists()
 
 
 class Evil:

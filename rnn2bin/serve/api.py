@@ -25,7 +25,7 @@ from rnn2bin.errors import AuthenticationError, ConflictError, NotFoundError, Rn
 from rnn2bin.serve import access, forms, problems, recipes
 from rnn2bin.serve.access import Caller
 from rnn2bin.serve.engine import Queue
-from rnn2bin.serve.folders import ARCHIVE, Folders, safe_name
+from rnn2bin.serve.folders import ARCHIVE, NAMES, Folders, safe_name
 from rnn2bin.serve.metrics import MEDIA, Metrics
 from rnn2bin.serve.settings import Settings
 from rnn2bin.serve.store import ENDED, Row, Store, new_id
@@ -290,8 +290,9 @@ def _conversions(app: FastAPI) -> None:
 def _add(asked: forms.ConversionRequest, digest: str, key: str | None, here: Service, by: Caller) -> Row:
     recipe = recipes.resolve(asked.recipe, text=asked.recipe_text, source=asked.source, overrides=asked.set)
     named = {"all": asked.data} if isinstance(asked.data, str) else dict(asked.data or {})
-    if named and "all" not in named and "train" not in named:
-        raise UsageError("data: `train` is needed where parts are given")
+    parts = set(named) - set(NAMES)
+    if parts and ("all" in parts) is ("train" in parts):
+        raise UsageError("data: give `all`, or `train` with `valid` and `test` where they are apart")
     given = {role: here.upload_of(by, id, role=f"data.{role}") for role, id in named.items()}
     model = here.upload_of(by, asked.model, role="model")
     how = {"name": asked.recipe if asked.recipe_text is None else None, "source": asked.source, "set": asked.set}
