@@ -124,7 +124,7 @@ def load_parts(
     parts = _text_parts(paths, recipe.data, spec, vocabulary) if all(text) else _tensor_parts(paths, recipe)
     parts = replace(parts, labels=_labels(recipe.data, spec, labels))
     if not all(text):
-        parts = replace(parts, vocabulary=tuple(vocabulary) if vocabulary else _token_names(recipe.data, spec))
+        parts = replace(parts, vocabulary=tuple(vocabulary) if vocabulary else token_names(recipe.data, spec))
     for name in ("train", "valid", "test"):
         check_part(getattr(parts, name), spec, where=name)
     return parts
@@ -322,8 +322,8 @@ def _lines(file: str, knob: str, what: str, size: int) -> tuple[str, ...]:
     return words
 
 
-def _token_names(data: recipes.Data, spec: RnnSpec) -> tuple[str, ...] | None:
-    """What the tokens of tensor files stand for, where the recipe says."""
+def token_names(data: recipes.Data, spec: RnnSpec) -> tuple[str, ...] | None:
+    """What tokens stand for that came as numbers, where the recipe says."""
     if data.vocabulary is None:
         return None
     if spec.entry.embedding is None:

@@ -383,6 +383,18 @@ def test_data_free(tmp_path, save_model, cell):
         assert report["parity"]["flips_outside"] == 0
 
 
+def test_tokens_have_their_names_without_data_too(tmp_path, save_model):
+    tokens = [f"token-{n}" for n in range(VOCABULARY)]
+    (tmp_path / "tokens.txt").write_text("\n".join(tokens))
+    model = save_model(tokens=True, outputs=VOCABULARY)
+    report = converted(model, "--set", f"data.vocabulary={tmp_path / 'tokens.txt'}")
+    assert set(report["figures"]["heatmaps"][0]["tokens"]) <= set(tokens)
+    (tmp_path / "tokens.txt").unlink()  # they stand in the packed directory by now
+    again = call("eval", str(model), str(tmp_path / "OUT"), "--json")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["binary"] == report["binary"]
+
+
 TASKS = [
     ("classify", {}, {"targets": LABELS}, "accuracy"),
     ("classify", {"both": True, "layers": 2}, {"targets": LABELS}, "accuracy"),

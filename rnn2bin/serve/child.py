@@ -129,7 +129,8 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
         "metric": report["metric"],
         **{name: value(name) for name in ("teacher", "soft_student", "binary", "native")},
         "drop": report["drop"],
-        "read": (report.get("density") or {}).get("read"),
+        "touched": (report.get("density") or {}).get("weights_touched"),  # of all that a step reads: the report's figure
+        "read": (report.get("density") or {}).get("read"),  # of the layers alone: what budget.density counts
         "seconds": report["cost"]["seconds"],
         "steps": report["cost"]["steps"],
         "size": report["size"],
