@@ -16,6 +16,7 @@ ORDER = [
     "storage",
     "processes",
     "spec",
+    "yaml_tree",
     "recipe",
     "recipe_yaml",
     "packed",
