@@ -6,10 +6,13 @@ import concurrent.futures
 import json
 import os
 import pickle
+import re
+import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -113,9 +116,7 @@ def test_the_command_lets_a_service_do_it(service, tmp_path):
 
 def test_an_error_of_a_job_is_the_commands(service, tmp_path):
     server, client, _ = service
-    with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps({"w": Evil()}))
-        archive.writestr("archive/version", "3\n")
+    write_evil(tmp_path / "m.pt")
     done = command(tmp_path, "convert", "m.pt", "--recipe", "smoke", "--server", server.url)
     assert done.returncode == UnsafeError.exit_code
     assert "posix.system" in done.stderr
@@ -125,16 +126,42 @@ def test_an_error_of_a_job_is_the_commands(service, tmp_path):
     assert not (tmp_path / "m.pt.rnn2bin").exists()
 
 
+@pytest.mark.skipif(not (shutil.which("curl") and shutil.which("jq")), reason="the examples use curl and jq")
+def test_the_documents_curl_examples_run(service, tmp_path):
+    server, client, at = service
+    page = (Path(__file__).parents[1] / "docs" / "service.md").read_text(encoding="utf-8")
+    (block,) = (found for found in re.findall(r"```sh\n(.*?)```", page, re.S) if found.startswith("U="))
+    for theirs, ours in (("http://127.0.0.1:8765", server.url), ("model.pt", "model.npz"), ("anneal", "smoke"), ("2000", "6"),
+                         ("today-1", str(tmp_path))):  # fmt: skip
+        assert theirs in block
+        block = block.replace(theirs, ours)
+    shutil.copy(at / "model.npz", tmp_path)
+    np.savez(tmp_path / "data.npz", inputs=np.random.default_rng(0).integers(11, size=(40, 12)))
+    before = {job["id"] for job in client.list()}
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert "event: done" in done.stdout
+    assert '"drop"' in done.stdout
+    assert [json.loads(line)["code"] for line in done.stdout.splitlines()[-1].replace("}{", "}\n{").splitlines()] == ["conflict"] * 2
+    with tarfile.open(tmp_path / "model.rnn2bin.tar") as archive:
+        assert "out/model.safetensors" in archive.getnames()
+    assert {job["id"] for job in client.list()} == before  # the last line deletes it
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return os.system, ("touch EVIL",)
 
 
-def test_a_file_that_would_run_code_fails_with_the_loaders_reason(service, tmp_path):
-    _, client, at = service
-    with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
+def write_evil(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({"w": Evil()}))
         archive.writestr("archive/version", "3\n")
+
+
+def test_a_file_that_would_run_code_fails_with_the_loaders_reason(service, tmp_path):
+    _, client, at = service
+    write_evil(tmp_path / "m.pt")
     job = ended(client, client.convert(tmp_path / "m.pt", recipe="smoke")["id"])
     error = job["error"]
     assert (job["state"], error["code"], error["status"]) == ("failed", UnsafeError.code, 422)

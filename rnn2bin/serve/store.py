@@ -168,8 +168,7 @@ class Store:
         return self._all(sa.select(uploads).where(uploads.c.owner == owner).order_by(uploads.c.created.desc()).limit(limit))
 
     def delete_upload(self, owner: str, id: str) -> bool:
-        with self.engine.begin() as db:
-            return db.execute(sa.delete(uploads).where(uploads.c.owner == owner, uploads.c.id == id)).rowcount > 0
+        return self._change(sa.delete(uploads).where(uploads.c.owner == owner, uploads.c.id == id))
 
     # -- jobs
 
@@ -330,8 +329,7 @@ class Store:
 
     def add_key(self, row: Row) -> None:
         """Raises IntegrityError where there is a key of that name."""
-        with self.engine.begin() as db:
-            db.execute(sa.insert(keys).values(**row, created=self.clock()))
+        self._change(sa.insert(keys).values(**row, created=self.clock()))
 
     def key(self, id: str) -> Row | None:
         return self._one(sa.select(keys).where(keys.c.id == id))
@@ -344,19 +342,16 @@ class Store:
             return db.execute(sa.select(keys.c.id).limit(1)).first() is not None
 
     def remove_key(self, name: str) -> bool:
-        with self.engine.begin() as db:
-            return db.execute(sa.delete(keys).where(keys.c.name == name)).rowcount > 0
+        return self._change(sa.delete(keys).where(keys.c.name == name))
 
     # -- workers
 
     def add_worker(self, id: str, *, slots: int) -> None:
-        with self.engine.begin() as db:
-            db.execute(sa.insert(workers).values(id=id, slots=slots, started=self.clock(), beat=0))
+        self._change(sa.insert(workers).values(id=id, slots=slots, started=self.clock(), beat=0))
 
     def beat(self, id: str) -> bool:
         """A sign of life; False where the others have given this worker up."""
-        with self.engine.begin() as db:
-            return db.execute(sa.update(workers).where(workers.c.id == id).values(beat=workers.c.beat + 1)).rowcount > 0
+        return self._change(sa.update(workers).where(workers.c.id == id).values(beat=workers.c.beat + 1))
 
     def list_workers(self) -> dict[str, int]:
         """Worker -> its last beat."""
@@ -366,8 +361,7 @@ class Store:
     def remove_worker(self, id: str, beat: int | None = None) -> bool:
         """Forget a worker; with `beat` only where it has given no sign since."""
         where = [workers.c.id == id, *([workers.c.beat == beat] if beat is not None else [])]
-        with self.engine.begin() as db:
-            return db.execute(sa.delete(workers).where(*where)).rowcount > 0
+        return self._change(sa.delete(workers).where(*where))
 
     # -- files, for workers on other machines
 
@@ -395,10 +389,14 @@ class Store:
             return db.execute(sa.select(parts.c.bytes).where(parts.c.file == name, parts.c.number == number)).scalar()
 
     def drop_file(self, name: str) -> None:
-        with self.engine.begin() as db:
-            db.execute(sa.delete(parts).where(parts.c.file == name))
+        self._change(sa.delete(parts).where(parts.c.file == name))
 
-    # -- reading
+    # -- one statement
+
+    def _change(self, statement: Any) -> bool:
+        """Whether it changed anything."""
+        with self.engine.begin() as db:
+            return db.execute(statement).rowcount > 0
 
     def _one(self, query: Any) -> Row | None:
         with self.engine.connect() as db:
