@@ -52,6 +52,7 @@ export async function jobView(id) {
       return;
     }
     button.disabled = true;
+    if (name === "remove") { closed = true; source?.close(); } // what is deleted is not asked for any more
     try {
       await service[name](id);
       say(what);
@@ -62,6 +63,7 @@ export async function jobView(id) {
     } catch (error) {
       problem.replaceChildren(alert(error));
       button.disabled = false;
+      if (name === "remove") { closed = false; follow(); }
     }
   }
 
@@ -112,7 +114,7 @@ export async function jobView(id) {
   }
 
   async function learnEnd() { // progress is told now and then; the report has every measurement, the last one too
-    if (job.state !== "done") return;
+    if (job.state !== "done" || closed) return;
     try {
       const { training } = await service.report(job.links.report.replace(/html$/, "json"));
       if (!training?.length) return;
@@ -144,6 +146,7 @@ export async function jobView(id) {
   }
 
   async function ended() {
+    if (closed) return;
     job = await service.get(id);
     if (!ENDED.includes(job.state)) return; // an earlier run's end, told again
     source?.close();
