@@ -115,7 +115,7 @@ def load_parts(
     `vocabulary`, `labels`: what a packed directory numbers characters or words, and classes, by; else they are what the recipe names, or
     found from the text. Raises DataError with every reason.
     """
-    paths = _paths(given, recipe.data)
+    paths = named_files(given, recipe.data)
     if not paths:
         return None
     text = [path.suffix.lower() in (".txt", ".text") for path in paths.values()]
@@ -124,7 +124,7 @@ def load_parts(
     parts = _text_parts(paths, recipe.data, spec, vocabulary) if all(text) else _tensor_parts(paths, recipe)
     parts = replace(parts, labels=_labels(recipe.data, spec, labels))
     if not all(text):
-        parts = replace(parts, vocabulary=tuple(vocabulary) if vocabulary else _token_names(recipe.data, spec))
+        parts = replace(parts, vocabulary=tuple(vocabulary) if vocabulary else token_names(recipe.data, spec))
     for name in ("train", "valid", "test"):
         check_part(getattr(parts, name), spec, where=name)
     return parts
@@ -138,7 +138,9 @@ def one_file(given: str | Path | Sequence[str] | None) -> Path | None:
     return Path(str(items[0]).removeprefix("test="))
 
 
-def _paths(given: str | Path | Sequence[str] | None, data: recipes.Data) -> dict[str, Path]:
+def named_files(given: str | Path | Sequence[str] | None, data: recipes.Data) -> dict[str, Path]:
+    """{all} or {train, valid, test}: the files of `--data`, else of the recipe's `data:`. DataError where they do not go together,
+    or are not there."""
     if given is None:
         named = {"train": data.train, "valid": data.valid_path, "test": data.test_path, "all": data.path}
         paths = {name: Path(path) for name, path in named.items() if path}
@@ -320,8 +322,8 @@ def _lines(file: str, knob: str, what: str, size: int) -> tuple[str, ...]:
     return words
 
 
-def _token_names(data: recipes.Data, spec: RnnSpec) -> tuple[str, ...] | None:
-    """What the tokens of tensor files stand for, where the recipe says."""
+def token_names(data: recipes.Data, spec: RnnSpec) -> tuple[str, ...] | None:
+    """What tokens stand for that came as numbers, where the recipe says."""
     if data.vocabulary is None:
         return None
     if spec.entry.embedding is None:

@@ -91,7 +91,7 @@ def prepare(
     teacher = teacher_network(loaded.spec, loaded.weights)
     parts = data.load_parts(given, recipe, loaded.spec, vocabulary=vocabulary, labels=labels)
     if parts is None:
-        parts = sampling.data_free(teacher, recipe)
+        parts = sampling.data_free(teacher, recipe, vocabulary=vocabulary)
     notes: list[str] = []
     if readout is not None and teacher.spec.decode is None and teacher.spec.main.graph is None:
         teacher = with_readout(teacher, readout)

@@ -308,6 +308,9 @@ class Sampling(Closed):
     temperature: Positive = Field(1.0, description="above 1: more varied, less like the teacher's own text")
 
 
+DATA_FILES = ("path", "train", "valid_path", "test_path", "vocabulary", "labels")
+
+
 class Data(Closed):
     """Where the data is, when `--data` is not given, and how it is split."""
 
@@ -325,6 +328,13 @@ class Data(Closed):
         None, description="file with one class a line, in the order of the network's outputs: names them in the report"
     )
     sample: Sampling = Sampling()
+
+    def files(self) -> dict[str, str]:
+        """Which of the fields name files, and the files: all that a recipe says of somebody's disk."""
+        return {name: file for name in DATA_FILES if (file := getattr(self, name)) is not None}
+
+    def without_files(self) -> Data:
+        return self.model_copy(update=dict.fromkeys(DATA_FILES))
 
 
 class Reinforce(Closed):

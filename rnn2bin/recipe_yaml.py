@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -21,262 +20,9 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 from rnn2bin.errors import RecipeError
 from rnn2bin.recipe import Recipe
+from rnn2bin.yaml_tree import MAX_BYTES, Composer, Dumper, KnobPath, Node, Place, Problem, dotted, show
 
-MAX_BYTES = 1 << 20
-MAX_DEPTH = 20  # an honest recipe nests 6 deep; more is an attack on the stack
-MAX_NODES = 10_000
 MOST_OPTIONS = 20  # of a knob, listed where one of them was wanted; of more the nearest is named
-
-KnobPath = tuple[str | int, ...]  # keys and list indices from the recipe's root to a value
-
-_TAG = "tag:yaml.org,2002:"
-_CORE = {  # YAML 1.2 core schema; pyyaml's own is 1.1, where `on` is a boolean and `1e-4` a string
-    "null": r"~|null|Null|NULL|",
-    "bool": r"true|True|TRUE|false|False|FALSE",
-    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
-    "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-}
-_RESOLVERS = {None: [(_TAG + kind, re.compile(rf"(?:{pattern})\Z")) for kind, pattern in _CORE.items()]}
-
-
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = _RESOLVERS
-
-
-class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers = _RESOLVERS
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True  # the reader refuses them
-
-
-def _quoted(dumper: _Dumper, value: str) -> yaml.ScalarNode:
-    """In double quotes where YAML takes a character for a line break that would not come back."""
-    style = '"' if any(c in value for c in "\x85\u2028\u2029") else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)  # type: ignore[no-any-return]
-
-
-_Dumper.add_representer(str, _quoted)
-
-
-# ---- the tree ----
-
-
-class Place(NamedTuple):
-    """Where something was written; `base` is the knob that the label already names (`--set a.b=v`)."""
-
-    label: str
-    order: tuple[int, int, int]
-    base: KnobPath = ()
-
-
-class Problem(NamedTuple):
-    place: Place
-    path: KnobPath
-    message: str
-
-    def __str__(self) -> str:
-        knob = "" if self.path == self.place.base else _dotted(self.path) + ": "
-        return f"{self.place.label}: {knob}{self.message}"
-
-
-@dataclass
-class Node:
-    """A value and its place. `key` is the place of the key that names it; `given` the text as written."""
-
-    value: Any  # scalar, dict[str, Node] or list[Node]
-    place: Place
-    given: str = ""
-    key: Place | None = None
-    refused: bool = False  # a problem is already recorded: what validation says of it would only confuse
-
-    @property
-    def children(self) -> dict[str, Node] | list[Node] | None:
-        return self.value if isinstance(self.value, dict | list) else None
-
-    def plain(self) -> Any:
-        if isinstance(self.value, dict):
-            return {key: node.plain() for key, node in self.value.items()}
-        return [node.plain() for node in self.value] if isinstance(self.value, list) else self.value
-
-
-def _dotted(path: KnobPath) -> str:
-    return ".".join(_show(str(part)) for part in path)
-
-
-def _show(text: str) -> str:
-    """On one line, printable (no terminal escapes from a stranger's file), and short."""
-    text = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
-# ---- text -> tree ----
-
-
-class _TooMuchError(yaml.MarkedYAMLError):
-    """The text is YAML, but larger or deeper than any recipe."""
-
-
-class _Composer:
-    """Composes one document; `problems` holds what was wrong, `broken` says that the text ended early for it."""
-
-    def __init__(self, text: str, place: Callable[[int, int], Place]) -> None:
-        self._place = place
-        self._nodes = 0
-        self._loader: Any = None  # pyyaml is typed in part only
-        self.problems: list[Problem] = []
-        self.broken = False
-        self.root = self._guarded(text)
-
-    def _guarded(self, text: str) -> Node | None:
-        """The document, or None with the problem recorded."""
-        if len(text) > MAX_BYTES:
-            self._break(self._place(0, 0), f"larger than {MAX_BYTES >> 20} MiB: this is no recipe")
-        try:
-            self._loader = _Loader(text)
-            return self._document()
-        except yaml.reader.ReaderError as error:
-            before = text[: error.position]
-            place = self._place(before.count("\n"), len(before) - before.rfind("\n") - 1)
-            self._break(place, f"the character U+{ord(text[error.position]):04X} is not allowed in YAML")
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            self._break(self._at(mark), _syntax_message(error))
-        except (ValueError, OverflowError):  # pyyaml leaves `"\UFFFFFFFF"` and `%YAML 1.<5000 digits>` to Python
-            mark = self._loader.get_mark() if self._loader else None
-            self._break(self._at(mark), "not valid YAML: a number or an escaped character is out of range")
-        return None
-
-    def _break(self, place: Place, message: str) -> None:
-        self.broken = True
-        self._refuse(place, (), message)
-
-    def _refuse(self, place: Place, path: KnobPath, message: str) -> None:
-        self.problems.append(Problem(place, path or place.base, message))
-
-    def _at(self, mark: Any) -> Place:
-        return self._place(mark.line, mark.column) if mark else self._place(0, 0)
-
-    def _next(self) -> yaml.Event:
-        event: yaml.Event = self._loader.get_event()
-        return event
-
-    def _document(self) -> Node | None:
-        self._next()  # stream start
-        if isinstance(self._next(), yaml.StreamEndEvent):
-            return None
-        root = self._node(self._next(), (), None)
-        self._next()  # document end
-        following = self._next()
-        if not isinstance(following, yaml.StreamEndEvent):
-            self._refuse(self._at(following.start_mark), (), "a second document starts here; a recipe is one document")
-        return root
-
-    def _node(self, event: yaml.Event, path: KnobPath, key: Place | None) -> Node:
-        self._limits(event, path)
-        place = self._at(event.start_mark)
-        base = place.base + path
-        if isinstance(event, yaml.AliasEvent):
-            self._refuse(place, base, f"aliases (*{_show(str(event.anchor))}) are not read; write the value out")
-            return Node(None, place, key=key, refused=True)
-        refused = self._refuse_extras(event, place, base)
-        if isinstance(event, yaml.MappingStartEvent):
-            return Node(self._mapping(path), place, "a map", key, refused)
-        if isinstance(event, yaml.SequenceStartEvent):
-            return Node(self._sequence(path), place, "a list", key, refused)
-        return self._scalar(event, place, key, refused)
-
-    def _limits(self, event: Any, path: KnobPath) -> None:
-        self._nodes += 1
-        if len(path) > MAX_DEPTH:
-            raise _TooMuchError(problem=f"nested more than {MAX_DEPTH} deep: this is no recipe", problem_mark=event.start_mark)
-        if self._nodes > MAX_NODES:
-            raise _TooMuchError(problem=f"more than {MAX_NODES} values: this is no recipe", problem_mark=event.start_mark)
-
-    def _refuse_extras(self, event: Any, place: Place, path: KnobPath) -> bool:
-        """Record anchors and tags. A tag changes what the value is, so the value is not judged further."""
-        if event.anchor is not None:
-            self._refuse(place, path, f"anchors (&{_show(event.anchor)}) are not read; write the value out where it is needed")
-        if event.tag is not None:
-            self._refuse(place, path, f"tags ({_show(event.tag.replace(_TAG, '!!'))}) are not read; write the plain value")
-        return event.tag is not None
-
-    def _scalar(self, event: Any, place: Place, key: Place | None, refused: bool) -> Node:
-        plain = event.style is None
-        tag = _resolve(self._loader, event.value) if plain else "str"
-        given = event.value if plain else f'"{event.value}"'
-        return Node(_construct(event.value, tag), place, given, key, refused)
-
-    def _sequence(self, path: KnobPath) -> list[Node]:
-        items: list[Node] = []
-        while not isinstance(event := self._next(), yaml.SequenceEndEvent):
-            items.append(self._node(event, (*path, len(items)), None))
-        return items
-
-    def _mapping(self, path: KnobPath) -> dict[str, Node]:
-        found: dict[str, Node] = {}
-        while not isinstance(event := self._next(), yaml.MappingEndEvent):
-            key = self._key(event, path)
-            place = self._at(event.start_mark)
-            node = self._node(self._next(), (*path, key or "?"), place)
-            if key in found:
-                first = found[key].key
-                self._refuse(place, (*place.base, *path, key), f"given twice, first at {first.label if first else 'the start'}")
-            elif key is not None:
-                found[key] = node
-        return found
-
-    def _key(self, event: yaml.Event, path: KnobPath) -> str | None:
-        """The key's text as written (`1`, `on` and `null` are words here); None where it is no plain word."""
-        node = self._node(event, path, None)
-        if isinstance(event, yaml.ScalarEvent):
-            return str(event.value)
-        if not node.refused:
-            self._refuse(node.place, (*node.place.base, *path), f"a key must be a plain word; given {node.given}")
-        return None
-
-
-_SYNTAX_HINTS = {
-    "'\\t'": "indent with spaces",
-    "'@'": "put quotes around the text",
-    "mapping values": 'put quotes around a text with ": " in it',
-}
-
-
-def _syntax_message(error: yaml.MarkedYAMLError) -> str:
-    """pyyaml's problem in one line, with what to do for the three that people meet most."""
-    problem = " ".join(str(error.problem or error.context).split())
-    if isinstance(error, _TooMuchError):
-        return problem
-    hint = next((f"; {hint}" for part, hint in _SYNTAX_HINTS.items() if part in problem), "")
-    return f"not valid YAML: {_show(problem)}{hint}"
-
-
-def _resolve(loader: Any, text: str) -> str:
-    """The kind that YAML 1.2's core schema sees in a plain scalar."""
-    tag: str = loader.resolve(yaml.ScalarNode, text, (True, False))
-    return tag.removeprefix(_TAG)
-
-
-def _construct(text: str, kind: str) -> Any:
-    """The scalar's value. `1e4` and `64.0` are whole numbers, so that they may stand for a count."""
-    if kind == "null":
-        return None
-    if kind == "bool":
-        return text.lower() == "true"
-    if kind == "int" and len(text) < 300:  # longer ones overflow a float and Python's own limit
-        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
-    if kind in ("int", "float"):
-        number = _float(text)
-        return int(number) if number.is_integer() and abs(number) < 2**53 else number
-    return text
-
-
-def _float(text: str) -> float:
-    try:
-        return float(re.sub(r"\.(?=[inIN])", "", text))  # .inf and .nan lose their dot
-    except ValueError:  # a 0x… of 300 digits
-        return float("inf")
 
 
 # ---- overrides ----
@@ -286,10 +32,10 @@ def _apply(root: Node, override: str, order: int) -> list[Problem]:
     """Set one `a.b=v` into the tree; the problems found."""
     name, equals, text = override.partition("=")
     path: KnobPath = tuple(name.strip().split("."))
-    place = Place(f"--set {_show(name)}{equals}{_show(text)}", (order, 0, 0), path)
+    place = Place(f"--set {show(name)}{equals}{show(text)}", (order, 0, 0), path)
     if not equals or not name.strip():
         return [Problem(place, path, "write it as name=value, e.g. train.steps=2000")]
-    composer = _Composer(text, lambda _line, _column: place)
+    composer = Composer(text, lambda _line, _column: place)
     if composer.broken:
         return composer.problems
     node = composer.root or Node(None, place)
@@ -305,11 +51,11 @@ def _set(root: Node, path: KnobPath, value: Node, place: Place) -> Problem | Non
         siblings, key = parent.children, part
         if isinstance(siblings, list):
             if not str(part).isdecimal() or len(str(part)) > 6 or int(part) >= len(siblings):
-                whole = f"{_dotted(path[:depth])} is a list of {len(siblings)}"
-                return Problem(place, path, f"{whole} and has no position {_show(str(part))}")
+                whole = f"{dotted(path[:depth])} is a list of {len(siblings)}"
+                return Problem(place, path, f"{whole} and has no position {show(str(part))}")
             key = int(part)
         elif siblings is None:
-            message = f"{_dotted(path[:depth])} is one value and has no key {_show(str(part))}"
+            message = f"{dotted(path[:depth])} is one value and has no key {show(str(part))}"
             return None if parent.refused else Problem(place, path, message)
         if depth == len(path) - 1:
             siblings[key] = value  # type: ignore[index]
@@ -455,7 +201,7 @@ def _message(error: ErrorDetails, path: KnobPath, node: Node) -> str:
             return f"{_given(node)} is unknown here; did you mean {close[0]}?"
         return f"must be one of {', '.join(options)}; given {_given(node)}"
     if kind == "string_type":
-        quotes = "" if node.children is not None or not node.given else f'; put quotes around it: "{_show(node.given)}"'
+        quotes = "" if node.children is not None or not node.given else f'; put quotes around it: "{show(node.given)}"'
         return f"must be text; given {_given(node)}{quotes}"
     if kind in _WANTED:
         return f"{_WANTED[kind].format(**context)}; given {_given(node)}"
@@ -470,7 +216,7 @@ def _show_message(error: ErrorDetails) -> str:
 def _given(node: Node) -> str:
     if isinstance(node.value, list | dict):
         return node.given if node.value else f"an empty {node.given.removeprefix('a ')}"
-    return _show(node.given) or "nothing"
+    return show(node.given) or "nothing"
 
 
 def _known_keys(path: KnobPath) -> list[str]:
@@ -525,7 +271,7 @@ def resolve(
 
 def plain(path: str | Path) -> dict[str, Any]:
     """A YAML file that is a map, as plain data, read as strictly as a recipe; RecipeError with every reason."""
-    composer = _Composer(_text(Path(path)), lambda line, column: Place(f"{path}:{line + 1}:{column + 1}", (0, line, column)))
+    composer = Composer(_text(Path(path)), lambda line, column: Place(f"{path}:{line + 1}:{column + 1}", (0, line, column)))
     root, problems = composer.root, composer.problems
     if not problems and (root is None or not isinstance(root.value, dict)):
         problems = [Problem(Place(f"{path}:1:1", (0, 0, 0)), (), "must be a map of keys to values")]
@@ -563,12 +309,12 @@ def _resolve_recipe(text: str, name: str, overrides: Sequence[str], *, about: tu
 
 def _composed(text: str, name: str, *, document: int) -> tuple[Node, bool, list[Problem]]:
     """A recipe's map, whether it is whole, and what is wrong with its text; `document` orders the reasons of two files."""
-    composer = _Composer(text, lambda line, column: Place(f"{name}:{line + 1}:{column + 1}", (document, line, column)))
+    composer = Composer(text, lambda line, column: Place(f"{name}:{line + 1}:{column + 1}", (document, line, column)))
     root, whole = _root(composer, Place(f"{name}:1:1", (document, 0, 0)))
     return root, whole, composer.problems
 
 
-def _root(composer: _Composer, start: Place) -> tuple[Node, bool]:
+def _root(composer: Composer, start: Place) -> tuple[Node, bool]:
     """The document's map and True; an empty one and False where it has none, so that the overrides are still checked."""
     root = composer.root
     if root is not None and isinstance(root.value, dict):
@@ -614,17 +360,17 @@ def find(name: str | Path) -> Path:
         if Path(name).is_file():
             return Path(name)
     except OSError as error:
-        raise RecipeError(f"{_show(str(name))}: cannot be read: {error.strerror}") from None
+        raise RecipeError(f"{show(str(name))}: cannot be read: {error.strerror}") from None
     names = {path.stem: path for path in bundled()}
     wanted = str(name).removesuffix(".yaml")
     if wanted in names:
         return names[wanted]
-    raise RecipeError(f"{_show(str(name))}: no such file or bundled recipe{_suggest(wanted, sorted(names), label='bundled')}")
+    raise RecipeError(f"{show(str(name))}: no such file or bundled recipe{_suggest(wanted, sorted(names), label='bundled')}")
 
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every knob, in the order of `rnn2bin.recipe`. Reading it gives the same recipe."""
-    text: str = yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
+    text: str = yaml.dump(recipe.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
     return text
 
 

@@ -11,10 +11,12 @@ ROOT = Path(rnn2bin.__file__).parent
 ORDER = [
     "errors",
     "files",
+    "libraries",
     "signals",
     "storage",
     "processes",
     "spec",
+    "yaml_tree",
     "recipe",
     "recipe_yaml",
     "packed",
@@ -51,7 +53,6 @@ ALLOWED = {
     ("pipeline", "modules"),  # convert() hands an nn.Module over
     ("pipeline", "search"),  # convert() with two limits
     ("pipeline", "plan"),  # the pre-flight check before the work starts
-    ("serve", "cli"),  # its child keeps the libraries as quiet as the command does
 }
 
 

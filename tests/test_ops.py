@@ -11,6 +11,7 @@ from tolerances import assert_close
 
 from rnn2bin.cells import ops
 from rnn2bin.errors import UnsupportedError
+from rnn2bin.loaders import onnx_recurrent  # noqa: F401  its operations are known then
 from rnn2bin.loaders.graph import GraphBuilder
 from rnn2bin.loaders.onnx_proto import read_graph
 from rnn2bin.loaders.onnx_trace import SPECIAL, Tracer, Value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import errno
 import hashlib
 import io
 import json
@@ -15,11 +16,13 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from click.testing import CliRunner
 from fastapi.testclient import TestClient
 
 from rnn2bin import cli, errors
 from rnn2bin.errors import ConflictError, UsageError
+from rnn2bin.recipe import Data
 from rnn2bin.serve import access, api, conversion, engine, folders, problems, recipes, settings, store
 from rnn2bin.serve.client import Client
 from rnn2bin.serve.streams import Streams
@@ -205,10 +208,13 @@ def test_every_reason_of_a_recipe_is_told(web):
     assert_problem(convert(web, recipe_text="version: 1\ntrain:\n  stepz: 1\n"), 422, "recipe", "recipe:3:3")
 
 
-@pytest.mark.parametrize("place", ["path", "train", "valid_path", "test_path", "vocabulary"])
+WRITTEN = [name for name, field in Data.model_fields.items() if field.annotation == str | None]  # whatever may be added
+
+
+@pytest.mark.parametrize("place", WRITTEN)
 def test_a_recipe_reads_no_file_of_the_service(web, place):
     answer = convert(web, recipe_text=f"version: 1\ndata:\n  {place}: /etc/passwd\n")
-    assert_problem(answer, 422, "recipe", f"data.{place}", "upload the data")
+    assert_problem(answer, 422, "recipe", f"data.{place}", "upload them")
     assert_problem(convert(web, set={f"data.{place}": "/etc/passwd"}), 422, "recipe", f"data.{place}")
 
 
@@ -218,6 +224,7 @@ def test_a_recipe_reads_no_file_of_the_service(web, place):
         ({"model": "upl_" + "0" * 32}, ("model", "no such upload")),
         ({"data": "upl_" + "0" * 32}, ("data.all", "no such upload")),
         ({"data": {"valid": "x"}}, ("train",)),
+        ({"data": {"all": "x", "train": "x"}}, ("train",)),
         ({"data": {"other": "x"}}, ("data",)),
         ({"more": 1}, ("more",)),
         ({"name": "a\nb"}, ("name",)),
@@ -358,6 +365,11 @@ def test_artifacts_ranges_and_sha256(made):
     part = web.get(source.url.path, headers={"Range": "bytes=4-7"})
     assert (part.status_code, part.content, part.headers["content-range"]) == (206, b"main", "bytes 4-7/9")
     assert web.get(source.url.path, headers={"Range": "bytes=99-"}).status_code == 416
+    both = web.get(source.url.path, headers={"Range": "bytes=4-7", "If-Range": '"of another file"'})
+    assert (both.status_code, both.content) == (200, content)
+    asked = web.head(source.url.path)
+    assert (asked.status_code, asked.content) == (200, b"")
+    assert {asked.headers[name] == source.headers[name] for name in ("content-length", "etag", "x-content-sha256")} == {True}
     assert web.get(source.url.path, headers={"If-None-Match": source.headers["etag"]}).status_code == 304
     for name in ("../home", "%2e%2e/%2e%2e/service.sqlite", "out.tar/", "nothing"):
         assert web.get(f"{there}/{name}").status_code in (404, 422)
@@ -443,10 +455,30 @@ def test_quotas(make):
     assert too_much.headers["retry-after"]
     ask = lambda: web.post("/v1/conversions", json={"model": model, "recipe": "smoke"}, headers=headers)
     job = ask().json()
-    assert_problem(ask(), 429, "quota", "1 at once")
+    assert_problem(ask(), 429, "quota", "allows 1;")
     web.post(f"/v1/conversions/{job['id']}/cancel", headers=headers)
     assert ask().status_code == 202
     assert web.get("/v1/session", headers=headers).json()["jobs"] == 1
+
+
+def test_a_quota_holds_against_requests_at_once(make):
+    """Each alone would fit: the last look at what is used is part of the change."""
+    web, service = make(keys=True)
+    headers = bearer(access.add_key(service.store, "one", max_jobs=3, max_bytes=100))
+    with concurrent.futures.ThreadPoolExecutor(12) as threads:
+        sent = list(threads.map(lambda _: web.put("/v1/uploads?name=m.npz", content=b"x" * 30, headers=headers), range(12)))
+        assert sorted(answer.status_code for answer in sent) == [201] * 3 + [429] * 9
+        body = {"model": next(answer.json()["id"] for answer in sent if answer.status_code == 201), "recipe": "smoke"}
+        asked = list(threads.map(lambda _: web.post("/v1/conversions", json=body, headers=headers), range(12)))
+    assert sorted(answer.status_code for answer in asked) == [202] * 3 + [429] * 9
+    assert service.coming == {}
+    kept = {one["id"] for one in web.get("/v1/uploads", headers=headers).json()["items"]}
+    assert {path.name for path in (service.settings.home / "uploads").iterdir()} == kept  # what was refused has left nothing
+    one, *_ = web.get("/v1/conversions", headers=headers).json()["items"]
+    web.post(f"{one['links']['self']}/cancel", headers=headers)
+    assert web.post("/v1/conversions", json=body, headers=headers).status_code == 202
+    assert_problem(web.post(f"{one['links']['self']}/retry", headers=headers), 429, "quota")
+    assert web.get(one["links"]["self"], headers=headers).json()["state"] == "cancelled"
 
 
 def test_the_pages_cookie(make):
@@ -536,10 +568,39 @@ def test_a_bug_says_nothing_of_itself(made, monkeypatch):
     answer = web.get("/v1/conversions")
     assert_problem(answer, 500, "bug")
     assert "secret" not in answer.text
+    assert "default-src 'none'" in answer.headers["content-security-policy"]  # as every other answer, and counted as one
+    assert 'rnn2bin_http_requests_total{method="GET",route="/v1/conversions",status="500"} 1.0' in web.get("/metrics").text
     monkeypatch.setattr(service.store, "list_workers", broken)
     health = web.get("/healthz")
     assert_problem(health, 503, "unavailable")
     assert "secret" not in health.text
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_said_and_leaves_nothing(made, monkeypatch, number):
+    web, service = made
+
+    def full(_: Any) -> None:
+        raise OSError(number, "no room", "/secret/path")
+
+    monkeypatch.setattr(api, "_settle", full)
+    assert_problem(web.put("/v1/uploads?name=m.pt", content=b"x"), 507, "resources", "disk is full")
+    assert list((service.settings.home / "uploads").iterdir()) == []
+    assert web.get("/v1/uploads").json()["items"] == []
+
+
+def test_a_data_base_that_is_gone_is_no_bug(made, monkeypatch):
+    """A client asks again after 503; after 500 it gives up."""
+    web, service = made
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise sa.exc.OperationalError("SELECT secret", {}, Exception("server closed the connection unexpectedly"))
+
+    monkeypatch.setattr(service.store, "list_jobs", gone)
+    answer = web.get("/v1/conversions")
+    assert_problem(answer, 503, "unavailable", "data base")
+    assert answer.headers["retry-after"]
+    assert "SELECT" not in answer.text
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import pickle
+import re
+import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -16,10 +20,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
-from rnn2bin.errors import BudgetError, UnsafeError
-from rnn2bin.serve import isolation
+from rnn2bin.errors import BudgetError, QuotaError, UnsafeError
+from rnn2bin.serve import access, isolation, store
 from rnn2bin.serve.child import Watch
 from rnn2bin.serve.client import Client
 
@@ -74,16 +79,89 @@ def test_from_upload_to_packed_directory(service, tmp_path):
     assert (at / "CLI" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
+def command(at: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "rnn2bin", *words], cwd=at, capture_output=True, text=True, env=trials.quiet())
+
+
+def test_the_command_lets_a_service_do_it(service, tmp_path):
+    server, client, at = service
+    tokens = [f"token-{n}" for n in range(11)]
+    (tmp_path / "tokens.txt").write_text("".join(f"{token}\n" for token in tokens))
+    np.savez(tmp_path / "data.npz", inputs=np.random.default_rng(0).integers(11, size=(40, 12)))
+    words = ("convert", str(at / "model.npz"), "--data", "data.npz", "--recipe", "smoke", "--set", "data.vocabulary=tokens.txt", "--json")
+    words += tuple(word for knob, value in FAST.items() for word in ("--set", f"{knob}={value}"))
+    there = command(tmp_path, *words, "--server", server.url, "--out", "THERE")
+    assert there.returncode == 0, there.stderr
+    here = command(tmp_path, *words, "--out", "HERE")
+    assert here.returncode == 0, here.stderr
+    reports = [json.loads(one.stdout) for one in (there, here)]
+    assert [set(one["figures"]["heatmaps"][0]["tokens"]) <= set(tokens) for one in reports] == [True, True]  # their names came along
+    assert reports[0]["binary"] == reports[1]["binary"]
+    assert (tmp_path / "THERE" / "model.safetensors").read_bytes() == (tmp_path / "HERE" / "model.safetensors").read_bytes()
+    job = next(iter(client.list()))
+    assert f"{server.url}/#/jobs/{job['id']}" in there.stderr
+    assert '"step": 6' in there.stderr  # progress, as of a conversion here
+    assert set(job["data"]) == {"vocabulary", "all"}
+    again = command(tmp_path, *words, "--server", server.url, "--out", "THERE")
+    assert (again.returncode, "exists already" in again.stderr) == (2, True)
+    assert len([one for one in client.list() if one["data"]]) == 1  # it was refused before anything was sent
+    fetched = command(tmp_path, "jobs", "--server", server.url, "fetch", job["id"], "--out", "THERE", "--force")
+    assert fetched.returncode == 0, fetched.stderr
+    listed = json.loads(command(tmp_path, "jobs", "--server", server.url, "ls", "--state", "done", "--json").stdout)
+    assert job["id"] in [one["id"] for one in listed]
+    assert command(tmp_path, "jobs", "--server", server.url, "rm", job["id"]).returncode == 0
+    gone = command(tmp_path, "jobs", "--server", server.url, "show", job["id"])
+    assert (gone.returncode, "no such conversion" in gone.stderr) == (2, True)
+
+
+def test_an_error_of_a_job_is_the_commands(service, tmp_path):
+    server, client, _ = service
+    write_evil(tmp_path / "m.pt")
+    done = command(tmp_path, "convert", "m.pt", "--recipe", "smoke", "--server", server.url)
+    assert done.returncode == UnsafeError.exit_code
+    assert "posix.system" in done.stderr
+    id = next(iter(client.list(state="failed")))["id"]
+    assert "posix.system" in command(tmp_path, "jobs", "--server", server.url, "show", id).stdout
+    assert command(tmp_path, "convert", "m.pt", "--server", server.url, "--resume").returncode == 2
+    assert not (tmp_path / "m.pt.rnn2bin").exists()
+
+
+@pytest.mark.skipif(not (shutil.which("curl") and shutil.which("jq")), reason="the examples use curl and jq")
+def test_the_documents_curl_examples_run(service, tmp_path):
+    server, client, at = service
+    page = (Path(__file__).parents[1] / "docs" / "service.md").read_text(encoding="utf-8")
+    (block,) = (found for found in re.findall(r"```sh\n(.*?)```", page, re.S) if found.startswith("U="))
+    for theirs, ours in (("http://127.0.0.1:8765", server.url), ("model.pt", "model.npz"), ("anneal", "smoke"), ("2000", "6"),
+                         ("today-1", str(tmp_path))):  # fmt: skip
+        assert theirs in block
+        block = block.replace(theirs, ours)
+    shutil.copy(at / "model.npz", tmp_path)
+    np.savez(tmp_path / "data.npz", inputs=np.random.default_rng(0).integers(11, size=(40, 12)))
+    before = {job["id"] for job in client.list()}
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert "event: done" in done.stdout
+    assert '"drop"' in done.stdout
+    assert [json.loads(line)["code"] for line in done.stdout.splitlines()[-1].replace("}{", "}\n{").splitlines()] == ["conflict"] * 2
+    with tarfile.open(tmp_path / "model.rnn2bin.tar") as archive:
+        assert "out/model.safetensors" in archive.getnames()
+    assert {job["id"] for job in client.list()} == before  # the last line deletes it
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return os.system, ("touch EVIL",)
 
 
-def test_a_file_that_would_run_code_fails_with_the_loaders_reason(service, tmp_path):
-    _, client, at = service
-    with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
+def write_evil(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({"w": Evil()}))
         archive.writestr("archive/version", "3\n")
+
+
+def test_a_file_that_would_run_code_fails_with_the_loaders_reason(service, tmp_path):
+    _, client, at = service
+    write_evil(tmp_path / "m.pt")
     job = ended(client, client.convert(tmp_path / "m.pt", recipe="smoke")["id"])
     error = job["error"]
     assert (job["state"], error["code"], error["status"]) == ("failed", UnsafeError.code, 422)
@@ -246,6 +324,25 @@ def installed() -> ModuleType:
 def test_two_workers_share_one_postgresql(installed):
     found = installed.workers(3)
     assert found["ok"], found
+
+
+def test_a_quota_holds_on_postgresql_too(installed):
+    """Where two transactions do not see each other's rows, they wait for the key's."""
+    with installed.folder() as at, installed.postgres(at) as db, store.opened(db) as found:
+        caller = access.caller_of(access.add_key(found, "one", max_jobs=3, max_bytes=100), found)
+        row = {"owner": caller.owner, "name": "", "request": {"model": {}, "data": {}}, "recipe": "", "idempotency_key": None}
+
+        def ask(_: int) -> bool:
+            try:
+                found.add_job({**row, "id": store.new_id("job"), "body_sha256": ""}, enqueue=lambda *_: time.sleep(0.02),
+                              allow=lambda used: access.check_quota(caller, used))  # fmt: skip
+            except QuotaError:
+                return False
+            return True
+
+        with concurrent.futures.ThreadPoolExecutor(10) as threads:
+            assert sum(threads.map(ask, range(20))) == 3
+        assert found.used(caller.owner)[0] == 3
 
 
 @pytest.mark.slow

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from rnn2bin.cells.network import Network
-from rnn2bin.data import Part, Parts, split
+from rnn2bin.data import Part, Parts, split, token_names
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import UsageError
 from rnn2bin.gates.estimators import FLOAT
@@ -18,8 +20,11 @@ NO_DATA = (
 )
 
 
-def data_free(teacher: Network, recipe: Recipe) -> Parts:
-    """Parts sampled from a token-in, token-out teacher. Raises UsageError (exit 2) with the ways to give data for any other network."""
+def data_free(teacher: Network, recipe: Recipe, *, vocabulary: Sequence[str] | None = None) -> Parts:
+    """Parts sampled from a token-in, token-out teacher. Raises UsageError (exit 2) with the ways to give data for any other network.
+
+    `vocabulary`: what a packed directory numbers tokens by; else they are what the recipe names.
+    """
     main = teacher.spec.main
     fits = (
         teacher.spec.decode is None
@@ -32,7 +37,8 @@ def data_free(teacher: Network, recipe: Recipe) -> Parts:
         raise UsageError(NO_DATA)
     tokens = sample_tokens(teacher, recipe.data.sample, seed=recipe.seed)
     parts = split(Part(tokens), recipe)
-    return Parts(parts.train, parts.valid, parts.test, data_free=True)
+    names = tuple(vocabulary) if vocabulary else token_names(recipe.data, teacher.spec)
+    return Parts(parts.train, parts.valid, parts.test, data_free=True, vocabulary=names)
 
 
 @torch.no_grad()

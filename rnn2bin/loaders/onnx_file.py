@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rnn2bin.errors import UnsupportedError, UsageError
+from rnn2bin.loaders import onnx_recurrent  # noqa: F401  its operations are known then
 from rnn2bin.loaders.assemble import Assembly
 from rnn2bin.loaders.graph import MOST_ELEMENTS, SINGLE, GraphBuilder, close
 from rnn2bin.loaders.onnx_open import Widths, Windows, WindowTracer, compared, widths

@@ -114,13 +114,13 @@ def check_site(method: str, headers: Any, *, hosts: frozenset[str] | None) -> No
 # -- quotas
 
 
-def check_quota(caller: Caller, used: tuple[int, int], *, jobs: int = 0, size: int = 0) -> None:
-    """QuotaError where so many more jobs or bytes are more than the caller's key allows."""
+def check_quota(caller: Caller, used: tuple[int, int]) -> None:
+    """QuotaError where `used`, (jobs not ended, bytes stored) with what is asked for, is more than the caller's key allows."""
     active, stored = used
-    if caller.max_jobs is not None and active + jobs > caller.max_jobs:
-        raise QuotaError(f"{active} jobs are waiting or running; this key allows {caller.max_jobs} at once")
-    if caller.max_bytes is not None and stored + size > caller.max_bytes:
-        raise QuotaError(f"{stored} bytes are stored; this key allows {caller.max_bytes}; delete uploads or jobs")
+    if caller.max_jobs is not None and active > caller.max_jobs:
+        raise QuotaError(f"jobs at once: this key allows {caller.max_jobs}; wait for one to end, or cancel it")
+    if caller.max_bytes is not None and stored > caller.max_bytes:
+        raise QuotaError(f"bytes stored: this key allows {caller.max_bytes}; delete uploads or jobs")
 
 
 def shown(key: Row) -> Row:

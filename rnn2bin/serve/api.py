@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -23,7 +25,7 @@ from rnn2bin.errors import AuthenticationError, ConflictError, NotFoundError, Rn
 from rnn2bin.serve import access, forms, problems, recipes
 from rnn2bin.serve.access import Caller
 from rnn2bin.serve.engine import Queue
-from rnn2bin.serve.folders import ARCHIVE, Folders, safe_name
+from rnn2bin.serve.folders import ARCHIVE, NAMES, Folders, safe_name
 from rnn2bin.serve.metrics import MEDIA, Metrics
 from rnn2bin.serve.settings import Settings
 from rnn2bin.serve.store import ENDED, Row, Store, new_id
@@ -48,6 +50,7 @@ class Service:
         self.streams = Streams(store, poll=settings.poll)
         self.metrics = Metrics(store, lambda: self.streams.open)
         self.open_to_all, self.hosts = open_to_all, hosts
+        self.coming: Counter[str] = Counter()  # owner -> bytes of uploads that are not whole yet
 
     def job_of(self, caller: Caller, id: str) -> Row:
         job = self.store.job(id, caller.owner) if forms.ID.fullmatch(id) else None
@@ -141,18 +144,27 @@ async def _receive(request: Request, here: Service, by: Caller, name: str, wante
     safe, most = safe_name(name), here.settings.upload_bytes
     if not safe:
         raise UsageError("name: has nothing that a file may be called")
-    used = await run_in_threadpool(here.store.used, by.owner)
+    jobs, stored = await run_in_threadpool(here.store.used, by.owner)
+    coming, size = here.coming, 0
     told = request.headers.get("content-length", "")
-    _check_size(int(told) if told.isascii() and told.isdigit() else 0, most, by, used)
+
+    def check(more: int) -> None:
+        """All that comes under this key at this moment counts."""
+        if size + more > most:
+            raise TooLargeError(f"more than the {most} bytes that are taken")
+        access.check_quota(by, (jobs, stored + coming[by.owner] + more))
+
+    check(int(told) if told.isascii() and told.isdigit() else 0)
     id = new_id("upl")
     path = here.folders.upload(id)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, digest, size = path.with_suffix(".part"), hashlib.sha256(), 0
+    part, digest = path.with_suffix(".part"), hashlib.sha256()
     try:
         with part.open("wb") as out:
             async for chunk in _large_chunks(request):
+                check(len(chunk))
                 size += len(chunk)
-                _check_size(size, most, by, used)
+                coming[by.owner] += len(chunk)
                 digest.update(chunk)
                 await run_in_threadpool(out.write, chunk)
             await run_in_threadpool(_settle, out)
@@ -164,23 +176,20 @@ async def _receive(request: Request, here: Service, by: Caller, name: str, wante
         row = {"id": id, "owner": by.owner, "name": safe, "bytes": size, "sha256": digest.hexdigest()}
         await run_in_threadpool(here.folders.keep_upload, id)
         here.metrics.uploaded.inc(size)
-        return await run_in_threadpool(here.store.add_upload, row)
+        return await run_in_threadpool(here.store.add_upload, row, allow=partial(access.check_quota, by))
     except BaseException:
-        path.unlink(missing_ok=True)
+        here.folders.drop_upload(id)
         raise
     finally:
         part.unlink(missing_ok=True)
+        coming[by.owner] -= size
+        if not coming[by.owner]:
+            del coming[by.owner]
 
 
 def _settle(out: IO[bytes]) -> None:
     out.flush()
     os.fsync(out.fileno())
-
-
-def _check_size(size: int, most: int, by: Caller, used: tuple[int, int]) -> None:
-    if size > most:
-        raise TooLargeError(f"more than the {most} bytes that are taken")
-    access.check_quota(by, used, size=size)
 
 
 async def _large_chunks(request: Request) -> AsyncIterator[bytes]:
@@ -264,8 +273,7 @@ def _conversions(app: FastAPI) -> None:
     def retry(id: str, here: Here, by: By) -> Any:
         """Begin again what failed or was cancelled, from its last checkpoint where there is one."""
         here.job_of(by, id)
-        access.check_quota(by, here.store.used(by.owner), jobs=1)
-        if not here.store.retry(by.owner, id, enqueue=here.queue.put):
+        if not here.store.retry(by.owner, id, enqueue=here.queue.put, allow=partial(access.check_quota, by)):
             raise ConflictError("only what failed or was cancelled is begun again")
         return forms.conversion(here.job_of(by, id))
 
@@ -282,11 +290,11 @@ def _conversions(app: FastAPI) -> None:
 def _add(asked: forms.ConversionRequest, digest: str, key: str | None, here: Service, by: Caller) -> Row:
     recipe = recipes.resolve(asked.recipe, text=asked.recipe_text, source=asked.source, overrides=asked.set)
     named = {"all": asked.data} if isinstance(asked.data, str) else dict(asked.data or {})
-    if named and "all" not in named and "train" not in named:
-        raise UsageError("data: `train` is needed where parts are given")
+    parts = set(named) - set(NAMES)
+    if parts and ("all" in parts) is ("train" in parts):
+        raise UsageError("data: give `all`, or `train` with `valid` and `test` where they are apart")
     given = {role: here.upload_of(by, id, role=f"data.{role}") for role, id in named.items()}
     model = here.upload_of(by, asked.model, role="model")
-    access.check_quota(by, here.store.used(by.owner), jobs=1)
     how = {"name": asked.recipe if asked.recipe_text is None else None, "source": asked.source, "set": asked.set}
     row = {
         "id": new_id("job"),
@@ -297,7 +305,7 @@ def _add(asked: forms.ConversionRequest, digest: str, key: str | None, here: Ser
         "idempotency_key": key,
         "body_sha256": digest,
     }
-    return here.store.add_job(row, enqueue=here.queue.put)[0]
+    return here.store.add_job(row, enqueue=here.queue.put, allow=partial(access.check_quota, by))[0]
 
 
 def _input(upload: Row) -> Row:
@@ -309,23 +317,25 @@ def _input(upload: Row) -> Row:
 
 def _artifacts(app: FastAPI) -> None:
     binary: Answers = {200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}}
-    partial: Answers = {
+    ranged: Answers = {
         206: {"description": "The range asked for"},
         304: {"description": "Unchanged"},
         416: {"description": "No such range"},
     }
-    answers: Answers = {**binary, **partial, **problems.responses(400, 401, 403, 404, 409, 422)}
+    answers: Answers = {**binary, **ranged, **problems.responses(400, 401, 403, 404, 409, 422)}
 
     @app.get("/v1/conversions/{id}/artifacts", response_model=list[forms.Artifact], responses=problems.responses(401, 403, 404, 422))
     def list_artifacts(id: str, here: Here, by: By) -> Any:
         """What a conversion has made: nothing before it is done."""
         return forms.artifacts(here.job_of(by, id))
 
+    @app.head("/v1/conversions/{id}/artifacts.tar", include_in_schema=False)
     @app.get("/v1/conversions/{id}/artifacts.tar", response_class=FileResponse, responses=answers)
     def archive(id: str, request: Request, here: Here, by: By) -> Response:
         """All of it: the packed directory as `out/` in a tar."""
         return _file(here, here.job_of(by, id), ARCHIVE, request)
 
+    @app.head("/v1/conversions/{id}/artifacts/{name:path}", include_in_schema=False)
     @app.get("/v1/conversions/{id}/artifacts/{name:path}", response_class=FileResponse, responses=answers)
     def artifact(id: str, name: str, request: Request, here: Here, by: By) -> Response:
         """One file. `ETag` is its sha256, ranges are served."""
@@ -408,6 +418,7 @@ def _around(app: FastAPI) -> None:
         response.delete_cookie(access.COOKIE, path="/")
         return response
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", response_model=forms.Health, responses=problems.responses(503))
     def health(here: Here) -> Any:
         """Whether the data base answers, and how many workers live."""
@@ -425,6 +436,7 @@ def _around(app: FastAPI) -> None:
 
     files = {path.name: (path.read_bytes(), PAGE_TYPES[path.suffix]) for path in PAGE.iterdir() if path.suffix in PAGE_TYPES}
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def index(request: Request) -> Response:
         return _page(*files["index.html"], request)
@@ -476,6 +488,10 @@ class Guard:
         except ClientDisconnect:
             if not told:
                 await JSONResponse({}, NOBODY_READS)(scope, receive, answer)
+        except Exception as error:  # here, so that it has the headers and is counted, as every other answer is
+            if told:
+                raise
+            await problems.unexpected(error, method=scope["method"], path=scope["path"])(scope, receive, answer)
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
         """Bodies that are read whole are small; an upload is counted as it is written."""

@@ -54,15 +54,16 @@ def _own_stdout() -> Tell:
 
 def convert(task: dict[str, Any], tell: Tell) -> int:
     """The exit code; how it ended is told before."""
-    from rnn2bin import cli
+    from rnn2bin import libraries
     from rnn2bin.errors import ResourceError, Rnn2binError
 
-    cli.quiet_libraries()
+    libraries.quiet()
     tell({"stage": "load"})  # which begins with the libraries
     try:
         from rnn2bin import pipeline, recipe_yaml
 
         recipe = recipe_yaml.validate_text(task["recipe"], name="recipe")
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=task["names"])})
         options: dict[str, Any] = {"resume": True, "force": True, "stage": lambda name: tell({"stage": name})}
         result = pipeline.run(task["model"], recipe, task["data"], _path(task["out"]), progress=Watch(tell), **options)
         tell({"done": summary(result.report)})
@@ -128,7 +129,8 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
         "metric": report["metric"],
         **{name: value(name) for name in ("teacher", "soft_student", "binary", "native")},
         "drop": report["drop"],
-        "read": (report.get("density") or {}).get("read"),
+        "touched": (report.get("density") or {}).get("weights_touched"),  # of all that a step reads: the report's figure
+        "read": (report.get("density") or {}).get("read"),  # of the layers alone: what budget.density counts
         "seconds": report["cost"]["seconds"],
         "steps": report["cost"]["steps"],
         "size": report["size"],

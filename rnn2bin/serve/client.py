@@ -19,13 +19,14 @@ import tarfile
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from rnn2bin.errors import Rnn2binError, UnavailableError, UsageError
+from rnn2bin import storage
+from rnn2bin.errors import InterruptedRunError, Rnn2binError, UnavailableError, UsageError
 
 ENDED = ("done", "failed", "cancelled")
 CHUNK = 2**20
@@ -116,6 +117,18 @@ class Client:
             pass
         return self.get(id)
 
+    def finished(self, id: str, *, progress: Callable[[dict[str, Any]], None] | None = None) -> Job:
+        """The job when it is done, its progress told on the way; the error that it failed by is raised."""
+        for event in self.events(id):
+            if event["event"] == "progress" and progress is not None:
+                progress(event["data"])
+        job = self.get(id)
+        if job["state"] == "cancelled":
+            raise InterruptedRunError("the conversion was cancelled; retry goes on from its last checkpoint")
+        if job["state"] == "failed":
+            raise error_by(job["error"]["code"])(*job["error"]["reasons"])
+        return job
+
     def events(self, id: str, *, after: int = 0) -> Iterator[dict[str, Any]]:
         """{id, event, data} of a conversion, from the one behind `after` to its end; each once, however often the connection is lost."""
         since = time.monotonic()
@@ -139,11 +152,16 @@ class Client:
 
     # -- what came of it
 
-    def download(self, id: str, out: str | Path) -> Path:
-        """The packed directory of a finished conversion, as `out`: whole and with the sha256 that the service has, or not at all."""
+    def check_out(self, out: Path, *, force: bool) -> None:
+        """UsageError where `download` would refuse `out`."""
+        if out.exists() and not (force and out.is_dir()):
+            raise UsageError(f"{out}: exists already; {'choose another name' if force else 'choose another --out, or --force'}")
+
+    def download(self, id: str, out: str | Path, *, force: bool = False) -> Path:
+        """The packed directory of a finished conversion, as `out`: whole and with the sha256 that the service has, or not at all. What is
+        there is replaced with `force` alone."""
         out = Path(out)
-        if out.exists():
-            raise UsageError(f"{out}: exists already; choose another name")
+        self.check_out(out, force=force)
         with tempfile.TemporaryDirectory(dir=_folder(out), prefix=f".{out.name}-") as folder:
             archive, digest = Path(folder) / "out.tar", hashlib.sha256()
             with self.http.stream("GET", f"/v1/conversions/{id}/artifacts.tar") as response, archive.open("wb") as stream:
@@ -157,7 +175,7 @@ class Client:
                 raise UnavailableError("the archive came with another sha256 than was said; ask again")
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")
-            (Path(folder) / "out").replace(out)
+            storage.replace(Path(folder) / "out", out)
         return out
 
     def _asked(self, ask: Any) -> httpx.Response:
@@ -213,10 +231,14 @@ def error_of(response: httpx.Response) -> Rnn2binError:
         code, reasons = found["code"], found["reasons"] or [found["detail"]]
     except (ValueError, KeyError, TypeError):
         code, reasons = "", [f"the service answered {response.status_code}"]
+    return error_by(code, default=UsageError if response.status_code < 500 else UnavailableError)(*reasons)
+
+
+def error_by(code: str, *, default: type[Rnn2binError] = Rnn2binError) -> type[Rnn2binError]:
     waiting = [Rnn2binError]
     while waiting:
         one = waiting.pop()
         if one.code == code:
-            return one(*reasons)
+            return one
         waiting += one.__subclasses__()
-    return (UsageError if response.status_code < 500 else UnavailableError)(*reasons)
+    return default

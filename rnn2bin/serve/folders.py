@@ -13,6 +13,7 @@ from rnn2bin import storage
 from rnn2bin.serve.store import Row, Store
 
 OUT, ARCHIVE, LOG = "out", "out.tar", "log.txt"
+NAMES = ("vocabulary", "labels")  # data that only name others: knobs of a recipe's `data`
 MOST_NAME = 100
 
 
@@ -49,15 +50,15 @@ class Folders:
         return self.home / "jobs" / id
 
     def lay_out(self, job: Row) -> dict[str, Any]:
-        """The job's folder with its inputs, and what they are called there: {model, data}. FileNotFoundError where an upload is gone."""
+        """The job's folder with its inputs; what they are called there: {model, data, names}. FileNotFoundError where an upload is gone."""
         folder, request = self.job(job["id"]), job["request"]
         for name in ("model", "data", "tmp"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         given = {role: self._bring(one, folder / "data", f"{role}-{one['name']}") for role, one in request["data"].items()}
         model = self._bring(request["model"], folder / "model", request["model"]["name"])
-        alone = list(given) == ["all"]
-        data = f"data/{given['all']}" if alone else [f"{role}=data/{name}" for role, name in given.items()]
-        return {"model": f"model/{model}", "data": data or None}
+        names = {role: f"data/{given.pop(role)}" for role in NAMES if role in given}
+        data = f"data/{given['all']}" if "all" in given else [f"{role}=data/{name}" for role, name in given.items()]
+        return {"model": f"model/{model}", "data": data or None, "names": names}
 
     def _bring(self, upload: Row, into: Path, name: str) -> str:
         """An upload under its own name, without a second copy where the file system knows links."""

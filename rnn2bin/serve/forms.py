@@ -14,6 +14,7 @@ from rnn2bin.serve.store import Row
 ID = re.compile(r"[a-z]{3}_[0-9a-f]{32}")
 Line = Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
 UploadId = Annotated[str, Field(max_length=40, examples=["upl_0123456789abcdef0123456789abcdef"])]
+Role = Literal["all", "train", "valid", "test", "vocabulary", "labels"]
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
@@ -42,8 +43,10 @@ class RecipeRequest(BaseModel):
 
 class ConversionRequest(RecipeRequest):
     model: UploadId = Field(description="the upload that holds the network")
-    data: UploadId | dict[Literal["train", "valid", "test"], UploadId] | None = Field(
-        None, description="one upload that is split, or one for each part; none where the network's own text will do"
+    data: UploadId | dict[Role, UploadId] | None = Field(
+        None,
+        description="one upload that is split, or one for each part, and with them the names of tokens (`vocabulary`) and of classes "
+        "(`labels`), one a line; none where the network's own text will do",
     )
     name: Line = Field("", description="what to call it in the list; default: the model's name")
 

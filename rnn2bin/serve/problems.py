@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from typing import Any
 
+import sqlalchemy as sa
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from rnn2bin.errors import Rnn2binError, UsageError
+from rnn2bin.errors import ResourceError, Rnn2binError, UnavailableError, UsageError
 
 log = logging.getLogger("rnn2bin.serve")
 MEDIA = "application/problem+json"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+GONE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)  # of a data base that does not answer, or not in time
 
 
 class Problem(BaseModel):
@@ -58,6 +62,16 @@ def of(error: Rnn2binError) -> JSONResponse:
     return answer(error.code, error.http_status, list(error.reasons), headers=headers)
 
 
+def unexpected(error: Exception, *, method: str, path: str) -> JSONResponse:
+    """What nobody answers for: a full disk, a data base that is gone, or a bug. Its text goes to the log alone."""
+    log.error("%s %s failed", method, path, exc_info=error)
+    if (isinstance(error, OSError) and error.errno in FULL) or (isinstance(error, GONE) and "is full" in str(error)):
+        return of(ResourceError("the service's disk is full"))
+    if isinstance(error, GONE):
+        return of(UnavailableError("the data base does not answer; ask again"))
+    return answer("bug", 500, ["the service failed by an error of its own; its operator finds it in the log"])
+
+
 def install(app: FastAPI) -> None:
     @app.exception_handler(Rnn2binError)
     async def _(request: Request, error: Rnn2binError) -> JSONResponse:
@@ -72,11 +86,6 @@ def install(app: FastAPI) -> None:
     async def _(request: Request, error: HTTPException) -> JSONResponse:
         code = {404: "not-found", 405: "method", 413: "too-large"}.get(error.status_code, "request")
         return answer(code, error.status_code, [str(error.detail)], headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def _(request: Request, error: Exception) -> JSONResponse:
-        log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
-        return answer("bug", 500, ["the service failed by an error of its own; its operator finds it in the log"])
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

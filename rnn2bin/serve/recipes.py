@@ -15,11 +15,10 @@ from pydantic_core import PydanticUndefined
 
 from rnn2bin import recipe_yaml
 from rnn2bin.errors import RecipeError
-from rnn2bin.recipe import Closed, Recipe
+from rnn2bin.recipe import DATA_FILES, Closed, Recipe
 
-# What a recipe says of files lies on somebody's disk; here data are uploads.
-PLACES = ("path", "train", "valid_path", "test_path", "vocabulary")
-HIDDEN = {"version", "source", *(f"data.{name}" for name in PLACES)}
+# What a recipe says of files lies on somebody's disk; here all of them are uploads.
+HIDDEN = {"version", "source", *(f"data.{name}" for name in DATA_FILES)}
 Overrides = Mapping[str, Any]
 
 
@@ -32,8 +31,8 @@ def resolve(recipe: str, *, text: str | None, source: str | None, overrides: Ove
         found = recipe_yaml.resolve(name or recipe, lines, source=about)
     else:
         found = recipe_yaml.override(recipe_yaml.validate_text(text, name="recipe"), lines).settled()
-    if given := [f"data.{place}" for place in PLACES if getattr(found.data, place) is not None]:
-        raise RecipeError(f"{', '.join(given)}: files of the service's machine are not read; upload the data")
+    if given := [f"data.{name}" for name in found.data.files()]:
+        raise RecipeError(f"{', '.join(given)}: files of the service's machine are not read; upload them, each as a part of the data")
     return found
 
 

@@ -24,6 +24,8 @@ STATES = ("queued", "running", *ENDED)
 PART = 4 * 2**20  # bytes of a file in one row
 
 Row = dict[str, Any]
+Enqueue = Callable[[sa.Connection, str, int], object]
+Allow = Callable[[tuple[int, int]], object]  # of what `used` says after a change; raises where it is too much, and nothing is changed
 meta = sa.MetaData()
 
 
@@ -153,9 +155,9 @@ class Store:
 
     # -- uploads
 
-    def add_upload(self, row: Row) -> Row:
+    def add_upload(self, row: Row, *, allow: Allow) -> Row:
         row = {**row, "created": self.clock()}
-        with self.engine.begin() as db:
+        with self._quota(row["owner"], allow) as db:
             db.execute(sa.insert(uploads).values(**row))
         return row
 
@@ -166,16 +168,15 @@ class Store:
         return self._all(sa.select(uploads).where(uploads.c.owner == owner).order_by(uploads.c.created.desc()).limit(limit))
 
     def delete_upload(self, owner: str, id: str) -> bool:
-        with self.engine.begin() as db:
-            return db.execute(sa.delete(uploads).where(uploads.c.owner == owner, uploads.c.id == id)).rowcount > 0
+        return self._change(sa.delete(uploads).where(uploads.c.owner == owner, uploads.c.id == id))
 
     # -- jobs
 
-    def add_job(self, row: Row, *, enqueue: Callable[[sa.Connection, str, int], object]) -> tuple[Row, bool]:
+    def add_job(self, row: Row, *, enqueue: Enqueue, allow: Allow) -> tuple[Row, bool]:
         """(the job, whether it is new): with an idempotency key that this owner used, that job. `enqueue` runs in the transaction."""
         row = {"run": 1, "state": "queued", "created": self.clock(), **row}
         try:
-            with self.engine.begin() as db:
+            with self._quota(row["owner"], allow) as db:
                 db.execute(sa.insert(jobs).values(**row))
                 self._event(db, row["id"], "queued", {"run": 1})
                 enqueue(db, row["id"], 1)
@@ -206,11 +207,23 @@ class Store:
 
     def used(self, owner: str) -> tuple[int, int]:
         """(jobs that are not ended, bytes stored) of an owner."""
+        with self.engine.connect() as db:
+            return self._used(db, owner)
+
+    def _used(self, db: sa.Connection, owner: str) -> tuple[int, int]:
         active = sa.select(sa.func.count()).select_from(jobs).where(jobs.c.owner == owner, jobs.c.state.not_in(ENDED))
         made = sa.select(sa.func.coalesce(sa.func.sum(jobs.c.bytes), 0)).where(jobs.c.owner == owner)
         sent = sa.select(sa.func.coalesce(sa.func.sum(uploads.c.bytes), 0)).where(uploads.c.owner == owner)
-        with self.engine.connect() as db:
-            return int(db.scalar(active) or 0), int(db.scalar(made) or 0) + int(db.scalar(sent) or 0)
+        return int(db.scalar(active) or 0), int(db.scalar(made) or 0) + int(db.scalar(sent) or 0)
+
+    @contextmanager
+    def _quota(self, owner: str, allow: Allow) -> Iterator[sa.Connection]:
+        """A transaction for changes that `allow` judges at its end. Those of an owner wait for each other, or two that fit alone might not
+        fit together: here for the row of the key; an SQLite file has one writer anyhow."""
+        with self.engine.begin() as db:
+            db.execute(sa.select(keys.c.id).where(keys.c.id == owner).with_for_update())
+            yield db
+            allow(self._used(db, owner))
 
     def uses_upload(self, owner: str, id: str) -> bool:
         """Whether a job that is not ended needs this upload."""
@@ -236,7 +249,7 @@ class Store:
                 return True
             return db.execute(sa.select(jobs.c.id).where(*mine, jobs.c.state == "running")).first() is not None
 
-    def retry(self, owner: str, id: str, *, enqueue: Callable[[sa.Connection, str, int], object]) -> bool:
+    def retry(self, owner: str, id: str, *, enqueue: Enqueue, allow: Allow) -> bool:
         """A job that failed or was cancelled is queued again; False where it is neither."""
         again = {
             "state": "queued",
@@ -247,7 +260,7 @@ class Store:
             "started": None,
             "worker": None,
         }
-        with self.engine.begin() as db:
+        with self._quota(owner, allow) as db:
             where = (jobs.c.id == id, jobs.c.owner == owner, jobs.c.state.in_(("failed", "cancelled")))
             run = db.execute(sa.update(jobs).where(*where).values(**again, stage=None, stalls=0).returning(jobs.c.run)).scalar()
             if run is None:
@@ -316,8 +329,7 @@ class Store:
 
     def add_key(self, row: Row) -> None:
         """Raises IntegrityError where there is a key of that name."""
-        with self.engine.begin() as db:
-            db.execute(sa.insert(keys).values(**row, created=self.clock()))
+        self._change(sa.insert(keys).values(**row, created=self.clock()))
 
     def key(self, id: str) -> Row | None:
         return self._one(sa.select(keys).where(keys.c.id == id))
@@ -330,19 +342,16 @@ class Store:
             return db.execute(sa.select(keys.c.id).limit(1)).first() is not None
 
     def remove_key(self, name: str) -> bool:
-        with self.engine.begin() as db:
-            return db.execute(sa.delete(keys).where(keys.c.name == name)).rowcount > 0
+        return self._change(sa.delete(keys).where(keys.c.name == name))
 
     # -- workers
 
     def add_worker(self, id: str, *, slots: int) -> None:
-        with self.engine.begin() as db:
-            db.execute(sa.insert(workers).values(id=id, slots=slots, started=self.clock(), beat=0))
+        self._change(sa.insert(workers).values(id=id, slots=slots, started=self.clock(), beat=0))
 
     def beat(self, id: str) -> bool:
         """A sign of life; False where the others have given this worker up."""
-        with self.engine.begin() as db:
-            return db.execute(sa.update(workers).where(workers.c.id == id).values(beat=workers.c.beat + 1)).rowcount > 0
+        return self._change(sa.update(workers).where(workers.c.id == id).values(beat=workers.c.beat + 1))
 
     def list_workers(self) -> dict[str, int]:
         """Worker -> its last beat."""
@@ -352,8 +361,7 @@ class Store:
     def remove_worker(self, id: str, beat: int | None = None) -> bool:
         """Forget a worker; with `beat` only where it has given no sign since."""
         where = [workers.c.id == id, *([workers.c.beat == beat] if beat is not None else [])]
-        with self.engine.begin() as db:
-            return db.execute(sa.delete(workers).where(*where)).rowcount > 0
+        return self._change(sa.delete(workers).where(*where))
 
     # -- files, for workers on other machines
 
@@ -381,10 +389,14 @@ class Store:
             return db.execute(sa.select(parts.c.bytes).where(parts.c.file == name, parts.c.number == number)).scalar()
 
     def drop_file(self, name: str) -> None:
-        with self.engine.begin() as db:
-            db.execute(sa.delete(parts).where(parts.c.file == name))
+        self._change(sa.delete(parts).where(parts.c.file == name))
 
-    # -- reading
+    # -- one statement
+
+    def _change(self, statement: Any) -> bool:
+        """Whether it changed anything."""
+        with self.engine.begin() as db:
+            return db.execute(statement).rowcount > 0
 
     def _one(self, query: Any) -> Row | None:
         with self.engine.connect() as db:

@@ -64,6 +64,7 @@ async function busy() {
 
 $("theme").addEventListener("click", () => theme(true));
 $("leave").addEventListener("click", async () => { await service.logout(); show(); });
+for (const name of ["dragover", "drop"]) window.addEventListener(name, (event) => event.preventDefault()); // beside its place a file would replace the page
 window.addEventListener("hashchange", show);
 window.addEventListener("rnn2bin-key", show);
 theme(false);

@@ -1,9 +1,14 @@
-// Small line charts: two lines at most, drawn again when there is news.
+// Small line charts: two lines at most, drawn again when there is news, or another width: one unit of a drawing is one pixel, so that its
+// letters are as large as those around it.
 import { el, figure } from "./dom.js";
 
 const LEFT = 52, RIGHT = 14, TOP = 10, BOTTOM = 26;
 
-export function chart(points, { a, b, names, width = 640, height = 230, wait = "Nothing measured yet", steps }) {
+export function chart(place, points, options) {
+  place.replaceChildren(drawn(points, { ...options, width: Math.max(240, place.clientWidth) }));
+}
+
+function drawn(points, { a, b, names, width, height = 220, wait = "Nothing measured yet", steps }) {
   // points: [{x, …}]; a, b: which of their values are drawn.
   const svg = el("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
   const seen = points.filter((p) => Number.isFinite(p[a]));
@@ -23,14 +28,14 @@ export function chart(points, { a, b, names, width = 640, height = 230, wait = "
     svg.append(el("line", { class: "axis", x1: LEFT, x2: width - RIGHT, y1: y(tick), y2: y(tick) }));
     svg.append(el("text", { class: "tick", x: LEFT - 8, y: y(tick) + 4, "text-anchor": "end" }, figure(tick, 4)));
   }
-  for (const tick of ticks(0, last, 5)) {
+  for (const tick of ticks(0, last, width < 420 ? 3 : 6)) {
     svg.append(el("text", { class: "tick", x: x(tick), y: height - 6, "text-anchor": tick === 0 ? "start" : "middle" }, tick === 0 ? "step 0" : figure(tick)));
   }
   for (const [value, line, dot] of [[b, "lineB", "dotB"], [a, "lineA", "dotA"]]) {
-    const drawn = seen.filter((p) => Number.isFinite(p[value]));
-    if (!value || !drawn.length) continue;
-    svg.append(el("polyline", { class: line, points: drawn.map((p) => `${x(p.x).toFixed(1)},${y(p[value]).toFixed(1)}`).join(" ") }));
-    const end = drawn.at(-1);
+    const known = seen.filter((p) => Number.isFinite(p[value]));
+    if (!value || !known.length) continue;
+    svg.append(el("polyline", { class: line, points: known.map((p) => `${x(p.x).toFixed(1)},${y(p[value]).toFixed(1)}`).join(" ") }));
+    const end = known.at(-1);
     svg.append(el("circle", { class: dot, cx: x(end.x), cy: y(end[value]), r: 3.5 }));
   }
   return svg;

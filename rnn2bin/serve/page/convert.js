@@ -3,7 +3,8 @@ import { clock, el, say, size } from "./dom.js";
 import { Knobs } from "./knobs.js";
 import { Problem, service, upload } from "./service.js";
 
-const ROLES = { all: "split by the recipe", train: "to train on", valid: "to choose by", test: "held out for the report" };
+const ROLES = { all: "split by the recipe", train: "to train on", valid: "to choose by", test: "held out for the report", vocabulary: "names of tokens, one a line", labels: "names of classes, one a line" };
+const NAMES = ["vocabulary", "labels"];
 const OWN = "your-own";
 const USED = ["anneal", "sparse", "strict", "gumbel", "slope", "smoke"]; // the most useful first
 const byUse = (a, b) => (USED.indexOf(a.name) + 99) % 99 - (USED.indexOf(b.name) + 99) % 99;
@@ -87,7 +88,7 @@ export async function convertView() {
     const count = Object.keys(form.set).length, steps = form.rows.get("train.steps")?.value;
     const rows = [["network", network.summary || "none yet"], ["data", data.summary || "none"], ["recipe", state.recipe === OWN ? "your own" : state.recipe], ["steps", state.recipe === OWN ? null : steps], ["knobs changed", count || null]];
     facts.replaceChildren(...rows.filter(([, value]) => value !== null).flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, String(value))]));
-    const missing = !network.ready.length ? (network.busy ? "The network is still on its way." : "Choose a network first.") : data.busy ? "The data are still on their way." : form.wrong.length || !state.ready ? "A knob has a value that it cannot have." : "";
+    const missing = !network.ready.length ? (network.busy ? "The network is still on its way." : "Choose a network first.") : data.busy ? "The data are still on their way." : data.twice ? `Two files are given as ${data.twice}: say what each is for.` : form.wrong.length || !state.ready ? "A knob has a value that it cannot have." : "";
     button.disabled = Boolean(missing);
     hint.textContent = missing;
   }
@@ -97,7 +98,7 @@ export async function convertView() {
     event.preventDefault();
     if (button.disabled) return;
     const parts = Object.fromEntries(data.ready.map((one) => [one.role, one.sent.id]));
-    const given = data.ready.length ? (parts.all ?? parts) : null;
+    const given = data.ready.length ? parts : null;
     const request = { ...body(), model: network.ready[0].sent.id, data: given, name: named.value.trim() };
     if (JSON.stringify(request) !== last) [key, last] = [crypto.randomUUID(), JSON.stringify(request)];
     button.disabled = true;
@@ -141,6 +142,7 @@ class Files {
 
   get ready() { return this.list.filter((one) => one.sent); }
   get busy() { return this.list.some((one) => !one.sent && !one.failed); }
+  get twice() { return this.list.map((one) => one.role).find((role, k, all) => all.indexOf(role) < k); }
   get summary() { return this.list.map((one) => one.file.name).join(", "); }
 
   add(files) {
@@ -148,12 +150,13 @@ class Files {
     if (!chosen.length) return;
     if (!this.many) for (const one of [...this.list]) this.drop(one);
     for (const file of this.many ? chosen : chosen.slice(0, 1)) this.send(file);
-    if (this.list.length > 1 && this.many) for (const one of this.list) if (one.role === "all") one.roles.value = one.role = "train";
+    const parts = this.list.filter((one) => !NAMES.includes(one.role));
+    if (parts.length > 1 && this.many) for (const one of parts) if (one.role === "all") one.roles.value = one.role = "train";
     this.draw();
   }
 
   send(file) {
-    const one = { file, role: this.many ? guess(file.name, this.list.length) : "model" };
+    const one = { file, role: this.many ? guess(file.name, this.list.filter((other) => !NAMES.includes(other.role)).length) : "model" };
     one.bar = el("progress", { max: 1, value: 0, "aria-label": `Upload of ${file.name}` });
     one.why = el("p", { class: "why", role: "alert" });
     one.roles = this.many ? el("select", { "aria-label": `What ${file.name} is for`, onchange: () => { one.role = one.roles.value; this.changed(); } }, Object.entries(ROLES).map(([role, meaning]) => el("option", { value: role, selected: role === one.role }, role === "all" ? meaning : `${role}: ${meaning}`))) : el("span", {});
@@ -181,6 +184,8 @@ class Files {
 }
 
 function guess(name, count) {
+  if (/vocab|tokens/i.test(name)) return "vocabulary";
+  if (/labels|classes/i.test(name)) return "labels";
   const found = name.toLowerCase().match(/(^|[^a-z])(train|valid|val|dev|test)([^a-z]|$)/);
   if (found) return { val: "valid", dev: "valid" }[found[2]] || found[2];
   return count ? "test" : "all";

@@ -43,6 +43,11 @@ export function figure(value, digits = 4) {
 
 export const percent = (share) => (share === null || share === undefined ? "–" : `${(100 * share).toFixed(share < 0.1 ? 1 : 0)}%`);
 
+// A metric's value in words, as the report's own page says it: shares in percent, their differences in points.
+const isShare = (metric) => /^(accuracy|agreement)$|_(accuracy|agreement|rate|right)$/.test(metric || "");
+export const measured = (value, metric, digits = 4) => (isShare(metric) && Number.isFinite(value) ? `${figure(100 * value, 3)}%` : figure(value, digits));
+export const lost = (value, metric) => (isShare(metric) && Number.isFinite(value) ? `${figure(100 * value, 3)} points` : figure(value, 3));
+
 const FORMAT = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
 export function when(iso) {
   const seconds = (Date.now() - Date.parse(iso)) / 1000;

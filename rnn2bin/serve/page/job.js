@@ -1,6 +1,6 @@
 // One job: live while it runs, its report and files when it is done.
 import { chart } from "./charts.js";
-import { chip, clock, el, figure, METRICS, percent, say, size, when } from "./dom.js";
+import { chip, clock, el, figure, lost, measured as shown, METRICS, percent, say, size, when } from "./dom.js";
 import { alert } from "./convert.js";
 import { Problem, service } from "./service.js";
 
@@ -52,6 +52,7 @@ export async function jobView(id) {
       return;
     }
     button.disabled = true;
+    if (name === "remove") { closed = true; source?.close(); } // what is deleted is not asked for any more
     try {
       await service[name](id);
       say(what);
@@ -62,6 +63,7 @@ export async function jobView(id) {
     } catch (error) {
       problem.replaceChildren(alert(error));
       button.disabled = false;
+      if (name === "remove") { closed = false; follow(); }
     }
   }
 
@@ -82,12 +84,12 @@ export async function jobView(id) {
     const left = job.state === "running" ? (job.stage === "distill" ? clock(now?.seconds_left) : job.stage && now ? "soon done" : "–") : "–";
     const tile = (value, title, note) => el("div", { class: "figure" }, el("span", {}, title), el("b", {}, value), el("small", {}, note || " "));
     figures.replaceChildren(
-      tile(figure(now?.hard), "Hard gates", name), tile(figure(now?.soft), "Soft gates", name),
+      tile(shown(now?.hard, now?.metric), "Hard gates", name), tile(shown(now?.soft, now?.metric), "Soft gates", name),
       tile(figure(now?.temperature, 3), "Temperature", "falls to bits"), tile(figure(now?.slope, 3), "Slope", "rises to a step"),
       tile(now ? `${now.step} / ${now.steps}` : "–", "Steps", now?.trying_rate ? `short run, rate ${now.trying_rate}` : now?.training > 1 ? `training ${now.training}` : ""), tile(left, "Time left", "of training"));
     const measured = [...points.values()], all = [...curve.values()];
-    metric.replaceChildren(chart(measured, { a: "hard", b: "soft", names: ["with hard gates", "with soft gates"], steps: now?.steps, wait: job.state === "running" ? "The first measurement comes soon" : "Nothing measured yet" }));
-    anneal.replaceChildren(chart(all, { a: "temperature", b: "slope", names: ["temperature", "slope"], width: 1060, height: 190, steps: now?.steps, wait: "Not begun" }));
+    chart(metric, measured, { a: "hard", b: "soft", names: ["with hard gates", "with soft gates"], steps: now?.steps, wait: job.state === "running" ? "The first measurement comes soon" : "Nothing measured yet" });
+    chart(anneal, all, { a: "temperature", b: "slope", names: ["temperature", "slope"], height: 180, steps: now?.steps, wait: "Not begun" });
     const open = Object.entries(now?.open || {});
     gates.replaceChildren(...(open.length ? open.map(([gate, share]) => {
       const bar = el("i", {});
@@ -102,13 +104,24 @@ export async function jobView(id) {
     const tile = (value, title, note) => el("div", { class: "figure" }, el("span", {}, title), el("b", {}, value), el("small", {}, note || " "));
     end.replaceChildren(
       el("div", { class: "figures", role: "group", "aria-label": "Result" },
-        tile(figure(r.drop.value, 3), "Lost", `95%: ${figure(r.drop.ci95[0], 3)} to ${figure(r.drop.ci95[1], 3)}`), tile(figure(r.teacher), "Float network", name), tile(figure(r.binary), "Binary", name),
-        tile(percent(r.read), "Weights read", "of the layers, a step"), tile(size(r.size.packed_bytes), "Packed", `from ${size(r.size.source_bytes)}`), tile(clock(r.seconds), "Took", `${r.steps} steps`)),
+        tile(lost(r.drop.value, r.metric.name), "Lost", `95%: ${lost(r.drop.ci95[0], r.metric.name)} to ${lost(r.drop.ci95[1], r.metric.name)}`), tile(shown(r.teacher, r.metric.name), "Float network", name), tile(shown(r.binary, r.metric.name), "Binary", name),
+        tile(percent(r.touched ?? r.read), "Weights read", r.touched === undefined ? "of the layers, a step" : `a step; for the budget ${percent(r.read)}`), tile(size(r.size.packed_bytes), "Packed", `from ${size(r.size.source_bytes)}`), tile(clock(r.seconds), "Took", `${r.steps} steps`)),
       el("section", { class: "card report", "aria-label": "Report" }, el("header", {}, el("h2", {}, "Report"), el("a", { class: "push", href: job.links.report, target: "_blank", rel: "noopener" }, "Open alone"), el("a", { href: `${job.links.report}?download=1`, download: true }, "Download")),
         el("iframe", { src: job.links.report, sandbox: "", title: `Report of ${job.name}`, loading: "lazy" })),
       el("details", { class: "card" }, el("summary", {}, `${job.artifacts.length} files`), el("div", { class: "table" }, el("table", { class: "downloads" }, el("caption", { class: "unseen" }, "Files of the packed directory"),
         el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "File"), el("th", { scope: "col", class: "num" }, "Size"), el("th", { scope: "col", class: "hide-narrow" }, "sha256"))),
         el("tbody", {}, job.artifacts.map((one) => el("tr", {}, el("td", {}, el("a", { href: one.href, download: true }, one.name)), el("td", { class: "num" }, size(one.bytes)), el("td", { class: "sha hide-narrow" }, `${one.sha256.slice(0, 16)}…`))))))));
+  }
+
+  async function learnEnd() { // progress is told now and then; the report has every measurement, the last one too
+    if (job.state !== "done" || closed) return;
+    try {
+      const { training } = await service.report(job.links.report.replace(/html$/, "json"));
+      if (!training?.length) return;
+      points.clear(); curve.clear();
+      for (const p of training) { points.set(p.step, { x: p.step, hard: p.hard, soft: p.soft }); curve.set(p.step, { x: p.step, temperature: p.temperature, slope: p.slope }); }
+      soon();
+    } catch { /* what was heard stays */ }
   }
 
   function note(at, text) {
@@ -133,6 +146,7 @@ export async function jobView(id) {
   }
 
   async function ended() {
+    if (closed) return;
     job = await service.get(id);
     if (!ENDED.includes(job.state)) return; // an earlier run's end, told again
     source?.close();
@@ -140,6 +154,7 @@ export async function jobView(id) {
     window.dispatchEvent(new Event("rnn2bin-jobs"));
     draw(); // at once: a report below a chip that says "running" would be two stories
     drawEnd();
+    learnEnd();
   }
 
   function follow() {
@@ -151,10 +166,12 @@ export async function jobView(id) {
     source.onerror = () => { if (source.readyState === EventSource.CLOSED && !ENDED.includes(job.state) && !closed) setTimeout(follow, 3000); };
   }
 
+  const wide = new ResizeObserver(soon); // fires once when the page shows it
+  wide.observe(metric);
   draw();
   drawEnd();
   follow();
-  return { node, title: job.name, leave: () => { closed = true; source?.close(); } };
+  return { node, title: job.name, leave: () => { closed = true; source?.close(); wide.disconnect(); } };
 }
 
 function legend(a, b) {

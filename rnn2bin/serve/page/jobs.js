@@ -1,5 +1,5 @@
-// The list of jobs.
-import { chip, clock, el, figure, METRICS, percent, when } from "./dom.js";
+// The list of jobs, and what was uploaded for them.
+import { chip, clock, el, lost, METRICS, percent, say, size, when } from "./dom.js";
 import { service } from "./service.js";
 import { alert } from "./convert.js";
 
@@ -10,7 +10,7 @@ export async function jobsView() {
   const body = el("div", {});
   const tabs = el("div", { class: "tabs", role: "group", "aria-label": "Which jobs" }, TABS.map(([value, title]) => el("button", { type: "button", "data-state": value, "aria-pressed": String(value === state), onclick: () => pick(value) }, title)));
   const more = el("button", { type: "button", hidden: true, onclick: () => load(true) }, "Older ones");
-  const node = el("div", { class: "stack" }, el("div", { class: "row" }, el("h1", {}, "Jobs"), el("a", { class: "button push", href: "#/" }, "New conversion")), tabs, body, el("div", { class: "row" }, more));
+  const node = el("div", { class: "stack" }, el("div", { class: "row" }, el("h1", {}, "Jobs"), el("a", { class: "button push", href: "#/" }, "New conversion")), tabs, body, el("div", { class: "row" }, more), uploads());
   let next = null;
 
   function pick(value) {
@@ -40,6 +40,32 @@ export async function jobsView() {
   return { node, title: "Jobs", leave: () => clearInterval(timer) };
 }
 
+function uploads() {
+  const body = el("div", { class: "stack" });
+  async function show() {
+    try {
+      const [{ items }, session] = await Promise.all([service.uploads(), service.session()]);
+      const quota = session.max_bytes ? ` Results and uploads take ${size(session.bytes)} of the ${size(session.max_bytes)} that your key allows.` : "";
+      body.replaceChildren(el("p", { class: "note" }, `${items.length ? "They stay until they are deleted; a job that waits or runs needs its own." : "None."}${quota}`), ...(items.length ? [listed(items)] : []));
+    } catch (problem) {
+      body.replaceChildren(alert(problem));
+    }
+  }
+  const listed = (items) => el("div", { class: "table" }, el("table", { class: "downloads" }, el("caption", { class: "unseen" }, "Uploads, newest first"),
+    el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "File"), el("th", { scope: "col", class: "num" }, "Size"), el("th", { scope: "col", class: "num hide-narrow" }, "Sent"), el("th", { scope: "col" }, el("span", { class: "unseen" }, "Delete")))),
+    el("tbody", {}, items.map((one) => el("tr", {}, el("td", {}, one.name), el("td", { class: "num" }, size(one.bytes)), el("td", { class: "num hide-narrow" }, when(one.created)), el("td", { class: "num" }, el("button", { type: "button", class: "quiet", "aria-label": `Delete ${one.name}`, onclick: () => forget(one) }, "Delete")))))));
+  async function forget(one) {
+    try {
+      await service.forgetUpload(one.id);
+      say(`${one.name} is deleted`);
+      show();
+    } catch (problem) {
+      body.prepend(alert(problem));
+    }
+  }
+  return el("details", { class: "card", id: "uploads", ontoggle: (event) => event.target.open && show() }, el("summary", {}, "Uploads"), body);
+}
+
 function empty(state) {
   return el("div", { class: "card empty" }, el("h2", {}, state ? "None of these" : "No conversions yet"), el("p", {}, state ? "Nothing is in this state." : "Upload a network to see how it does with binary gates."), state ? null : el("a", { class: "button", href: "#/" }, "Convert a network"));
 }
@@ -57,7 +83,7 @@ function row(job) {
   return el("tr", {},
     el("td", { class: "name" }, el("a", { href: `#/jobs/${job.id}` }, job.name), el("small", {}, job.recipe.name || "own recipe")),
     state,
-    el("td", { class: "num" }, result ? figure(result.drop.value, 3) : "", result ? el("small", {}, METRICS[result.metric.name] || result.metric.name) : null),
-    el("td", { class: "num hide-narrow" }, result ? percent(result.read) : ""),
+    el("td", { class: "num" }, result ? lost(result.drop.value, result.metric.name) : "", result ? el("small", {}, METRICS[result.metric.name] || result.metric.name) : null),
+    el("td", { class: "num hide-narrow" }, result ? percent(result.touched ?? result.read) : ""),
     el("td", { class: "num hide-narrow" }, el("time", { datetime: job.created }, when(job.created))));
 }

@@ -38,10 +38,12 @@ export const service = {
   validate: (body) => ask("POST", "/v1/recipes/validate", body),
   convert: (body, key) => ask("POST", "/v1/conversions", body, { "Idempotency-Key": key }),
   list: (state, before) => ask("GET", `/v1/conversions?${new URLSearchParams({ limit: 50, ...(state && { state }), ...(before && { before }) })}`),
+  report: (path) => ask("GET", path),
   get: (id) => ask("GET", `/v1/conversions/${encodeURIComponent(id)}`),
   cancel: (id) => ask("POST", `/v1/conversions/${id}/cancel`),
   retry: (id) => ask("POST", `/v1/conversions/${id}/retry`),
   remove: (id) => ask("DELETE", `/v1/conversions/${id}`),
+  uploads: () => ask("GET", "/v1/uploads?limit=500"),
   forgetUpload: (id) => ask("DELETE", `/v1/uploads/${id}`),
 };
 
