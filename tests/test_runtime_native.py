@@ -87,15 +87,15 @@ def translator(cell: str = "gru", copies: int = 2, hidden: int = H) -> Network:
     return filled(RnnSpec(sections, DecodeSpec(start=0, end=1, max_length=12)), scale=0.8)
 
 
-def mixed_translator() -> Network:
+def mixed_translator(hidden: int = H) -> Network:
     """An encoder of plain cells whose states start a decoder of clipped ones: they share states, not kernels."""
-    network = translator("lstm")
+    network = translator("lstm", hidden=hidden)
     decoder = network.spec.sections["decoder"]
     layers = tuple(replace(layer, cell_clip=0.3) for layer in decoder.layers)
     return filled(replace(network.spec, sections={**network.spec.sections, "decoder": replace(decoder, layers=layers)}), scale=0.8)
 
 
-def graph_network(cell: str = "lstm") -> Network:
+def graph_network(cell: str = "lstm", hidden: int = H) -> Network:
     """Floats or tokens -> convolution -> a layer -> a bidirectional one -> linear; weights of one to three dimensions around the layers."""
     nodes = (
         Node("Transpose", ("input",), ("x",), {"perm": [1, 2, 0]}),
@@ -105,9 +105,9 @@ def graph_network(cell: str = "lstm") -> Network:
         Node("Recurrent", ("h",), ("both", "last"), {"layer": 1}),
         Node("MatMul", ("both", "out"), ("y",)),
     )
-    tensors = {"kernel": (6, I, 3), "bias": (6,), "out": (2 * H, 4)}
+    tensors = {"kernel": (6, I, 3), "bias": (6,), "out": (2 * hidden, 4)}
     graph = GraphSpec(nodes, "y", (), 4, per_step=True, batch_first=False, tensors=tensors)
-    layers = (LayerSpec(cell, 6, H, copies=2), LayerSpec(cell, H, H, directions=2))
+    layers = (LayerSpec(cell, 6, hidden, copies=2), LayerSpec(cell, hidden, hidden, directions=2))
     return filled(RnnSpec({"main": SectionSpec(layers, EmbeddingSpec(V, I), graph=graph)}))
 
 
@@ -238,8 +238,8 @@ def fuzzed() -> list[Network]:
         network_of("lstm_peephole_full", hidden=5), network_of("rnn", hidden=5), network_of("rnn_minimal", hidden=5, copies=2),
         network_of("pseudo_12", hidden=5), stack_of("highway", tokens=True), stack_of("recurrent_highway", depth=3, hidden=5),
         stack_of("gf_tanh", depth=2, hidden=3), stack_of("gf_gru", depth=2, hidden=3, tokens=True, weights="int8"),
-        stack_of("gf_lstm", depth=2, hidden=3, tokens=True), translator(hidden=5), translator("gf_gru", 2, hidden=5), mixed_translator(),
-        graph_network(),
+        stack_of("gf_lstm", depth=2, hidden=3, tokens=True), translator(hidden=5), translator("gf_gru", 2, hidden=5), mixed_translator(5),
+        graph_network(hidden=5),
     ]  # fmt: skip
 
 
