@@ -22,7 +22,8 @@ typedef struct {
   tensor_file file;
 } loader;
 
-void *model_allocate(r2b_model *model, size_t bytes) {
+/* A piece of memory that is freed with the model. */
+static void *own(r2b_model *model, size_t alignment, size_t bytes) {
   if (model->owned_count == model->owned_room) {
     size_t room = model->owned_room ? 2 * model->owned_room : 64;
     void **grown = realloc(model->owned, room * sizeof *grown);
@@ -30,16 +31,29 @@ void *model_allocate(r2b_model *model, size_t bytes) {
     model->owned = grown;
     model->owned_room = room;
   }
-  size_t alignment = bytes >= HUGE_PAGE ? HUGE_PAGE : ALIGNMENT;
-  size_t whole = (bytes + ALIGNMENT + alignment - 1) / alignment * alignment; /* at least one byte, and vectors may read beyond the end */
-  void *memory = aligned_alloc(alignment, whole);
+  void *memory = aligned_alloc(alignment, bytes);
   if (!memory) return fail("out of memory: %zu bytes", bytes), NULL;
 #if defined(MADV_HUGEPAGE)
-  if (alignment == HUGE_PAGE) madvise(memory, whole, MADV_HUGEPAGE); /* columns lie apart: fewer pages to look up */
+  if (alignment == HUGE_PAGE) madvise(memory, bytes, MADV_HUGEPAGE); /* columns lie apart: fewer pages to look up */
 #endif
-  memset(memory, 0, whole);
   model->owned[model->owned_count++] = memory;
   return memory;
+}
+
+static void *zeroed(void *memory, size_t bytes) { return memory ? memset(memory, 0, bytes) : NULL; }
+
+/* What is smaller than a huge page shares one with others, but in small models, of which a program may open many. */
+void *model_allocate(r2b_model *model, size_t bytes) {
+  size_t whole = (bytes + 2 * ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; /* at least one byte, and vectors may read beyond the end */
+  if (!model->large) return zeroed(own(model, ALIGNMENT, whole), whole);
+  if (whole >= HUGE_PAGE) return zeroed(own(model, HUGE_PAGE, (whole + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE), whole);
+  if (whole > model->room_left) {
+    if (!(model->room = own(model, HUGE_PAGE, HUGE_PAGE))) return NULL;
+    model->room_left = HUGE_PAGE;
+  }
+  char *memory = model->room;
+  model->room += whole, model->room_left -= whole;
+  return zeroed(memory, whole);
 }
 
 /* A tensor by its name, of exactly these sizes (columns 0: a vector). NULL with the reason where it is not there. */
@@ -258,7 +272,8 @@ static int fold_table(loader *l, const section *s, cell *c, const share *shares,
   r2b_counters counters = {0};
   c->table = model_allocate(model, ((size_t)vocabulary * (size_t)c->table_stride + 128) * sizeof(float)); /* whole tiles can be read */
   if (!c->table) return -1;
-  size_t kept = model->owned_count;
+  size_t kept = model->owned_count, kept_left = model->room_left;
+  char *kept_room = model->room;
   matrix *with = model_allocate(model, (size_t)count * sizeof *with);
   float *values = with ? model_allocate(model, (size_t)wide * sizeof(float)) : NULL;
   int failed = values ? 0 : -1;
@@ -285,6 +300,7 @@ static int fold_table(loader *l, const section *s, cell *c, const share *shares,
     }
   }
   while (model->owned_count > kept) free(model->owned[--model->owned_count]);
+  model->room = kept_room, model->room_left = kept_left;
   return failed;
 }
 
@@ -699,6 +715,7 @@ static int load(r2b_model *model, const char *directory) {
   }
   snprintf(path, sizeof path, "%s/model.safetensors", directory);
   if (tensors_open(path, &l.file)) return -1;
+  model->large = l.file.size >= HUGE_PAGE / 4;
   model->zeros = model_allocate(model, (size_t)model->longest * sizeof(float));
   int failed = model->zeros ? 0 : -1;
   for (int k = 0; !failed && k < model->config.sections; k++) failed = load_section(&l, &model->sections[k]);
