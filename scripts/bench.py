@@ -72,7 +72,7 @@ def network_of(
 
 
 def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
-    settings = bench.Settings(against=tuple(options.against), blocks=options.blocks, steps=options.steps)
+    settings = bench.Settings(against=tuple(options.against), blocks=options.blocks, steps=options.steps, clock=options.clock)
     found = []
     for cell in options.cells:
         for hidden in options.sizes:
@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--against", nargs="*", default=["torch", "ort", "openvino"])
     parser.add_argument("--blocks", type=int, default=bench.BLOCKS)
     parser.add_argument("--steps", type=int, default=bench.STEPS)
+    parser.add_argument("--clock", choices=tuple(bench.CLOCKS), default="wall")
     parser.add_argument("--out", default="-", help="JSON file, or - for standard output")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--of", nargs="+", type=Path, help="measure nothing: plot and compare what --out wrote before")
@@ -165,7 +166,7 @@ def main() -> None:
         print("\n".join(break_even(found)))
         return plot(found, options.plot) if options.plot else None
     found = rows(options)
-    document = json.dumps({"machine": bench.machine(), "rows": found}, indent=2) + "\n"
+    document = json.dumps({"machine": bench.machine(), "clock": options.clock, "rows": found}, indent=2) + "\n"
     sys.stdout.write(document) if options.out == "-" else Path(options.out).write_text(document)
     for line in break_even(found):
         print(line, file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -36,6 +37,14 @@ def test_ratios_are_paired():
 
 
 @built
+def test_the_clock_of_the_thread_counts_no_waiting():
+    settings = bench.Settings(blocks=1, steps=1)
+    waits = lambda: time.sleep(0.05) or 1
+    found = {name: bench.interleaved({"waits": waits}, settings, clock=clock)["waits"][0] for name, clock in bench.CLOCKS.items()}
+    assert found["wall"] > 50_000
+    assert found["thread"] < 25_000
+
+
 def test_the_command(tmp_path, monkeypatch):
     path = packed(network_of("gru"), tmp_path / "OUT")
     monkeypatch.setattr(bench, "BLOCKS", 2)

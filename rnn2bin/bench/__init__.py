@@ -29,6 +29,7 @@ from rnn2bin.spec import LayerSpec, RnnSpec, SectionSpec
 
 BLOCKS, STEPS, SEQUENCE = 15, 1024, 100
 Steps = Callable[[], int]  # runs some steps, says how many
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "thread": time.thread_time}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Settings:
     steps: int = STEPS
     seed: int = 0
     sequence: int | None = None  # steps a call of a network that reads whole sequences; None: as many as it takes, or SEQUENCE
+    clock: str = "wall"  # or "thread": processor time of the calling thread, which alone works here; for machines with other work on them
 
 
 class Contender(Protocol):
@@ -119,7 +121,7 @@ def random_inputs(spec: RnnSpec, steps: int, seed: int) -> np.ndarray:
 def _row(model: runtime.Native, compute: str, call: str, steps: int, batch: int, data: np.ndarray, settings: Settings) -> dict[str, Any]:
     """Times are of one step of the whole batch; weights and bytes of one step of one sequence."""
     ours, others = contenders(model, call, steps, batch, data, settings)
-    times = interleaved({"native": ours.run, **others}, settings)
+    times = interleaved({"native": ours.run, **others}, settings, clock=CLOCKS[settings.clock])
     touched = ours.touched()
     layer, mine = model.spec.entry.layers[0], times["native"]
     weights = model.config.get("weights", "fp16")

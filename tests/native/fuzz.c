@@ -66,7 +66,9 @@ static blob read_file(const char *folder, const char *name) {
 
 static const char *const WORDS[] = {"0",    "1",        "-1",    "4294967296", "9223372036854775807", "1e9",  "\"",     "{",      "}",
                                     "[",    "]",        ",",     "null",       "true",                "\\u0", "\"gru\"", "\"lstm\"", "\"F32\"",
-                                    "1048576", "\"binary\"", "65536", "[]",         "{}"};
+                                    "1048576", "\"binary\"", "65536", "[]",         "{}",                  "9",    "1e38", "\"soft\"", "0.5",
+                                    "\"gru_output\"", "\"lstm_peephole_full\"", "\"lstm_coupled\"", "\"rnn\"", "\"pseudo_123\"",
+                                    "\"highway\"", "\"recurrent_highway\"", "\"gf_lstm\"", "\"gf_gru\"", "\"gf_tanh\""};
 
 /* One change: a byte, a cut, a copied piece, or a word in place of bytes. Numbers are what most of a header's meaning is in. */
 static void mutate(blob *b, size_t within) {
@@ -107,7 +109,7 @@ int LLVMFuzzerTestOneInput(const unsigned char *data, size_t size) {
   blob config = {(unsigned char *)data + 4, length}, weights = {(unsigned char *)data + 4 + length, size - 4 - length};
   write_file(folder, "config.json", &config);
   write_file(folder, "model.safetensors", &weights);
-  r2b_model *model = r2b_open(folder, (int)(size % 2));
+  r2b_model *model = r2b_open(folder, (int)(size % 3));
   if (model) try_run(model);
   r2b_close(model);
   return 0;
@@ -133,7 +135,7 @@ int main(int count, char **words) {
     }
     if (which || k == 0) write_file(words[2], "config.json", &a);
     if (!which || k == 0) write_file(words[2], "model.safetensors", &b);
-    r2b_model *model = r2b_open(words[2], (int)(k % 2));
+    r2b_model *model = r2b_open(words[2], (int)(k % 3));
     if (model) try_run(model), opened++;
     r2b_close(model);
     if (which) write_file(words[2], "config.json", &config);

@@ -122,6 +122,9 @@ struct r2b_model {
   int most_columns, most_hidden, most_width, most_gates, most_values; /* most_values: of all gates, width each */
   void **owned; /* all allocations */
   size_t owned_count, owned_room;
+  bool large;       /* its memory is in huge pages */
+  char *room;       /* of the last of those that small pieces share */
+  size_t room_left;
 };
 
 /* 64-byte aligned, zeroed, freed with the model; NULL when memory is out. */

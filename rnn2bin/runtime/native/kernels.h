@@ -15,10 +15,8 @@ typedef struct {
 typedef struct {
   int32_t *index;
   int8_t *high, *low;  /* (columns): digits of each */
-  int32_t *units;      /* (columns) */
   int32_t *sums;       /* [tiles][2 blocks][2 digits][64] */
   int32_t *before;     /* (columns): the values whose products are in `sums` */
-  float *changed, *found; /* (columns), (columns or G * H) */
 } screen_row;
 
 /* One sequence's step of one cell. */

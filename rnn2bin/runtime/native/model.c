@@ -12,8 +12,9 @@
 #include "kernels.h"
 #include "safetensors.h"
 
-/* Products of embedding and weights are made once a token where that takes milliseconds; else once a step. */
-enum { HUGE_PAGE = 2 << 20, MOST_SCREENED = 1 << 15, MOST_BLOCKS = 160 }; /* columns whose products of bytes fit 32 bits */
+/* Products of embedding and weights are made once a token where that takes milliseconds, or where tokens are so few that it takes no longer
+ * than the rest of opening; else once a step. */
+enum { HUGE_PAGE = 2 << 20, MOST_SCREENED = 1 << 15, MOST_BLOCKS = 160, FEW_TOKENS = 256, TOKENS_AT_ONCE = 8 }; /* MOST_SCREENED: columns whose products of bytes fit 32 bits */
 static const uint64_t MOST_FOLDED_PRODUCTS = 1u << 28, MOST_TABLE_BYTES = 1u << 28;
 
 typedef struct {
@@ -21,7 +22,8 @@ typedef struct {
   tensor_file file;
 } loader;
 
-void *model_allocate(r2b_model *model, size_t bytes) {
+/* A piece of memory that is freed with the model. */
+static void *own(r2b_model *model, size_t alignment, size_t bytes) {
   if (model->owned_count == model->owned_room) {
     size_t room = model->owned_room ? 2 * model->owned_room : 64;
     void **grown = realloc(model->owned, room * sizeof *grown);
@@ -29,16 +31,29 @@ void *model_allocate(r2b_model *model, size_t bytes) {
     model->owned = grown;
     model->owned_room = room;
   }
-  size_t alignment = bytes >= HUGE_PAGE ? HUGE_PAGE : ALIGNMENT;
-  size_t whole = (bytes + ALIGNMENT + alignment - 1) / alignment * alignment; /* at least one byte, and vectors may read beyond the end */
-  void *memory = aligned_alloc(alignment, whole);
+  void *memory = aligned_alloc(alignment, bytes);
   if (!memory) return fail("out of memory: %zu bytes", bytes), NULL;
 #if defined(MADV_HUGEPAGE)
-  if (alignment == HUGE_PAGE) madvise(memory, whole, MADV_HUGEPAGE); /* columns lie apart: fewer pages to look up */
+  if (alignment == HUGE_PAGE) madvise(memory, bytes, MADV_HUGEPAGE); /* columns lie apart: fewer pages to look up */
 #endif
-  memset(memory, 0, whole);
   model->owned[model->owned_count++] = memory;
   return memory;
+}
+
+static void *zeroed(void *memory, size_t bytes) { return memory ? memset(memory, 0, bytes) : NULL; }
+
+/* What is smaller than a huge page shares one with others, but in small models, of which a program may open many. */
+void *model_allocate(r2b_model *model, size_t bytes) {
+  size_t whole = (bytes + 2 * ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; /* at least one byte, and vectors may read beyond the end */
+  if (!model->large) return zeroed(own(model, ALIGNMENT, whole), whole);
+  if (whole >= HUGE_PAGE) return zeroed(own(model, HUGE_PAGE, (whole + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE), whole);
+  if (whole > model->room_left) {
+    if (!(model->room = own(model, HUGE_PAGE, HUGE_PAGE))) return NULL;
+    model->room_left = HUGE_PAGE;
+  }
+  char *memory = model->room;
+  model->room += whole, model->room_left -= whole;
+  return zeroed(memory, whole);
 }
 
 /* A tensor by its name, of exactly these sizes (columns 0: a vector). NULL with the reason where it is not there. */
@@ -253,29 +268,39 @@ static int fold_table(loader *l, const section *s, cell *c, const share *shares,
   r2b_model *model = l->model;
   int wide = c->layer->input, vocabulary = s->config->vocabulary;
   const grid halves = {0};
-  columns active = {0};
+  columns active[TOKENS_AT_ONCE] = {0};
   r2b_counters counters = {0};
   c->table = model_allocate(model, ((size_t)vocabulary * (size_t)c->table_stride + 128) * sizeof(float)); /* whole tiles can be read */
   if (!c->table) return -1;
-  size_t kept = model->owned_count;
+  size_t kept = model->owned_count, kept_left = model->room_left;
+  char *kept_room = model->room;
   matrix *with = model_allocate(model, (size_t)count * sizeof *with);
   float *values = with ? model_allocate(model, (size_t)wide * sizeof(float)) : NULL;
-  active.index = values ? model_allocate(model, (size_t)(wide + SLACK) * sizeof(int32_t)) : NULL;
-  active.value = active.index ? model_allocate(model, (size_t)(wide + SLACK) * sizeof(float)) : NULL;
-  int failed = active.value ? 0 : -1;
+  int failed = values ? 0 : -1;
+  for (int k = 0; !failed && k < TOKENS_AT_ONCE; k++) {
+    active[k].index = model_allocate(model, (size_t)(wide + SLACK) * sizeof(int32_t));
+    active[k].value = active[k].index ? model_allocate(model, (size_t)(wide + SLACK) * sizeof(float)) : NULL;
+    failed = active[k].value ? 0 : -1;
+  }
   for (int k = 0; !failed && k < count; k++)
     if (!(failed = new_matrix(model, &with[k], shares[k].rows, wide, &halves))) lay_out(&with[k], shares[k].from, 0);
-  for (int v = 0; !failed && v < vocabulary; v++) {
+  for (int v = 0; !failed && v < vocabulary; v += TOKENS_AT_ONCE) {
+    int tokens = vocabulary - v < TOKENS_AT_ONCE ? vocabulary - v : TOKENS_AT_ONCE;
+    product_row rows[TOKENS_AT_ONCE];
     float *row = c->table + (size_t)v * (size_t)c->table_stride;
-    embed(s, v, wide, values);
-    active.total = active.inputs = model->kernels->list(values, wide, 0, active.index, active.value);
-    for (int k = 0; k < count; k++) {
-      product_row one = {&active, 0, active.total, model->zeros, row + shares[k].at};
-      model->kernels->product(&with[k], &one, 1, &counters);
+    for (int t = 0; t < tokens; t++) {
+      embed(s, v + t, wide, values);
+      active[t].total = active[t].inputs = model->kernels->list(values, wide, 0, active[t].index, active[t].value);
+      if (carried_at >= 0) memcpy(row + (size_t)t * (size_t)c->table_stride + carried_at, values, (size_t)wide * sizeof *values);
     }
-    if (carried_at >= 0) memcpy(row + carried_at, values, (size_t)wide * sizeof *values);
+    for (int k = 0; k < count; k++) {
+      for (int t = 0; t < tokens; t++)
+        rows[t] = (product_row){&active[t], 0, active[t].total, model->zeros, row + (size_t)t * (size_t)c->table_stride + shares[k].at};
+      model->kernels->product(&with[k], rows, tokens, &counters);
+    }
   }
   while (model->owned_count > kept) free(model->owned[--model->owned_count]);
+  model->room = kept_room, model->room_left = kept_left;
   return failed;
 }
 
@@ -283,7 +308,7 @@ static bool folds(const section *s, const cell *c) {
   if (!reads_tokens(s->config)) return false;
   uint64_t rows = (uint64_t)c->table_stride, vocabulary = (uint64_t)s->config->vocabulary;
   uint64_t products = rows * vocabulary * (uint64_t)(s->embedding ? c->layer->input : 1);
-  return products <= MOST_FOLDED_PRODUCTS && rows * vocabulary * sizeof(float) <= MOST_TABLE_BYTES;
+  return (products <= MOST_FOLDED_PRODUCTS || vocabulary <= FEW_TOKENS) && rows * vocabulary * sizeof(float) <= MOST_TABLE_BYTES;
 }
 
 /* All matrices of a cell but the projection: the input's columns, where there are any, then the recurrent ones. */
@@ -690,6 +715,7 @@ static int load(r2b_model *model, const char *directory) {
   }
   snprintf(path, sizeof path, "%s/model.safetensors", directory);
   if (tensors_open(path, &l.file)) return -1;
+  model->large = l.file.size >= HUGE_PAGE / 4;
   model->zeros = model_allocate(model, (size_t)model->longest * sizeof(float));
   int failed = model->zeros ? 0 : -1;
   for (int k = 0; !failed && k < model->config.sections; k++) failed = load_section(&l, &model->sections[k]);

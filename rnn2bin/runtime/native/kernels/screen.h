@@ -20,66 +20,86 @@ typedef struct {
   int32_t sum[2];     /* of each digit */
 } quantized;
 
-INLINE int32_t rounded(float x) { return (int32_t)(x + copysignf(0.5f, x)); }
+/* What is summed up over the values, a lane for each of sixteen. */
+typedef struct {
+  __m512 error, two, one;
+} norms;
 
-INLINE float all_of(const float *lanes) {
-  float sum = 0.0f;
-  for (int k = 0; k < 16; k++) sum += lanes[k];
-  return sum;
+/* Sixteen values in units of a step, at most LARGEST of them; their norms are added. */
+INLINE __m512i round_values(norms *sums, __m512 x, float step) {
+  __m512 most = _mm512_set1_ps(LARGEST), inside = _mm512_mul_ps(x, _mm512_set1_ps(1.0f / step));
+  inside = _mm512_max_ps(_mm512_min_ps(inside, most), _mm512_sub_ps(_mm512_setzero_ps(), most));
+  __m512i units = _mm512_cvtps_epi32(inside);
+  __m512 left = _mm512_fnmadd_ps(_mm512_set1_ps(step), _mm512_cvtepi32_ps(units), x);
+  sums->error = _mm512_fmadd_ps(left, left, sums->error);
+  sums->two = _mm512_fmadd_ps(x, x, sums->two);
+  sums->one = _mm512_add_ps(sums->one, _mm512_abs_ps(x));
+  return units;
 }
 
-/* Norms of values and of what their rounding leaves; `units` gets the rounded ones. The arrays are readable to whole sixteens. */
-static void round_values(quantized *q, const float *restrict value, int32_t *restrict units, int count) {
-  float error[16] = {0}, two[16] = {0}, one[16] = {0}, inverse = 1.0f / q->step, step = q->step;
-  for (int k = 0; k < count; k += 16)
-    for (int j = 0; j < 16; j++) {
-      float x = k + j < count ? value[k + j] : 0.0f, inside = x * inverse;
-      inside = inside > LARGEST ? LARGEST : inside < -LARGEST ? -LARGEST : inside;
-      units[k + j] = rounded(inside);
-      float left = x - step * (float)units[k + j];
-      error[j] += left * left, two[j] += x * x, one[j] += fabsf(x);
-    }
-  q->error = sqrtf(all_of(error)), q->two = sqrtf(all_of(two)), q->one = all_of(one);
+static void put_norms(quantized *q, const norms *sums) {
+  q->error = sqrtf(_mm512_reduce_add_ps(sums->error));
+  q->two = sqrtf(_mm512_reduce_add_ps(sums->two));
+  q->one = _mm512_reduce_add_ps(sums->one);
 }
 
-/* The digits of `count` listed columns, padded with zeros to whole fours. */
-static void put_digits(const screen_row *to, quantized *q, const int32_t *restrict units, int count) {
-  int32_t sum[2] = {0};
-  int8_t *restrict high = to->high, *restrict low = to->low;
+/* Sixteen columns' digits to place `at`; their sums go on in `sum`. */
+INLINE void put_digits(const screen_row *to, int at, __m512i units, __m512i sum[2]) {
+  __m512i high = _mm512_srai_epi32(_mm512_add_epi32(units, _mm512_set1_epi32(DIGIT / 2)), 7);
+  __m512i low = _mm512_sub_epi32(units, _mm512_slli_epi32(high, 7));
+  _mm_storeu_si128((__m128i *)(void *)(to->high + at), _mm512_cvtepi32_epi8(high));
+  _mm_storeu_si128((__m128i *)(void *)(to->low + at), _mm512_cvtepi32_epi8(low));
+  sum[0] = _mm512_add_epi32(sum[0], high), sum[1] = _mm512_add_epi32(sum[1], low);
+}
+
+/* `count` columns stand in the list, zeros behind them: whole fours, and what is fetched in advance. */
+static void end_list(const screen_row *to, quantized *q, int count, const __m512i sum[2]) {
   q->count = padded(count, 4);
-  for (int k = 0; k < count; k++) {
-    int32_t upper = (units[k] + DIGIT / 2) >> 7, lower = units[k] - DIGIT * upper;
-    high[k] = (int8_t)upper, low[k] = (int8_t)lower;
-    sum[0] += upper, sum[1] += lower;
-  }
-  for (int k = count; k < q->count; k++) high[k] = low[k] = 0, to->index[k] = 0;
+  for (int k = count; k < q->count; k++) to->high[k] = to->low[k] = 0, to->index[k] = 0;
   for (int k = 0; k < AHEAD; k++) to->index[q->count + k] = k < q->count ? to->index[k] : 0;
-  q->sum[0] = sum[0], q->sum[1] = sum[1];
+  q->sum[0] = _mm512_reduce_add_epi32(sum[0]), q->sum[1] = _mm512_reduce_add_epi32(sum[1]);
 }
+
+INLINE __mmask16 first_of(int count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
 
 /* The active columns as they are. */
 static quantized quantize_active(const screen_row *to, const columns *active, int from) {
   int count = active->total - from;
+  const float *value = active->value + from;
+  const int32_t *index = active->index + from;
   quantized q = {.terms = count};
-  float most = 0.0f;
-  for (int k = from; k < active->total; k++) most = fabsf(active->value[k]) > most ? fabsf(active->value[k]) : most;
+  norms sums = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+  __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+  __m512 largest = _mm512_setzero_ps();
+  for (int k = 0; k < count; k += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(first_of(count - k), value + k)));
+  float most = _mm512_reduce_max_ps(largest);
   q.step = most > 1e-30f ? most / LARGEST : 1.0f; /* tiny values round to zero: all of them is error */
-  round_values(&q, active->value + from, to->units, count);
-  memcpy(to->index, active->index + from, (size_t)count * sizeof *to->index);
-  put_digits(to, &q, to->units, count);
+  for (int k = 0; k < count; k += 16) {
+    put_digits(to, k, round_values(&sums, _mm512_maskz_loadu_ps(first_of(count - k), value + k), q.step), sum);
+    _mm512_storeu_si512(to->index + k, _mm512_maskz_loadu_epi32(first_of(count - k), index + k));
+  }
+  put_norms(&q, &sums);
+  end_list(to, &q, count, sum);
   return q;
 }
 
-/* What changed since the step before: values are in [-1, 1], what is beyond is error. */
+/* What changed since the step before: values are in [-1, 1], what is beyond is error. `dense` is readable to whole sixteens. */
 static quantized quantize_changed(const screen_row *to, const float *dense, int cols, int terms) {
   quantized q = {.terms = terms, .step = 1.0f / LARGEST};
-  float *restrict changed = to->changed;
-  int32_t *restrict units = to->units, *restrict before = to->before;
-  round_values(&q, dense, units, cols);
-  for (int j = 0; j < cols; j++) changed[j] = (float)(units[j] - before[j]), before[j] = units[j];
-  int count = list(changed, cols, 0, to->index, to->found);
-  for (int k = 0; k < count; k++) units[k] = (int32_t)to->found[k];
-  put_digits(to, &q, units, count);
+  norms sums = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+  __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, column = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  int count = 0;
+  for (int j = 0; j < cols; j += 16) {
+    __m512i units = round_values(&sums, _mm512_maskz_loadu_ps(first_of(cols - j), dense + j), q.step);
+    __m512i changed = _mm512_sub_epi32(units, _mm512_loadu_si512(to->before + j));
+    __mmask16 active = _mm512_test_epi32_mask(changed, changed);
+    _mm512_storeu_si512(to->before + j, units);
+    put_digits(to, count, _mm512_maskz_compress_epi32(active, changed), sum);
+    _mm512_storeu_si512(to->index + count, _mm512_maskz_compress_epi32(active, _mm512_add_epi32(column, _mm512_set1_epi32(j))));
+    count += __builtin_popcount(_cvtmask16_u32(active) & 0xffffu);
+  }
+  put_norms(&q, &sums);
+  end_list(to, &q, count, sum);
   return q;
 }
 
@@ -277,8 +297,9 @@ static void screen_gates(const cell *cell, step_row *row, product_row *one, scra
   int rows = cell->layer->gates * cell->layer->hidden, cols = s->bytes.cols;
   quantized q;
   if (s->keeps) {
-    memset(work->dense, 0, (size_t)cols * sizeof(float));
-    for (int k = 0; k < row->active.total; k++) work->dense[row->active.index[k]] = row->active.value[k];
+    memset(work->dense, 0, (size_t)cell->inputs * sizeof(float));
+    for (int k = 0; k < row->active.inputs; k++) work->dense[row->active.index[k]] = row->active.value[k];
+    memcpy(work->dense + cell->inputs, row->read, (size_t)(cols - cell->inputs) * sizeof(float));
     q = quantize_changed(room, work->dense, cols, row->active.total);
   } else {
     q = quantize_active(room, &row->active, row->gates_from);
