@@ -69,8 +69,7 @@ class Price:
     pays. `first`: the density before training; `None` until it is measured. `near`, `far`: means of what the last steps read above the
     aim, a short one that says how much of the price is charged and a longer one that moves it. `shift`: training aims that much above
     the wanted density, so that the validation part, with hard gates, meets it; it starts below, since the price rests half a hundredth
-    above. `fallen`: whether the wanted density was the budget at
-    the last measurement."""
+    above. `fallen`: whether the wanted density was the budget at the last measurement."""
 
     price: float = FIRST_PRICE
     first: float | None = None
