@@ -35,6 +35,8 @@ class RecipeError(UsageError):
 class UnreachableError(RecipeError):
     """A recipe asks for a density that this network's gates cannot bring about."""
 
+    code = "unreachable"
+
 
 class DataError(UsageError):
     """The data file is empty, malformed, not finite, or does not fit the network."""

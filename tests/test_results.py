@@ -38,7 +38,7 @@ def recipe(results: ModuleType, wanted: Any) -> Recipe:
 
 
 @pytest.mark.parametrize(
-    ("budget", "rate", "batch", "steps"), [("none", 0.001, 64, 1000), ("0.25", 0.016, 32, 2000), ("0.10", 0.016, 32, 2000)]
+    ("budget", "rate", "batch", "steps"), [("none", 0.001, 64, 4000), ("0.25", 0.016, 32, 16_000), ("0.10", 0.016, 32, 16_000)]
 )
 def test_every_case_is_trained_by_the_same_rule(results, budget, rate, batch, steps):
     """But for `source`, task and metric, which say what the file is, fewer steps of the long cases, and the one batch that memory wants."""
