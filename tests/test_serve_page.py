@@ -136,6 +136,31 @@ def test_what_is_typed_is_checked_at_once_and_by_the_service(page, served):
     page.wait_for_selector("text=did you mean steps")
 
 
+def test_what_is_typed_while_a_recipe_is_on_its_way_stays(page, served):
+    """Its values once came late and took back what was typed meanwhile; and those of a recipe chosen before took the later one's place."""
+    hold: list[Any] = []
+    page.route("**/v1/recipes/smoke*", lambda route: hold.append(route))
+    page.locator("input[value=smoke]").check(force=True)
+    field = knob(page, "train.steps", "0")
+    assert field.get_attribute("aria-invalid") == "true"
+    while not hold:
+        page.wait_for_timeout(20)
+    with page.expect_response("**/v1/recipes/smoke*"):
+        hold.pop().continue_()
+    page.wait_for_function("() => document.querySelector('#knob-train-batch_size').value === '4'")
+    assert (field.input_value(), field.get_attribute("aria-invalid")) == ("0", "true")
+    page.locator("input[value=anneal]").check(force=True)
+    page.wait_for_function("() => document.querySelector('#knob-train-steps').value === '4000'")
+    page.locator("input[value=smoke]").check(force=True)
+    while not hold:
+        page.wait_for_timeout(20)
+    page.locator("input[value=anneal]").check(force=True)
+    with page.expect_response("**/v1/recipes/smoke*"):
+        hold.pop().continue_()
+    page.wait_for_timeout(200)
+    assert field.input_value() == "4000"
+
+
 def test_a_refusal_is_shown_with_its_reason(page, tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"nothing that anybody could read")
     ask(page, tmp_path / "broken.onnx")

@@ -55,8 +55,12 @@ export async function convertView() {
   async function choose(name) {
     state.recipe = name;
     ownBox.hidden = name !== OWN;
-    if (name !== OWN) form.base((await service.recipe(name)).values);
-    else form.base(Object.fromEntries(knobs.map((knob) => [knob.knob, knob.default])));
+    form.forget();
+    if (name !== OWN) {
+      const { values } = await service.recipe(name);
+      if (state.recipe !== name) return; // another was chosen meanwhile
+      form.base(values);
+    } else form.base(Object.fromEntries(knobs.map((knob) => [knob.knob, knob.default])));
     changed();
   }
 

@@ -30,8 +30,12 @@ export class Knobs {
     }
   }
 
-  base(values) { // a recipe was chosen: its values are what unchanged knobs show
-    for (const row of this.rows.values()) row.rebase(values[row.knob.knob]);
+  forget() { // another recipe was chosen: what was typed for the one before goes, at once
+    for (const row of this.rows.values()) row.rebase(row.base);
+  }
+
+  base(values) { // its values are here: what unchanged knobs show; what was typed since stays
+    for (const row of this.rows.values()) row.touched ? row.compare(values[row.knob.knob]) : row.rebase(values[row.knob.knob]);
   }
 
   get set() { // knob -> value, of those that differ from the recipe
@@ -70,6 +74,11 @@ class Row {
     this.base = value;
     this.touched = false;
     this.show(value);
+    this.check();
+  }
+
+  compare(value) {
+    this.base = value;
     this.check();
   }
 
