@@ -44,7 +44,8 @@ def density(student: Network, prepared: tasks.Prepared, output: Output, *, learn
 
 @torch.no_grad()
 def check(budget: Budget, student: Network, teacher: Network, task: tasks.Task, batch: Batch) -> None:
-    """UnreachableError for a density that no gates can bring about: first layers' inputs that are no tokens meet every gate's row."""
+    """UnreachableError for a density that no gates can bring about: first layers' inputs that are no tokens meet every gate's row. It is a
+    lower bound: later layers' inputs, soft gates and cells that declare their own equations count as if nothing had to be read."""
     if budget.density is None:
         return
     prepared = tasks.prepare(task, batch, teacher, walk=run_cell)
