@@ -76,7 +76,7 @@ def knob(page: Any, name: str, value: str) -> Any:
 def ask(page: Any, model: Path, **knobs: str) -> None:
     page.set_input_files("#file-network", model)
     page.locator("input[value=smoke]").check(force=True)
-    page.wait_for_selector("#knob-train-steps >> visible=true")
+    page.wait_for_function("() => document.querySelector('#knob-train-steps')?.value === '20'")  # its own values, not the last recipe's
     for name, value in knobs.items():
         knob(page, name.replace("_", ".", 1), value)
 
@@ -84,7 +84,6 @@ def ask(page: Any, model: Path, **knobs: str) -> None:
 def test_from_a_file_to_the_report(page, served):
     url, at = served
     ask(page, at / "model.npz")
-    assert page.locator("#knob-train-steps").input_value() == "20"
     knob(page, "train.steps", "60")
     page.locator("button.main:enabled").click()
     page.wait_for_selector(".stages li.now")
@@ -114,6 +113,36 @@ def test_from_a_file_to_the_report(page, served):
     page.get_by_role("button", name="Delete").click()
     page.get_by_role("button", name="Really delete?").click()
     page.wait_for_selector(".empty")
+
+
+def test_what_is_under_the_hand_stays_when_the_page_is_drawn_again(page, served):
+    """Buttons were once made anew with every event: the keyboard lost its place, and "Really delete?" was "Delete" again."""
+    focused = lambda: page.evaluate("() => document.activeElement.textContent")
+    job = f"{served[0]}/#/jobs/"
+    with trials.Client(served[0]) as client:
+        id = client.convert(served[1] / "model.npz", recipe="smoke", set=trials.LONG)["id"]
+        page.goto(job + id)
+        page.wait_for_selector(".gates .meter")
+        page.get_by_role("button", name="Cancel").focus()
+        steps = page.locator(".figure", has_text="Steps").inner_text()
+        page.wait_for_function("old => ![...document.querySelectorAll('.figure')].some((one) => one.innerText === old)", arg=steps)
+        assert focused() == "Cancel"
+        page.goto(f"{served[0]}/#/jobs")
+        link = page.locator(f"tbody a[href='#/jobs/{id}']")
+        link.focus()
+        link.evaluate("(node) => { node.dataset.old = 1 }")
+        page.wait_for_selector(f"tbody a[href='#/jobs/{id}']:not([data-old])")
+        assert focused() == "model.npz"
+        page.goto(job + id)
+        page.get_by_role("button", name="Cancel").click()
+        page.wait_for_selector(".chip.cancelled")
+        page.get_by_role("button", name="Delete").click()
+        for width in (700, 1280):
+            page.set_viewport_size({"width": width, "height": 900})  # draws everything again
+            page.wait_for_timeout(600)
+        assert focused() == "Really delete?"
+        page.keyboard.press("Enter")
+        page.wait_for_function("id => !document.querySelector(`tbody a[href='#/jobs/${id}']`) && location.hash === '#/jobs'", arg=id)
 
 
 def test_what_is_typed_is_checked_at_once_and_by_the_service(page, served):

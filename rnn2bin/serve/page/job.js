@@ -10,10 +10,11 @@ const SAID = { queued: "waiting for a worker", started: "a worker has it", isola
 
 export async function jobView(id) {
   let job = await service.get(id);
-  const points = new Map(), curve = new Map(), lines = [];
-  let now = job.progress, source, closed = false, drawn = 0, pending;
+  const points = new Map(), curve = new Map();
+  let now = job.progress, source, closed = false, drawn = 0, pending, said;
 
-  const head = el("div", {}), stages = el("ol", { class: "stages", "aria-label": "Stages" }), problem = el("div", {}), figures = el("div", { class: "figures" });
+  const title = el("div", { class: "row" }), asked = el("p", { class: "note" }), head = el("div", {}, title, asked);
+  const stages = el("ol", { class: "stages", "aria-label": "Stages" }), problem = el("div", {}), figures = el("div", { class: "figures" });
   const metric = el("div", {}), anneal = el("div", {}), gates = el("dl", { class: "gates" }), end = el("div", { class: "stack" });
   const log = el("ol", { class: "log", tabindex: 0, "aria-label": "What happened" });
   const trained = el("h2", { hidden: true }, "How it was trained");
@@ -35,14 +36,18 @@ export async function jobView(id) {
   const soon = () => { pending ??= setTimeout(draw, Math.max(0, 250 - (performance.now() - drawn))); };
 
   function drawHead() {
+    asked.textContent = [`${job.model.name} (${size(job.model.bytes)})`, Object.keys(job.data).length ? Object.values(job.data).map((one) => one.name).join(", ") : "no data", `recipe ${job.recipe.name || "of its own"}`, ...Object.entries(job.recipe.set || {}).map(([knob, value]) => `${knob}=${JSON.stringify(value)}`), `asked ${when(job.created)}`].join("  ·  ");
+    // Buttons stay as long as they say the same: one that is made anew under the reader's hands has lost the focus, and "Really delete?".
+    const says = JSON.stringify([job.name, job.state, job.cancelling, job.links]);
+    if (says === said) return;
+    said = says;
     const active = !ENDED.includes(job.state);
     const act = (name, title, what, kind = "") => el("button", { type: "button", class: kind, onclick: (event) => run(event.currentTarget, name, what) }, title);
-    head.replaceChildren(el("div", { class: "row" }, el("h1", {}, job.name), chip(job), el("div", { class: "row push" },
+    title.replaceChildren(el("h1", {}, job.name), chip(job), el("div", { class: "row push" },
       job.links.archive ? el("a", { class: "button", href: job.links.archive, download: true }, "Download .tar") : null,
       active && !job.cancelling ? act("cancel", "Cancel", "Stopping") : null,
       ["failed", "cancelled"].includes(job.state) ? act("retry", "Retry", "Begun again") : null,
-      active ? null : act("remove", "Delete", "Deleted", "danger"))),
-      el("p", { class: "note" }, [`${job.model.name} (${size(job.model.bytes)})`, Object.keys(job.data).length ? Object.values(job.data).map((one) => one.name).join(", ") : "no data", `recipe ${job.recipe.name || "of its own"}`, ...Object.entries(job.recipe.set || {}).map(([knob, value]) => `${knob}=${JSON.stringify(value)}`), `asked ${when(job.created)}`].join("  ·  ")));
+      active ? null : act("remove", "Delete", "Deleted", "danger")));
   }
 
   async function run(button, name, what) {
@@ -59,6 +64,7 @@ export async function jobView(id) {
       if (name === "remove") { location.hash = "#/jobs"; return; }
       job = await service.get(id);
       if (name === "retry") { end.replaceChildren(); problem.replaceChildren(); follow(); }
+      button.disabled = false;
       draw();
     } catch (error) {
       problem.replaceChildren(alert(error));

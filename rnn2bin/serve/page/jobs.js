@@ -26,7 +26,11 @@ export async function jobsView() {
       if (further || !older.length) next = found.next;
       const jobs = further ? [...current, ...older] : [...(current = found.items), ...older];
       const drawn = JSON.stringify(jobs.map((job) => [job.id, job.state, job.stage, job.cancelling, job.progress?.step]));
-      if (drawn !== shown) body.replaceChildren(jobs.length ? table(jobs) : empty(state));
+      if (drawn !== shown) {
+        const at = body.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
+        body.replaceChildren(jobs.length ? table(jobs) : empty(state));
+        if (at) body.querySelector(`[href="${at}"]`)?.focus(); // the keyboard stays where it was
+      }
       shown = drawn;
       more.hidden = !next;
     } catch (problem) {
