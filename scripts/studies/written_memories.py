@@ -1,6 +1,6 @@
 """Written memories: the pseudo-LSTM, the LSTM, and the six networks between them, at four learning rates.
 
-    python scripts/studies/written_memories.py           # one night on two cores
+    python scripts/studies/written_memories.py           # an hour of one core
     python scripts/studies/written_memories.py --quick   # a minute
 
 The pseudo-LSTM lacks three things that the basic LSTM has: (1) it reads after it writes, (2) its gates read the read-gated state, (3) its
@@ -51,7 +51,7 @@ class Size:
     seeds: int
 
 
-SIZES = {"quick": Size(1, 16, 10, 10, 1000, 500, 1), "full": Size(20, 250, 30, 30, 500_000, 60_000, 5)}
+SIZES = {"quick": Size(1, 16, 10, 10, 1000, 500, 1), "full": Size(4, 128, 30, 30, 100_000, 20_000, 5)}
 
 
 def network(cell: str, vocabulary: int, size: Size) -> Network:
