@@ -284,6 +284,7 @@ class GraphSpec:
     The value `input` is what the section reads behind its embedding, `tokens` the token numbers themselves; both (B,T,…) where
     `batch_first`, else (T,B,…), and so is the value named by `output`: (B,T',O) where `per_step`, or (B,O). `activation` follows it.
     `lengths` (B,) are the sequences' own lengths, T where a call gives none.
+    `token_layers`: layers whose first operand is tokens (T,B), which they look up themselves: weights times embedding is a table then.
     `steps`: the only T that fits. `stepwise`: a sequence may be cut anywhere if the state is carried. `padded`: with lengths given, what
     stands behind a sequence's end changes nothing before it.
     """
@@ -296,6 +297,7 @@ class GraphSpec:
     batch_first: bool = True
     activation: str = "none"
     tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    token_layers: tuple[int, ...] = ()
     steps: int | None = None
     stepwise: bool = False
     padded: bool = False
@@ -317,6 +319,11 @@ class SectionSpec:
         if self.embedding:
             return ()
         return self.graph.input_shape if self.graph else (self.layers[0].input_size,)
+
+    @property
+    def token_layers(self) -> tuple[int, ...]:
+        """Those that look their input up."""
+        return self.graph.token_layers if self.graph else (0,) if self.embedding else ()
 
     @property
     def output_size(self) -> int:
@@ -484,6 +491,9 @@ def _graph_reasons(section: SectionSpec) -> list[str]:
         known |= set(node.outputs)
     if graph.output not in known:
         reasons.append(f"nothing makes its output {graph.output!r}")
+    for index in graph.token_layers:
+        if section.embedding is None or index >= len(section.layers) or section.layers[index].input_size != section.embedding.embedding_dim:
+            reasons.append(f"layer {index} cannot look tokens up: no such layer, or no embedding of its width")
     if graph.activation not in ACTIVATIONS:
         reasons.append(f"unknown activation {graph.activation!r}; known: {', '.join(ACTIVATIONS)}")
     if section.head:
@@ -542,7 +552,10 @@ def _graph_from(data: dict[str, Any] | None) -> GraphSpec | None:
     rest = dict(data)
     nodes = tuple(Node(str(n["op"]), _names(n["inputs"]), _names(n["outputs"]), dict(n["attributes"])) for n in rest.pop("nodes"))
     tensors = {str(name): _sizes(shape) for name, shape in rest.pop("tensors").items()}
-    graph = GraphSpec(nodes=nodes, tensors=tensors, input_shape=_sizes(rest.pop("input_shape")), **rest)
+    looked_up = rest.pop("token_layers", [])  # older directories do not have it
+    if not isinstance(looked_up, list | tuple) or not all(type(index) is int and index >= 0 for index in looked_up):
+        raise ValueError(f"token_layers: {looked_up} is no list of layers")
+    graph = GraphSpec(nodes=nodes, tensors=tensors, input_shape=_sizes(rest.pop("input_shape")), token_layers=tuple(looked_up), **rest)
     flags = (graph.per_step, graph.batch_first, graph.stepwise, graph.padded)
     _sizes([graph.output_size, *([] if graph.steps is None else [graph.steps])])
     if not all(isinstance(flag, bool) for flag in flags) or not isinstance(graph.output, str):

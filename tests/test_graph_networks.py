@@ -20,14 +20,16 @@ from torch import nn
 
 import rnn2bin
 from rnn2bin import bench, cli, loaders, pipeline, runtime
-from rnn2bin.cells.network import Network, teacher_network
+from rnn2bin import spec as specs
+from rnn2bin.cells.network import Lookup, Network, teacher_network, walk
 from rnn2bin.data import Part
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import UnsupportedError, UsageError
 from rnn2bin.evaluation.parity import parity
 from rnn2bin.loaders.graph import Direction, GraphBuilder
+from rnn2bin.loaders.token_layers import with_token_layers
 from rnn2bin.runtime import graph_backend, library, native_backend
-from rnn2bin.spec import RnnSpec
+from rnn2bin.spec import EmbeddingSpec, GraphSpec, LayerSpec, Node, RnnSpec, SectionSpec
 
 V, E, H, OUT, WIDTH, STEPS, N = 11, 5, 7, 4, 3, 12, 40
 FAST = ["--recipe", "smoke.yaml", "--set", "train.steps=4", "--set", "train.max_steps=4", "--set", "train.evaluate_every=2"]
@@ -435,6 +437,43 @@ def test_native_is_as_the_oracle(case, tmp_path):
         for a, b in zip(flat(my_state), flat(state), strict=True):
             assert_close(a, b)
     assert_close(ours.call(x, logits=True)[0], network(x, logits=True).y)
+
+
+@pytest.mark.parametrize("name", ["attention", "residual", "masked"])
+def test_a_layer_that_reads_nothing_but_rows_gets_the_tokens(name, monkeypatch):
+    made = assembled(name)
+    monkeypatch.setattr("rnn2bin.loaders.graph.with_token_layers", lambda section: section)
+    before = assembled(name)
+    graph = made.spec.main.graph
+    assert (graph.token_layers, before.spec.main.graph.token_layers) == ((0,), ())
+    assert [n.op for n in graph.nodes if "input" in n.inputs] == ([] if name == "masked" else ["Concat"])
+    assert specs.from_dict(json.loads(json.dumps(specs.to_dict(made.spec)))) == made.spec
+    x = input_of(teacher_network(made.spec, made.weights), name)
+    new, old = (teacher_network(one.spec, one.weights)(x) for one in (made, before))
+    assert torch.equal(new.y, old.y)
+    assert isinstance(new.inputs[0], Lookup)
+    student, rows = filled(made.spec), filled(before.spec)
+    for walked in (walk, run_cell):
+        assert_close(student(x, walk=walked).y, rows(x, walk=walked).y)
+
+
+def test_rows_that_are_changed_or_turned_on_their_side_are_no_tokens():
+    table = EmbeddingSpec(V, E)
+    layer = LayerSpec("lstm", E, H)
+    for batch_first, before, wanted in (
+        (False, [], (0,)),
+        (True, [], ()),  # the layer walks over the batch
+        (False, [Node("Identity", ("input",), ("x",))], (0,)),
+        (False, [Node("Relu", ("input",), ("x",))], ()),
+        (True, [Node("Transpose", ("input",), ("x",), {"perm": [1, 0, 2]})], (0,)),
+        (True, [Node("Transpose", ("input",), ("x",), {"perm": [1, 2, 0]})], ()),
+    ):
+        nodes = (*before, Node("Recurrent", ("x" if before else "input",), ("y",), {"layer": 0}))
+        graph = GraphSpec(nodes, "y", (), H, per_step=True, batch_first=batch_first)
+        found = with_token_layers(SectionSpec((layer,), table, graph=graph))
+        assert found.token_layers == wanted, (batch_first, before)
+        if wanted:
+            assert "input" not in {name for node in found.graph.nodes for name in node.inputs}
 
 
 @built

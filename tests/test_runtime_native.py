@@ -644,6 +644,65 @@ def test_bad_graphs_are_named(name, tmp_path):
         runtime.load(tmp_path, backend="native")
 
 
+def token_graph() -> Network:
+    """Tokens -> a layer that looks them up -> linear."""
+    nodes = (Node("Recurrent", ("tokens",), ("h",), {"layer": 0}), Node("MatMul", ("h", "out"), ("y",)))
+    graph = GraphSpec(nodes, "y", (), 4, per_step=True, batch_first=False, tensors={"out": (H, 4)}, token_layers=(0,))
+    return filled(RnnSpec({"main": SectionSpec((LayerSpec("lstm", I, H, copies=2),), EmbeddingSpec(V, I), graph=graph)}))
+
+
+def looked_up(layers: Any) -> Callable[[Path], None]:
+    return edit_config(lambda c: c["spec"]["sections"]["main"]["graph"].update(token_layers=layers))
+
+
+BAD_LOOKUPS = {
+    "not a list": (looked_up({}), "token_layers must be a list"),
+    "no such layer": (looked_up([1]), "a layer that there is not"),
+    "negative": (looked_up([-1]), "a layer that there is not"),
+    "no number": (looked_up(["0"]), "a layer that there is not"),
+    "no embedding": (main_section(embedding=None), "there is no embedding"),
+    "width": (first_layer(input_size=I + 1), f"reads {I + 1} values but receives {I}"),
+}  # fmt: skip
+
+
+@built
+@pytest.mark.parametrize("name", BAD_LOOKUPS)
+def test_bad_lookups_are_named(name, tmp_path):
+    change, message = BAD_LOOKUPS[name]
+    change(packed(token_graph(), tmp_path))
+    assert library.library().r2b_open(str(tmp_path).encode(), 0) is None
+    assert message in library.last_error()
+    for backend in ("native", "torch"):
+        with pytest.raises(Rnn2binError):
+            runtime.load(tmp_path, backend=backend)
+
+
+@built
+@pytest.mark.parametrize("weights", ["fp16", "int8"])
+def test_a_layer_of_a_graph_that_looks_tokens_up_reads_no_input_matrix(weights, tmp_path):
+    network = token_graph()
+    if weights == "int8":
+        network.round_weights()
+        assert [cell.grid for cell in network.cells().values()] == ["recurrent"]
+    theirs, ours = both(network, tmp_path, compute="fp16")
+    x = torch.randint(V, (T, 3), generator=torch.Generator().manual_seed(0))
+    assert_close(ours(x)[0], theirs(x)[0])
+    generator = torch.Generator().manual_seed(1)
+    state = [[tuple(torch.rand(3, n, generator=generator) + 0.5 for n in network.spec.main.layers[0].state_sizes)]]  # no zero in it
+    counter = DensityCounter(network)
+    task = tasks.Task("match", "cosine", network.spec)
+    counter.add(tasks.prepare(task, Batch(x, None, None, None, first=False), network), network(x, state))
+    counted = counter.cells["main.layers.0.fwd"]
+    handle = native_backend.Handle(ours, 3, T, layer=0)
+    handle.write([[tuple(s.numpy() for s in both_) for both_ in layer] for layer in state])
+    handle.run(np.ascontiguousarray(x.numpy()), None, None)
+    assert handle.counters().weights == counted.touched > 0
+    assert counted.dense == T * 3 * 4 * H * H
+    x[2, 1] = V
+    with pytest.raises(UsageError, match=f"tokens must lie in 0 to {V - 1}; found {V}"):
+        handle.run(np.ascontiguousarray(x.numpy()), None, None)
+
+
 @built
 def test_weights_around_the_layers_are_checked_by_who_reads_them(tmp_path):
     for name, change, message in (
@@ -775,6 +834,23 @@ def test_a_packed_directory_builds_and_runs_itself(tmp_path):
     )
     assert refused.returncode == 1
     assert "not numbers" in refused.stderr
+
+
+@compiles
+def test_a_graphs_layer_that_looks_tokens_up_runs_on_them(tmp_path):
+    path = packed(token_graph(), tmp_path / "OUT")
+    made(path)
+    done = subprocess.run(
+        ["./rnn2bin-run", ".."],
+        input="1 0 2",
+        cwd=path / "runtime",
+        env={**os.environ, "RNN2BIN_LAYER": "0"},
+        capture_output=True,
+        text=True,
+    )
+    lines = torch.tensor([[float(v) for v in line.split()] for line in done.stdout.splitlines()])
+    network = runtime.load(path, backend="torch").network
+    assert_close(lines, network(torch.tensor([[1], [0], [2]])).hidden[0][:, 0])
 
 
 @compiles

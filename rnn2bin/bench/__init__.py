@@ -210,9 +210,8 @@ def dense_weights(spec: RnnSpec) -> int:
     """Weights a step touches with every gate open: all matrices, but those that tokens have folded into a table."""
     section: SectionSpec = spec.entry
     total = sum(layer_weights(layer) for layer in section.layers)
-    if section.embedding and not section.graph:
-        first = section.layers[0]
-        total -= first.directions * sum(math.prod(shape) for name, shape in first.tensors().items() if name.endswith("weight_ih"))
+    for layer in (section.layers[index] for index in section.token_layers):
+        total -= layer.directions * sum(math.prod(shape) for name, shape in layer.tensors().items() if name.endswith("weight_ih"))
     head = sum(linear.in_features * linear.out_features for linear in section.head)
     return total + (head if section.readout == "all" else 0)
 

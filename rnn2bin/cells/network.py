@@ -131,6 +131,13 @@ class Lookup:
         return replace(self, index=reverse(self.index.unsqueeze(-1), lengths).squeeze(-1))
 
 
+def joined(parts: Sequence[Any]) -> Tensor | Lookup:
+    """Inputs or outputs (T,B,·), one behind the other."""
+    if isinstance(parts[0], Lookup):
+        return replace(parts[0], index=torch.cat([part.index for part in parts]))
+    return torch.cat(list(parts))
+
+
 Walk = Callable[[Cell, Tensor | Lookup, CellState, Discretize], Trace]
 
 
@@ -222,13 +229,14 @@ def value_of(values: dict[str, Tensor], name: str) -> Tensor:
     return values[name]
 
 
-def given_states(layer: LayerSpec, x: Tensor, h0: Tensor | None, c0: Tensor | None) -> list[CellState] | None:
-    """What a graph starts a layer over x (T,B,I) from, h0 (D,B,R) and c0 (D,B,H), for each direction; None where it says nothing."""
-    if h0 is None and c0 is None:
+def given_states(layer: LayerSpec, batch: int, h0: Tensor | None, c0: Tensor | None) -> list[CellState] | None:
+    """What a graph starts a layer over a batch from, h0 (D,B,R) and c0 (D,B,H), for each direction; None where it says nothing."""
+    like = c0 if h0 is None else h0
+    if like is None:
         return None
     if layer.kind.deep == "stack" or "r" in layer.kind.states:
         raise UnsupportedError(f"{layer.cell}: its states are more than the h and c that a graph hands over")
-    zeros = [x.new_zeros(layer.directions, x.shape[1], size) for size in (layer.recurrent_size, layer.hidden_size)]
+    zeros = [like.new_zeros(layer.directions, batch, size) for size in (layer.recurrent_size, layer.hidden_size)]
     given = [zero if s is None else s.expand_as(zero) for s, zero in zip((h0, c0), zeros, strict=True)]
     return [
         tuple(s[at].repeat(1, size // s.shape[2]) for s, size in zip(given, layer.state_sizes, strict=False))
@@ -249,6 +257,7 @@ class Section(nn.Module):
         super().__init__()
         self.spec = spec
         self.ends = ends_of(spec.graph.nodes, spec.graph.output) if spec.graph else []
+        self.reads_rows = spec.graph is not None and any("input" in (*node.inputs, spec.graph.output) for node in spec.graph.nodes)
         if spec.embedding and not spec.embedding.one_hot:
             self.embedding = Tensors()
             self.embedding.weight = nn.Parameter(torch.zeros(spec.embedding.num_embeddings, spec.embedding.embedding_dim))
@@ -316,7 +325,7 @@ class Section(nn.Module):
             steps.append(self(x_t[None].clone(), state, lengths=left, mode=mode, logits=logits))
             state = steps[-1].state
         join: Callable[[str], list[Any]] = lambda name: [
-            torch.cat(parts) for parts in zip(*(getattr(one, name) for one in steps), strict=True)
+            joined(parts) for parts in zip(*(getattr(one, name) for one in steps), strict=True)
         ]
         traces = [Trace.joined(parts) for parts in zip(*(one.traces for one in steps), strict=True)]
         real = [lengths] * len(traces)
@@ -338,10 +347,12 @@ class Section(nn.Module):
         """What a graph calls `input`, `tokens` and `lengths`."""
         assert self.spec.graph is not None
         swap = lambda v: v.transpose(0, 1) if self.spec.graph.batch_first else v
-        inputs = self._inputs(x, lengths)
-        rows = inputs.rows(inputs.dtype) if isinstance(inputs, Lookup) else inputs
         real = lengths if lengths is not None else torch.full((x.shape[1],), len(x), device=x.device)
-        return {"input": swap(rows), "tokens": swap(x), "lengths": real}
+        values = {"tokens": swap(x), "lengths": real}
+        if self.reads_rows:
+            inputs = self._inputs(x, lengths)
+            values["input"] = swap(inputs.rows(inputs.dtype) if isinstance(inputs, Lookup) else inputs)
+        return values
 
     def graph_output(self, y: Tensor, *, logits: bool) -> Tensor:
         """The graph's output value as the section's: (T',B,O) or (B,O), its activation applied."""
@@ -418,11 +429,13 @@ class Run:
         return out
 
     def recurrent(self, operands: list[Tensor | None], *, layer: int) -> tuple[Tensor, ...]:
-        """A graph's layer: x (T,B,I), h0 (D,B,R)?, c0 (D,B,H)?, lengths (B,)? -> outputs (T,B,D·R), the last h (D,B,R), and an LSTM's c."""
+        """A graph's layer: x (T,B,I) or tokens (T,B), h0 (D,B,R)?, c0 (D,B,H)?, lengths (B,)? -> outputs (T,B,D·R), the last h
+        (D,B,R), and an LSTM's c."""
         spec = self.section.spec.layers[layer]
         x, h0, c0, lengths = [*operands, None, None, None][:4]
         assert x is not None
-        y = self.layer(layer, x, start=given_states(spec, x, h0, c0), lengths=lengths)
+        looked_up = self.section.embed(x) if layer in self.section.spec.token_layers else x
+        y = self.layer(layer, looked_up, start=given_states(spec, x.shape[1], h0, c0), lengths=lengths)
         return (y, *last_states(spec, self.state[-1]))
 
 
@@ -497,8 +510,7 @@ class Network(nn.Module):
         self.weights = "int8"
         for name, cell in self.cells().items():
             section = self.spec.sections[name.split(".")[0]]
-            looked_up = section.embedding is not None and section.graph is None and name.split(".")[2] == "0"
-            cell.grid = "recurrent" if looked_up else "all"
+            cell.grid = "recurrent" if int(name.split(".")[2]) in section.token_layers else "all"
 
     def shipped(self) -> dict[str, Tensor]:
         """The state with every matrix as it is computed with."""

@@ -641,16 +641,17 @@ def _layer_norm(values: Values, attributes: dict[str, Any]) -> Tensor:
 
 @operation("Compact")
 def _compact(values: Values, attributes: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """x (T,B,·), mask (B,T) -> the real steps first, in order, zeros behind; lengths (B,); for each step the place its output is at (T,B).
+    """x (T,B,…), mask (B,T) -> the real steps first, in order, zeros behind; lengths (B,); for each step the place its output is at (T,B).
 
     A masked step's place is that of the last real step before it, −1 where there is none. No ONNX operation.
     """
     x, mask = given(values, 0), given(values, 1).bool().t()
     lengths = mask.sum(0)
     order = (~mask).to(torch.uint8).argsort(dim=0, stable=True)
-    moved = x.gather(0, order.unsqueeze(-1).expand_as(x))
+    wide = (*mask.shape, *[1] * (x.ndim - 2))
+    moved = x.gather(0, order.view(wide).expand_as(x))
     real = torch.arange(len(x), device=x.device)[:, None] < lengths[None]
-    return torch.where(real.unsqueeze(-1), moved, moved.new_zeros(())), lengths, mask.long().cumsum(0) - 1
+    return torch.where(real.view(wide), moved, moved.new_zeros(())), lengths, mask.long().cumsum(0) - 1
 
 
 @operation("Spread")

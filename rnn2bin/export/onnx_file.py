@@ -81,7 +81,7 @@ class _Graph(_Block):
         self.tensors: list[Any] = []
         self.inputs: list[Any] = []
         self.outputs: list[Any] = []
-        self._known: dict[tuple[str, bytes, tuple[int, ...]], str] = {}
+        self._known: dict[tuple[Any, ...], str] = {}
 
     # --- tensors ---
 
@@ -89,8 +89,11 @@ class _Graph(_Block):
         """fp16 in the file, float32 for who reads it. What is packed is fp16, so nothing is rounded here."""
         from onnx import numpy_helper
 
-        self.tensors.append(numpy_helper.from_array(values.detach().half().contiguous().numpy(), name))
-        return self.op("Cast", name, to=1)
+        key = ("weight", name)
+        if key not in self._known:
+            self.tensors.append(numpy_helper.from_array(values.detach().half().contiguous().numpy(), name))
+            self._known[key] = self.op("Cast", name, to=1)
+        return self._known[key]
 
     def constant(self, values: Any, dtype: str = "int64") -> str:
         import numpy as np
@@ -143,15 +146,15 @@ class _Graph(_Block):
 
         self.tensors.append(numpy_helper.from_array(np.asarray(values, dtype), name))
 
-    def embedded(self) -> str:
-        """What the first layer reads: (T,B,I)."""
+    def embedded(self, tokens: str = "x") -> str:
+        """What the first layer reads, or one of a graph that is handed `tokens`: (T,B,I)."""
         embedding = self.spec.embedding
         if embedding is None:
             mask = self.op("Reshape", self.real, self.constant([0, 0, *[1] * len(self.spec.input_shape)]))
             return self.op("Where", mask, "x", self.number(0))
         if embedding.one_hot:
-            return self.op("OneHot", "x", self.constant([embedding.num_embeddings]), self.constant([0, 1], "float32"))
-        return self.op("Gather", self.weight("embedding.weight", self.section.embedding.weight), "x")
+            return self.op("OneHot", tokens, self.constant([embedding.num_embeddings]), self.constant([0, 1], "float32"))
+        return self.op("Gather", self.weight("embedding.weight", self.section.embedding.weight), tokens)
 
     def _chain(self) -> str:
         x = self.embedded()
@@ -277,7 +280,9 @@ class _Graph(_Block):
             raise UnsupportedError(f"masked steps ({', '.join(refused)}), which ONNX has no operation for")
         swap = lambda v, rank: self.op("Transpose", v, perm=[1, 0, *range(2, rank)]) if graph.batch_first else v
         rank = 2 + len(graph.input_shape)
-        values = {"": "", "lengths": self.lengths, "input": swap(self.embedded(), 3 if self.spec.embedding else rank)}
+        values = {"": "", "lengths": self.lengths}
+        if self.section.reads_rows:
+            values["input"] = swap(self.embedded(), 3 if self.spec.embedding else rank)
         values["tokens"] = swap("x", 2 if self.spec.embedding else rank)
         for name in graph.tensors:
             values[name] = self.weight(f"graph.{name}", getattr(self.section.graph, name))
@@ -324,6 +329,7 @@ class _Graph(_Block):
         """x (T,B,I), h0 (D,B,R)?, c0 (D,B,H)?, lengths? -> outputs (T,B,D·R), last h (D,B,R), an LSTM's last c (D,B,H)."""
         layer = self.spec.layers[index]
         x, h0, c0, lengths = [*inputs, "", "", ""][:4]
+        x = self.embedded(x) if index in self.spec.token_layers else x
         starts = None
         if h0 or c0:
             starts = [

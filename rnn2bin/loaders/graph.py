@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rnn2bin.errors import UnsupportedError
 from rnn2bin.loaders.assemble import BLOCKS, Assembly, split_direction
+from rnn2bin.loaders.token_layers import needed, with_token_layers
 from rnn2bin.spec import EmbeddingSpec, GraphSpec, LayerSpec, LinearSpec, Node, RnnSpec, SectionSpec
 
 if TYPE_CHECKING:
@@ -170,12 +171,7 @@ class GraphBuilder:
 
     def _needed(self, output: str) -> tuple[tuple[Node, ...], list[int]]:
         """The nodes that lead to the output, layers renumbered, and which layers they are."""
-        wanted, kept = {output}, []
-        for node in reversed(self.nodes):
-            if wanted & set(node.outputs):
-                wanted |= set(node.inputs)
-                kept.append(node)
-        kept.reverse()
+        kept = needed(self.nodes, output)
         layers = [node.attributes["layer"] for node in kept if node.op == "Recurrent"]
         renumbered = [replace(n, attributes={"layer": layers.index(n.attributes["layer"])}) if n.op == "Recurrent" else n for n in kept]
         return tuple(renumbered), layers
@@ -217,7 +213,7 @@ def _first_settled(section: SectionSpec, weights: dict[str, Tensor], layouts: Se
             continue
         chain = _chain(found)
         done = chain or found
-        return Assembly(RnnSpec({"main": done.section}), done.weights)
+        return Assembly(RnnSpec({"main": with_token_layers(done.section)}), done.weights)
     raise UnsupportedError(*dict.fromkeys(problems))
 
 

@@ -17,7 +17,7 @@ from rnn2bin.cells.network import CellState, State, ends_of, given_states, last_
 from rnn2bin.errors import UsageError
 from rnn2bin.runtime.native_backend import Array, Handle, Opened, check_lengths
 from rnn2bin.runtime.torch_backend import check_input, check_streams
-from rnn2bin.spec import GraphSpec, LayerSpec, Node
+from rnn2bin.spec import GraphSpec, Node
 
 WINDOW = 512  # steps of sequences that go through a graph that may be cut: what nodes make of them stays in the caches
 MOST_SETTLED = 2**20  # numbers of constants that are kept
@@ -111,16 +111,29 @@ class Layers:
     parts: dict[int, list[Handle]] = field(default_factory=dict)  # of a layer, a handle for each thread's slice of the batch
 
     def recurrent(self, operands: list[Tensor | None], *, layer: int) -> tuple[Tensor, ...]:
-        """As the oracle's `Run.recurrent`: x (T,B,I), h0, c0, lengths -> y (T,B,D·R), and the states where the graph reads them."""
+        """As the oracle's `Run.recurrent`: x (T,B,I) or tokens (T,B), h0, c0, lengths -> y (T,B,D·R), and the states where the graph
+        reads them."""
         spec = self.model.spec.main.layers[layer]
         x, h0, c0, lengths = [*operands, None, None, None][:4]
-        x = _checked(x, spec)
+        x = self._checked(layer, x)
         if layer not in self.parts:
-            self.parts[layer] = self._begin(layer, x, given_states(spec, x, h0, c0))
+            self.parts[layer] = self._begin(layer, x, given_states(spec, x.shape[1], h0, c0))
         if sum(handle.batch for handle in self.parts[layer]) != x.shape[1]:
             raise ValueError(f"the batch of its windows changes to {x.shape[1]}")
         y = self._run(layer, x, _real(self.lengths if lengths is None else lengths, x))
         return (y, *last_states(spec, self.state(layer))) if self.model.reads_states[layer] else (y,)
+
+    def _checked(self, layer: int, x: Tensor | None) -> Tensor:
+        """x (T,B,I) of a layer, or tokens (T,B): C trusts the shape of what it is handed."""
+        section = self.model.spec.main
+        size = section.layers[layer].input_size
+        if layer in section.token_layers:
+            if x is None or x.ndim != 2 or 0 in x.shape or x.is_floating_point():
+                raise ValueError("wanted tokens of shape (T,B)")
+            return x.long()
+        if x is None or x.ndim != 3 or x.shape[2] != size or 0 in x.shape or not x.is_floating_point():
+            raise ValueError(f"wanted floats of shape (T,B,{size})")
+        return x.float()
 
     def _begin(self, layer: int, x: Tensor, given: list[CellState] | None) -> list[Handle]:
         """States of a layer for the batch of x (T,B,I)."""
@@ -187,13 +200,6 @@ def _tensor(x: Array | int) -> tuple[Callable[[Tensor], Array], Tensor]:
     wide = {"f": np.float32, "i": np.int64, "u": np.int64}.get(array.dtype.kind, array.dtype)
     values = torch.from_numpy(np.require(array, wide, ["C", "W"]))
     return torch.Tensor.contiguous if type(x) is int else torch.Tensor.numpy, values
-
-
-def _checked(x: Tensor | None, layer: LayerSpec) -> Tensor:
-    """x (T,B,I) of a layer: C trusts what it is handed."""
-    if x is None or x.ndim != 3 or x.shape[2] != layer.input_size or 0 in x.shape or not x.is_floating_point():
-        raise ValueError(f"wanted floats of shape (T,B,{layer.input_size})")
-    return x.float()
 
 
 def _real(lengths: Tensor | None, x: Tensor) -> Tensor | None:

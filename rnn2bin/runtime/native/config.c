@@ -182,9 +182,13 @@ static int read_embedding(const json *found, section_config *section) {
   return 0;
 }
 
+/* What a token is looked up as. */
+static int width_of_tokens(const section_config *section) { return section->embedding ? section->embedding : section->vocabulary; }
+
 /* Parts must join: each reads what the one before it writes. */
-static int check_widths(const section_config *section) {
-  int width = section->vocabulary ? (section->embedding ? section->embedding : section->vocabulary) : section->layer[0].input;
+static int check_widths(section_config *section) {
+  section->layer[0].tokens = section->vocabulary > 0;
+  int width = section->vocabulary ? width_of_tokens(section) : section->layer[0].input;
   for (int k = 0; k < section->layers; k++) {
     const layer_config *layer = &section->layer[k];
     if (layer->input != width) return fail("config.json: %s.layers.%d reads %d values but receives %d", section->name, k, layer->input, width);
@@ -218,6 +222,21 @@ static int read_gates(const json *gates, section_config *section) {
   return 0;
 }
 
+/* The layers of a graph that are handed tokens. */
+static int read_token_layers(const json *found, section_config *section) {
+  int64_t index;
+  if (!found) return 0;
+  if (found->kind != JSON_ARRAY) return fail("config.json: %s: token_layers must be a list", section->name);
+  for (const json *at = found->child; at; at = at->next) {
+    if (!json_integer(at, &index) || index < 0 || index >= section->layers || !section->vocabulary)
+      return fail("config.json: %s: token_layers names a layer that there is not, or there is no embedding", section->name);
+    if (section->layer[index].input != width_of_tokens(section))
+      return fail("config.json: %s.layers.%d reads %d values but receives %d", section->name, (int)index, section->layer[index].input, width_of_tokens(section));
+    section->layer[index].tokens = true;
+  }
+  return 0;
+}
+
 /* Nodes around the layers are not run here, so nothing in them is read: a layer takes what it is handed. */
 static int read_graph(const json *graph, section_config *section) {
   if (!graph || graph->kind == JSON_NULL) return 0;
@@ -226,7 +245,7 @@ static int read_graph(const json *graph, section_config *section) {
   if (section->linears) return fail("config.json: %s: a graph holds its linear layers itself; head must be empty", section->name);
   if (section->readout != READ_ALL) return fail("config.json: %s: a graph reads out itself; readout must be all", section->name);
   section->graph = true;
-  return 0;
+  return read_token_layers(json_get(graph, "token_layers"), section);
 }
 
 static int read_section(const json *found, section_config *section) {

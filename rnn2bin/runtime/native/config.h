@@ -42,6 +42,7 @@ typedef struct {
   int gates, unit_gates, recurrent, width; /* unit_gates: they stand before those that decide for all units; recurrent: what others read of one
                                               direction; width = copies * hidden */
   int state[3];                            /* sizes of h, c, r; 0: there is none */
+  bool tokens;                             /* its input is looked up in the section's embedding */
   bool relu;                               /* the activation of a vanilla RNN; all others' is tanh */
   bool hard_sigmoid;                       /* float gates are; a bit is the same */
   bool binary[2][MOST_GATES];              /* [direction][gate] */
@@ -55,7 +56,7 @@ typedef struct {
 
 typedef struct {
   char name[8];
-  bool graph;                /* others run what stands around the layers, its embedding too: here each layer reads floats on its own */
+  bool graph;                /* others run what stands around the layers: here each layer runs on its own, on floats or on tokens */
   int vocabulary, embedding; /* vocabulary 0: floats; embedding 0: one-hot tokens */
   readout readout;
   int layers, linears;
@@ -69,9 +70,6 @@ typedef struct {
   bool learned; /* levels: learned, or strict */
   int64_t start, end, max_length;
 } network_config;
-
-/* Whether the first layer looks tokens up. */
-static inline bool reads_tokens(const section_config *section) { return section->vocabulary && !section->graph; }
 
 /* 0, or -1 with the reason in r2b_last_error(). */
 int config_read(const char *path, network_config *config);

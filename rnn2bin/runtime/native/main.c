@@ -62,7 +62,7 @@ static int describe(const r2b_model *model, r2b_info *info, int64_t *layer) {
   r2b_describe(model, info);
   if (!info->graph) return 0;
   if (!wanted)
-    return complain("the network is a graph: only Python runs what stands around its layers; RNN2BIN_LAYER=0 (1, …) runs a layer alone, on floats");
+    return complain("the network is a graph: only Python runs what stands around its layers; RNN2BIN_LAYER=0 (1, …) runs a layer alone, on what it reads");
   *layer = strtoll(wanted, &end, 10);
   return *wanted && !*end && !r2b_describe_layer(model, *layer, info) ? 0 : complain("RNN2BIN_LAYER: there is no such layer");
 }

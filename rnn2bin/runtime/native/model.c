@@ -305,7 +305,7 @@ static int fold_table(loader *l, const section *s, cell *c, const share *shares,
 }
 
 static bool folds(const section *s, const cell *c) {
-  if (!reads_tokens(s->config)) return false;
+  if (!c->layer->tokens) return false;
   uint64_t rows = (uint64_t)c->table_stride, vocabulary = (uint64_t)s->config->vocabulary;
   uint64_t products = rows * vocabulary * (uint64_t)(s->embedding ? c->layer->input : 1);
   return (products <= MOST_FOLDED_PRODUCTS || vocabulary <= FEW_TOKENS) && rows * vocabulary * sizeof(float) <= MOST_TABLE_BYTES;
@@ -582,7 +582,7 @@ static int fold_blocks(loader *l, const section *s, cell *c, const block_source 
   return fold_table(l, s, c, shares, count, c->layer->kind->memoryless ? c->table_stride - padded(c->layer->input, LINE) : -1);
 }
 
-static int load_blocks(loader *l, section *s, cell *c, int index, const char *prefix) {
+static int load_blocks(loader *l, section *s, cell *c, const char *prefix) {
   block_source from[MOST_BLOCKS];
   const layer_config *y = c->layer;
   c->block_count = plan_blocks(y, from);
@@ -594,7 +594,7 @@ static int load_blocks(loader *l, section *s, cell *c, int index, const char *pr
   }
   if (in_blocks(y)) {
     c->table_stride = stride + (y->kind->memoryless ? padded(y->input, LINE) : 0);
-    bool folded = index == 0 && folds(s, c);
+    bool folded = folds(s, c);
     c->inputs = folded ? 0 : y->input;
     if (folded && fold_blocks(l, s, c, from, prefix)) return -1;
   }
@@ -604,12 +604,12 @@ static int load_blocks(loader *l, section *s, cell *c, int index, const char *pr
 }
 
 /* A cell of gates and a candidate: all rows of gates together, and a candidate to choose rows of. */
-static int load_whole(loader *l, section *s, cell *c, int index, const char *prefix) {
+static int load_whole(loader *l, section *s, cell *c, const char *prefix) {
   const layer_config *y = c->layer;
   sources from;
   if (find_weights(l, y, prefix, &from)) return -1;
   c->table_stride = c->gate_rows + c->candidate_rows;
-  bool folded = index == 0 && folds(s, c);
+  bool folded = folds(s, c);
   c->inputs = folded ? 0 : y->input;
   const share shares[] = {{&from.gates[0], y->gates * y->hidden, 0}, {&from.candidate[0], y->hidden, c->gate_rows}};
   int failed = (folded && fold_table(l, s, c, shares, 2, -1)) || lay_out_cell(l->model, c, &from) ||
@@ -628,8 +628,8 @@ static int load_cell(loader *l, section *s, int index, int direction) {
   c->gate_rows = padded(y->gates * y->hidden, LINE);
   c->candidate_rows = padded(y->hidden, LINE);
   if (load_vectors(l, c, prefix) || load_levels(l, c, prefix)) return -1;
-  if (!in_blocks(y) && load_whole(l, s, c, index, prefix)) return -1;
-  return load_blocks(l, s, c, index, prefix);
+  if (!in_blocks(y) && load_whole(l, s, c, prefix)) return -1;
+  return load_blocks(l, s, c, prefix);
 }
 
 static int load_linear(loader *l, section *s, int index) {
@@ -646,9 +646,11 @@ static int load_linear(loader *l, section *s, int index) {
 
 static int load_embedding(loader *l, section *s) {
   size_t count = (size_t)s->config->vocabulary * (size_t)s->config->embedding;
+  bool read = false;
   if (!count) return 0;
+  for (int k = 0; k < s->config->layers; k++) read |= s->config->layer[k].tokens;
   const uint8_t *data = find(l, s->config->vocabulary, s->config->embedding, "%s.embedding.weight", s->config->name);
-  if (data && s->config->graph) return 0;
+  if (data && !read) return 0; /* what stands around a graph's layers reads it */
   uint16_t *copy = data ? model_allocate(l->model, count * sizeof *copy) : NULL;
   if (!copy) return -1;
   memcpy(copy, data, count * sizeof *copy);
@@ -754,7 +756,7 @@ void r2b_describe(const r2b_model *model, r2b_info *info) {
   for (int k = 0; k < entry->config->layers; k++) both |= entry->config->layer[k].directions == 2;
   readout read = last->config->readout;
   *info = (r2b_info){
-      .tokens = entry->config->vocabulary > 0,
+      .tokens = entry->config->layer[0].tokens,
       .per_sequence = read != READ_ALL,
       .streams = model->config.sections == 1 && !both && read != READ_MEAN && read != READ_MAX,
       .decoder = model->config.sections == 2,
@@ -769,6 +771,12 @@ int32_t r2b_describe_layer(const r2b_model *model, int64_t layer, r2b_info *info
   const section_config *found = &model->config.section[0];
   if (!found->graph || layer < 0 || layer >= found->layers) return fail("there is no such layer of a graph");
   const layer_config *y = &found->layer[layer];
-  *info = (r2b_info){.streams = y->directions == 1, .input_size = y->input, .output_size = y->directions * y->recurrent, .layers = found->layers};
+  *info = (r2b_info){
+      .tokens = y->tokens,
+      .streams = y->directions == 1,
+      .input_size = y->tokens ? found->vocabulary : y->input,
+      .output_size = y->directions * y->recurrent,
+      .layers = found->layers,
+  };
   return 0;
 }

@@ -215,7 +215,7 @@ static int check(const r2b_state *s, const section *section, const void *x, int6
   for (int b = 0; lengths && b < s->batch; b++)
     if (lengths[b] < 0 || lengths[b] > steps) return fail("lengths must lie in 0 to %lld; found %lld", (long long)steps, (long long)lengths[b]);
   c->steps = (int)steps;
-  if (!reads_tokens(section->config)) return c->values = x, 0;
+  if (!section->config->layer[s->first].tokens) return c->values = x, 0;
   c->tokens = x;
   for (int64_t k = 0; k < steps * s->batch; k++)
     if (c->tokens[k] < 0 || c->tokens[k] >= section->config->vocabulary)
