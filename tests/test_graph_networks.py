@@ -554,11 +554,11 @@ def test_threads_and_numpy_in_a_graph(name, tmp_path):
 def test_bench_of_a_graph(name, tmp_path):
     path = packed(variant(name), tmp_path)
     np.savez(tmp_path / "data.npz", inputs=INPUTS[name])
-    data, sequence = bench.inputs_from(tmp_path / "data.npz", variant(name).spec, None)
-    assert sequence == (None if name == "residual" else STEPS)
-    rows = bench.rows_of(path, "fp16", data, bench.Settings(against=("torch",), blocks=2, steps=24, sequence=sequence))
+    data = bench.Inputs.read(tmp_path / "data.npz", variant(name).spec, None)
+    rows = bench.rows_of(path, "fp16", data, bench.Settings(against=("torch",), blocks=2, steps=24))
     assert [row["call"] for row in rows] == (["sequence", "stream"] if name == "residual" else ["sequence"])
     for row in rows:
+        assert row["steps_per_call"] == (1 if row["call"] == "stream" else STEPS)
         assert 0 < row["density"] <= 1
         assert row["bytes_touched_per_step"] > 0
         assert set(row["rivals"]) == (set() if name == "residual" else {"torch fp32"})  # torch has no GRU with the reset before

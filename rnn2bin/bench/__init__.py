@@ -22,12 +22,14 @@ import numpy as np
 
 from rnn2bin import packed, runtime
 from rnn2bin.bench import rivals
+from rnn2bin.bench.inputs import SEQUENCE, Call, Inputs, mean_steps
+from rnn2bin.bench.inputs import calls as calls_of
 from rnn2bin.errors import UsageError
 from rnn2bin.runtime import library
 from rnn2bin.runtime.native_backend import Handle, Model
 from rnn2bin.spec import LayerSpec, RnnSpec, SectionSpec
 
-BLOCKS, STEPS, SEQUENCE = 15, 1024, 100
+BLOCKS, STEPS = 15, 1024
 Steps = Callable[[], int]  # runs some steps, says how many
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "thread": time.thread_time}
 
@@ -40,7 +42,6 @@ class Settings:
     blocks: int = BLOCKS
     steps: int = STEPS
     seed: int = 0
-    sequence: int | None = None  # steps a call of a network that reads whole sequences; None: as many as it takes, or SEQUENCE
     clock: str = "wall"  # or "thread": processor time of the calling thread, which alone works here; for machines with other work on them
 
 
@@ -76,9 +77,8 @@ def one_core() -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def bench(path: Path, data: np.ndarray | None = None, settings: Settings = Settings()) -> dict[str, Any]:
-    """The JSON document of `rnn2bin bench`. `data` (T,…): one long sequence of inputs; None: random ones. Raises UsageError where
-    the native runtime is not built."""
+def bench(path: Path, data: Inputs | None = None, settings: Settings = Settings()) -> dict[str, Any]:
+    """The JSON document of `rnn2bin bench`. `data` None: a random sequence. Raises UsageError where the native runtime is not built."""
     if library.library() is None:
         raise UsageError("bench: measures the native runtime, which was not built; install a C compiler and reinstall")
     with one_core():
@@ -86,41 +86,36 @@ def bench(path: Path, data: np.ndarray | None = None, settings: Settings = Setti
         return {"machine": machine(), "rows": rows}
 
 
-def rows_of(path: Path, compute: str, data: np.ndarray | None, settings: Settings, *, batch: int = 1) -> list[dict[str, Any]]:
-    """A sequence (T = 100 a call), and a stream (T = 1 a call) where the network runs as one and `batch` is 1."""
+def rows_of(path: Path, compute: str, data: Inputs | None, settings: Settings, *, batch: int = 1) -> list[dict[str, Any]]:
+    """Sequences, in calls of at most 100 steps where they may be cut, and a stream (a step a call) where the network runs as one and
+    `batch` is 1."""
     model = runtime.load_native(path, packed.read_config(path), compute=compute)
-    sequence, section = settings.sequence or SEQUENCE, model.spec.main
-    if section.graph and section.graph.steps:
-        sequence = section.graph.steps
-    if data is None:
-        data = random_inputs(model.spec, max(settings.steps, sequence) * batch, settings.seed)
+    section = model.spec.main
     streams = section.windowed if section.graph else model._info.streams
-    calls = [("sequence", sequence), *([("stream", 1)] if streams and batch == 1 else [])]
-    return [_row(model, compute, call, steps, batch, data, settings) for call, steps in calls]
+    most = (section.graph.steps if section.graph else None) or SEQUENCE
+    if data is None:
+        data = Inputs.random(model.spec, max(settings.steps, most) * batch, settings.seed)
+    rows = {"sequence": calls_of(data, model.spec, most=most, whole=not streams, batch=batch)}
+    if streams and batch == 1:
+        rows["stream"] = calls_of(data, model.spec, most=1)
+    return [_row(model, compute, call, calls, batch, settings) for call, calls in rows.items()]
 
 
 def contenders(
-    model: runtime.Native, call: str, steps: int, batch: int, data: np.ndarray, settings: Settings
+    model: runtime.Native, calls: Sequence[Call], batch: int, settings: Settings, *, stream: bool
 ) -> tuple[Contender, dict[str, Steps]]:
-    """Ours and the rivals, for calls of `steps` steps."""
+    """Ours and the rivals, whose calls have as many steps on the mean."""
     if isinstance(model, Model):
-        return Ours(model, data, steps, batch=batch), rivals.contenders(model.spec.floating, settings.against, steps=steps, batch=batch)
+        others = rivals.contenders(model.spec.floating, settings.against, steps=mean_steps(calls), batch=batch)
+        return Ours(model, calls, batch=batch), others
     from rnn2bin.bench import graphs
 
-    calls = cut(data, model.spec, steps, batch)
-    return graphs.Ours(model, calls, stream=call == "stream"), graphs.rivals(model, calls, settings.against)
+    return graphs.Ours(model, calls, stream=stream), graphs.rivals(model, calls, settings.against)
 
 
-def random_inputs(spec: RnnSpec, steps: int, seed: int) -> np.ndarray:
-    generator, entry = np.random.default_rng(seed), spec.entry
-    if entry.embedding:
-        return generator.integers(0, entry.embedding.num_embeddings, steps)
-    return generator.normal(size=(steps, *entry.input_shape)).astype(np.float32)
-
-
-def _row(model: runtime.Native, compute: str, call: str, steps: int, batch: int, data: np.ndarray, settings: Settings) -> dict[str, Any]:
+def _row(model: runtime.Native, compute: str, call: str, calls: Sequence[Call], batch: int, settings: Settings) -> dict[str, Any]:
     """Times are of one step of the whole batch; weights and bytes of one step of one sequence."""
-    ours, others = contenders(model, call, steps, batch, data, settings)
+    ours, others = contenders(model, calls, batch, settings, stream=call == "stream")
     times = interleaved({"native": ours.run, **others}, settings, clock=CLOCKS[settings.clock])
     touched = ours.touched()
     layer, mine = model.spec.entry.layers[0], times["native"]
@@ -131,7 +126,7 @@ def _row(model: runtime.Native, compute: str, call: str, steps: int, batch: int,
         "hidden_size": layer.hidden_size,
         "layers": len(model.spec.entry.layers),
         "call": call,
-        "steps_per_call": steps,
+        "steps_per_call": mean_steps(calls),
         "batch": batch,
         "compute": compute,
         "weights": weights,
@@ -145,34 +140,25 @@ def _row(model: runtime.Native, compute: str, call: str, steps: int, batch: int,
     }
 
 
-def cut(data: np.ndarray, spec: RnnSpec, steps: int, batch: int) -> list[np.ndarray]:
-    """One long sequence of inputs (T,…) as `batch` beside each other, in calls of `steps` steps (fewer where there are no more)."""
-    length = len(data) // batch
-    if not length:
-        raise UsageError(f"bench: {len(data)} steps of data are too few for a batch of {batch}")
-    data = np.ascontiguousarray(data, np.int64 if spec.entry.embedding else np.float32)
-    rows, steps = data[: length * batch].reshape(batch, length, *data.shape[1:]).swapaxes(0, 1), min(steps, length)
-    whole = length // steps * steps
-    return [np.ascontiguousarray(part) for part in np.split(rows[:whole], whole // steps)]
-
-
 class Ours:
-    """The native runtime over one long sequence of inputs, cut into `batch` beside each other; `steps` a call, again from the start where
-    they end."""
+    """The native runtime on `calls`, again from the first where they end."""
 
-    def __init__(self, model: Model, data: np.ndarray, steps: int, *, batch: int = 1) -> None:
-        self.spec, self.handle, self.calls = model.spec, Handle(model, batch, steps), cut(data, model.spec, steps, batch)
-        self.steps = len(self.calls[0])
-        self.y = np.empty((1 if model._info.per_sequence else self.steps, batch, model._info.output_size), np.float32)
+    def __init__(self, model: Model, calls: Sequence[Call], *, batch: int = 1) -> None:
+        longest = max(len(call.x) for call in calls)
+        self.spec, self.handle, self.calls = model.spec, Handle(model, batch, longest), calls
+        self.y = np.empty((1 if model._info.per_sequence else longest, batch, model._info.output_size), np.float32)
         self.at = 0
-        self._addresses = [call.ctypes.data for call in self.calls]
-        self._run, self._out = model._native.r2b_run, self.y.ctypes.data
+        self._given = [(call.x.ctypes.data, len(call.x), call.first) for call in calls]
+        self._run, self._reset, self._out = model._native.r2b_run, model._native.r2b_reset, self.y.ctypes.data
 
     def run(self) -> int:
         """One call."""
-        self._run(self.handle.address, self._addresses[self.at], self.steps, None, self._out)
-        self.at = (self.at + 1) % len(self.calls)
-        return self.steps
+        address, steps, first = self._given[self.at]
+        if first:
+            self._reset(self.handle.address)
+        self._run(self.handle.address, address, steps, None, self._out)
+        self.at = (self.at + 1) % len(self._given)
+        return steps
 
     def touched(self) -> Touched:
         found = self.handle.counters()
@@ -275,16 +261,3 @@ def render(found: dict[str, Any]) -> str:
             low, high = rival["ci95"]
             lines.append(f"    {name:16} {rival['us_per_step']:9.2f} µs   {rival['ratio']:.2f}x  [{low:.2f}, {high:.2f}]")
     return "\n".join(lines)
-
-
-def inputs_from(path: Path, spec: RnnSpec, vocabulary: Sequence[str] | None) -> tuple[np.ndarray, int | None]:
-    """The file's sequences end to end, pads left out: (T,) tokens or (T,I); and their length where a network must see the whole of one."""
-    from rnn2bin import data
-
-    if path.suffix.lower() in (".txt", ".text"):
-        return data.encode_text(data.read_text(path), vocabulary).numpy(), None
-    part = data.read_tensors(path)
-    data.check_part(part, spec, where=str(path))
-    lengths = [part.inputs.shape[1]] * len(part) if part.lengths is None else part.lengths.tolist()
-    whole = spec.main.graph is not None and not spec.main.windowed and part.lengths is None
-    return np.concatenate([x[:n].numpy() for x, n in zip(part.inputs, lengths, strict=True)]), part.inputs.shape[1] if whole else None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rnn2bin.bench import Touched, layer_weights
+from rnn2bin.bench.inputs import Call
 from rnn2bin.cells.network import Lookup, State, run_nodes
 from rnn2bin.runtime.graph_backend import Layers, Model
 from rnn2bin.spec import LayerSpec
@@ -18,36 +18,37 @@ Steps = Callable[[], int]
 
 
 class Ours:
-    """The hybrid on `calls`, each (T,B,…), again from the start where they end. A network that may be cut carries its state from one to the
-    next; `stream`: step by step."""
+    """The hybrid on `calls`, again from the first where they end. Within a sequence a call carries its state to the next; `stream`: step by
+    step."""
 
-    def __init__(self, model: Model, calls: list[np.ndarray], *, stream: bool) -> None:
+    def __init__(self, model: Model, calls: Sequence[Call], *, stream: bool) -> None:
         self.model, self.calls, self.at = model, calls, 0
         self.state: State | None = None
-        self._step = model.stream().step if stream else None
+        self._stream = model.stream() if stream else None
 
     def run(self) -> int:
         """One call."""
-        x = self.calls[self.at]
+        call = self.calls[self.at]
         self.at = (self.at + 1) % len(self.calls)
-        if self._step:
-            self._step(x[0, 0])
+        if self._stream:
+            if call.first:
+                self._stream.reset()
+            self._stream.step(call.x[0, 0])
         else:
-            _, after = self.model(x, self.state)
-            self.state = after if self.model.spec.main.windowed else None
-        return len(x)
+            _, self.state = self.model(call.x, None if call.first else self.state)
+        return len(call.x)
 
     def touched(self) -> Touched:
         """Of the layers, over all calls once more; what stands around them is read whole and not counted."""
         dense, weights, read, steps, layers = 0, 0, 0, 0, Layers(self.model, None)
-        for at, x in enumerate(self.calls):
-            if not self.model.spec.main.windowed:
+        for at, call in enumerate(self.calls):
+            if call.first:
                 layers = Layers(self.model, None)
             with torch.no_grad():
-                self.model.once(torch.from_numpy(x), layers)
-            steps += x.shape[0] * x.shape[1]
-            if self.model.spec.main.windowed and at + 1 < len(self.calls):
-                continue  # the counters are those of all calls so far
+                self.model.once(torch.from_numpy(call.x), layers)
+            steps += call.x.shape[0] * call.x.shape[1]
+            if at + 1 < len(self.calls) and not self.calls[at + 1].first:
+                continue  # the counters are those of all calls of the sequence so far
             for index, handles in layers.parts.items():
                 for found in (handle.counters() for handle in handles):
                     dense += found.steps * layer_weights(self.model.spec.main.layers[index].floating)
@@ -56,7 +57,7 @@ class Ours:
         return Touched(weights / dense, read / steps)
 
 
-def rivals(model: Model, calls: list[np.ndarray], against: tuple[str, ...]) -> dict[str, Steps]:
+def rivals(model: Model, calls: Sequence[Call], against: tuple[str, ...]) -> dict[str, Steps]:
     """Name -> one call. Torch alone, and only where nn.LSTM and nn.GRU are what the layers are; none where the graph makes lengths."""
     section = model.spec.floating.main
     plain = all(y.cell in ("lstm", "gru") and not (y.clip or y.cell_clip or y.proj_clip) for y in section.layers)
@@ -70,16 +71,16 @@ def rivals(model: Model, calls: list[np.ndarray], against: tuple[str, ...]) -> d
 class _Torch:
     """The float network of the same shape: the hybrid's own nodes and weights around nn.LSTM and nn.GRU."""
 
-    def __init__(self, model: Model, calls: list[np.ndarray]) -> None:
-        self.model, self.calls, self.at = model, [torch.from_numpy(x) for x in calls], 0
+    def __init__(self, model: Model, calls: Sequence[Call]) -> None:
+        self.model, self.calls, self.at = model, [(torch.from_numpy(call.x), call.first) for call in calls], 0
         self.layers = [_module(layer) for layer in model.spec.floating.main.layers]
         self.states: list[Any] = [None] * len(self.layers)
 
     @torch.no_grad()
     def run(self) -> int:
-        x, model = self.calls[self.at], self.model
+        (x, first), model = self.calls[self.at], self.model
         self.at = (self.at + 1) % len(self.calls)
-        if not model.spec.main.windowed:
+        if first:
             self.states = [None] * len(self.layers)
         values = model.constants | model.section.graph_inputs(x, None)
         run_nodes(model.nodes, model.ends, values, self._recurrent)

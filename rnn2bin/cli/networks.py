@@ -91,12 +91,12 @@ def bench(out: Path, data: Path | None, against: str, save: bool, json_out: bool
         raise click.UsageError(f"--against: unknown {', '.join(unknown)}; choose of {', '.join(rivals.NAMES)}")
     config = packed.read_config(out)
     spec = from_dict(config.get("spec") or {})
-    inputs, sequence = benchmark.inputs_from(data, spec, packed.vocabulary(config)) if data else (None, None)
+    inputs = benchmark.Inputs.read(data, spec, packed.vocabulary(config)) if data else None
     if save:
         from rnn2bin.evaluation import stored
 
         stored.read(out)  # before the minutes that measuring takes
-    found = benchmark.bench(out, inputs, benchmark.Settings(against=names, sequence=sequence))
+    found = benchmark.bench(out, inputs, benchmark.Settings(against=names))
     if save:
         stored.add(out, speed=found)
     as_json(found) if json_out else click.echo(benchmark.render(found))
