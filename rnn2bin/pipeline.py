@@ -359,6 +359,12 @@ def _convert(
     return processes.lead(ship)
 
 
+def check_budget(job: Job, network: Network) -> None:
+    """UnreachableError where no gates of the student `network` can read as little as the job's recipe wants."""
+    first = next(distiller.calibration_batches(job.parts.train, job.recipe, job.task))
+    budget.check(job.recipe.budget, network, job.teacher, job.task, first)
+
+
 def distil(
     job: Job,
     work: Path,
@@ -373,9 +379,8 @@ def distil(
     network = student.of_recipe(job.teacher, job.recipe) if network is None else network
     recipe, tried = job.recipe, tuple[distiller.Tried, ...]()
     stage("calibrate")
-    first = lambda: distiller.calibration_batches(job.parts.train, recipe, job.task)
-    budget.check(recipe.budget, network, job.teacher, job.task, next(first()))
-    calibrate.calibrate(network, job.teacher, job.task, first())
+    check_budget(job, network)
+    calibrate.calibrate(network, job.teacher, job.task, distiller.calibration_batches(job.parts.train, recipe, job.task))
     given: dict[str, Any] = {"task": job.task, "train": job.parts.train, "valid": job.parts.valid, "resume": resume, "report": progress}
     stage("distill")
     if rate.wanted(recipe):

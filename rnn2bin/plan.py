@@ -52,6 +52,7 @@ def _plan(model: str | Path, recipe: Recipe, given: str | Path | Sequence[str] |
     began = time.perf_counter()
     job = pipeline.prepare(model, recipe, given)
     network = student.of_recipe(job.teacher, recipe)
+    pipeline.check_budget(job, network)
     disk = disk_of(job, network, folder)
     preparing = time.perf_counter() - began
     return {

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_trainer import recipe_of, run, stream, teacher_of
 
-from rnn2bin import cost, pipeline, student, tasks
+from rnn2bin import cost, pipeline, plan, recipe_yaml, student, tasks
 from rnn2bin.cells.network import Trace
 from rnn2bin.distill import budget, checkpoints
 from rnn2bin.distill import trainer as distiller
@@ -192,11 +192,13 @@ def test_a_density_below_what_dense_inputs_read_is_refused_before_training(token
     if not refused:
         pipeline.convert(model, **given)
         return
-    with pytest.raises(
-        UnreachableError,
-        match=r"budget.density: 0.2 cannot be reached: a step reads [2-4]\d\.\d% of .* \(main.layers.0.fwd\); ask for more",
-    ):
-        pipeline.convert(model, **given)
+    recipe = recipe_yaml.resolve(given["recipe"], given["overrides"])
+    for ask in (lambda: pipeline.convert(model, **given), lambda: plan.plan(model, recipe, given["data"])):
+        with pytest.raises(
+            UnreachableError,
+            match=r"budget.density: 0.2 cannot be reached: a step reads [2-4]\d\.\d% of .* \(main.layers.0.fwd\); ask for more",
+        ):
+            ask()
     assert not (tmp_path / "out").exists()
 
 
