@@ -250,6 +250,7 @@ def estimators(*, temperature: float = 0.5) -> dict[str, Estimator]:
         "gumbel": elementwise(Discretize("gumbel", temperature=temperature)),
         "gumbel-softmax": elementwise(Discretize("gumbel-softmax", temperature=temperature)),
         "gumbel-hard": elementwise(Discretize("gumbel-hard", temperature=temperature)),
+        "hard-concrete": elementwise(Discretize("hard-concrete", temperature=temperature)),
         "reinmax": elementwise(Discretize("reinmax")),
         "reinforce": scored("none"),
         "reinforce-mean": scored("mean"),

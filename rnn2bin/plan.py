@@ -218,17 +218,19 @@ def packed_bytes(job: Any, network: Network) -> int:
 
 
 def checkpoint_bytes(network: torch.nn.Module, recipe: Recipe) -> int:
-    """fp32 weights, the best ones so far, Adam's two moments, and of a Network the carried states of teacher and student."""
+    """fp32 weights, the best ones so far, Adam's two moments, the average if any, and of a Network the carried states of teacher and
+    student."""
     weights = sum(t.numel() for t in network.state_dict().values())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     cells = network.spec.cell_names() if isinstance(network, Network) else ()
     sizes = sum(sum(layer.state_sizes) for _, layer in cells) * recipe.train.batch_size
-    return 4 * (2 * weights + 2 * trained + 2 * sizes) + FIXED_BYTES
+    averages = 1 if recipe.train.averaging else 0
+    return 4 * (2 * weights + (2 + averages) * trained + 2 * sizes) + FIXED_BYTES
 
 
 def memory(job: Any, network: Network) -> int:
-    """Estimate of what training adds to the process: weights of both networks, the best ones so far, gradients, Adam, the data, and a
-    window's activations.
+    """Estimate of what training adds to the process: weights of both networks, the best ones so far, their average if any,
+    gradients, Adam, the data, and a window's activations.
 
     distill/window.py keeps, for each step and row of a cell, about four values a gate and unit, four a unit and its input until the
     backward pass, which needs six a gate and unit more for the cell it is at; logits are held about six times.
@@ -244,7 +246,8 @@ def memory(job: Any, network: Network) -> int:
     working = max(6 * (len(layer.kind.gates) + 1) * layer.width for layer in layers)
     activations = steps * rows * (kept + working + 6 * network.spec.main.output_size)
     held = sum(t.numel() * t.element_size() for p in _each(job) for t in (p.inputs, p.targets) if t is not None)
-    return 4 * (fixed + 5 * trained + activations) + held
+    copies = 6 if recipe.train.averaging else 5
+    return 4 * (fixed + copies * trained + activations) + held
 
 
 def _each(job: Any) -> Iterator[data.Part]:

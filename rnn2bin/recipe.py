@@ -33,7 +33,8 @@ ScheduleKind = Literal["constant", "linear", "exponential", "cosine", "step"]
 
 # fmt: off
 Estimator = Literal[
-    "gumbel", "gumbel-hard", "gumbel-softmax", "sigmoid", "hard-sigmoid", "straight-through", "stochastic", "reinmax", "reinforce",
+    "gumbel", "gumbel-hard", "gumbel-softmax", "hard-concrete", "sigmoid", "hard-sigmoid", "straight-through", "stochastic", "reinmax",
+    "reinforce",
 ]
 # fmt: on
 
@@ -458,6 +459,11 @@ class Train(Closed):
     warmup: Share = Field(0.02, description="share of the steps over which the learning rate rises")
     clip: Positive = Field(1.0, description="largest norm of the gradient")
     weight_decay: NotNegative = Field(0.0, description="pull of weights towards 0 (AdamW)")
+    averaging: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="decay of the weights' moving average, which is measured and shipped: 0.99 averages about the last 100 steps; "
+        "0: none, the weights themselves",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="of matrix products in training; bfloat16 only where the processor multiplies it natively, float32 elsewhere; "

@@ -79,6 +79,22 @@ def test_soft_samples_are_near_bits_as_the_temperature_falls(pre, temperature):
         assert gap <= temperature / 4 * math.log(1 / epsilon) + 0.005
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("pre", [-2.0, 0.0, 0.5])
+def test_the_hard_concrete_is_exactly_a_bit_with_the_chances_of_its_paper(pre, temperature):
+    """P(0) = σ(τ log(−γ/ζ) − pre) for γ = −0.1, ζ = 1.1, P(1) the same for −pre; P(bit) and P(1) differ by at most (τ/4) log 11."""
+    mode = Discretize("hard-concrete", temperature=temperature)
+    drawn = draw(mode, pre)
+    for end, sign in ((0.0, -1), (1.0, 1)):
+        wanted = 1 / (1 + math.exp(temperature * math.log(11) - sign * pre))
+        assert abs(float((drawn == end).float().mean()) - wanted) < 0.005
+    hard = draw(Discretize("gumbel-hard"), pre)
+    assert abs(float(hard.mean() - (drawn == 1).float().mean())) <= temperature / 4 * math.log(11) + 0.005
+    u = torch.rand(MANY, generator=seeded(5), dtype=torch.float64)
+    theirs = (1.2 * torch.sigmoid((torch.log(u) - torch.log(1 - u) + pre) / temperature) - 0.1).clamp(0, 1)
+    assert float(drawn.mean()) == pytest.approx(float(theirs.mean()), abs=0.005)
+
+
 @pytest.mark.parametrize("estimator", ALL)
 @pytest.mark.parametrize("backward", ["sigmoid", "hard-sigmoid", "identity"])
 def test_everything_stays_finite_and_in_range_at_extremes(estimator, backward, monkeypatch):
@@ -119,13 +135,17 @@ def test_straight_through_derivatives(slope):
     assert_close(of("sigmoid"), slope * s * (1 - s))
 
 
-@pytest.mark.parametrize("estimator", ["float", "sigmoid", "gumbel", "hard-sigmoid"])
+@pytest.mark.parametrize("estimator", ["float", "sigmoid", "gumbel", "hard-concrete", "hard-sigmoid"])
 def test_derivatives_of_smooth_estimators_are_those_of_their_samples(estimator):
     mode = Discretize(estimator, temperature=0.6, slope=1.7)
     pre, noise = torch.randn(500, generator=seeded(), dtype=torch.float64), torch.randn(500, generator=seeded(1), dtype=torch.float64)
     if estimator == "hard-sigmoid":
         pre = pre[(pre.abs() - 0.6 / 1.7).abs() > 1e-3]
         noise = noise[: len(pre)]
+    if estimator == "hard-concrete":  # cut where (s·pre + L)/τ is beyond ±log 11
+        smooth = (((1.7 * pre + noise) / 0.6).abs() - math.log(11)).abs() > 1e-3
+        pre, noise = pre[smooth], noise[smooth]
+        assert 0 < int((sample(mode, pre, noise) % 1 == 0).sum()) < len(pre)
     step = 1e-6
     slopes = (sample(mode, pre + step, noise) - sample(mode, pre - step, noise)) / (2 * step)
     assert (slopes - derivative(mode, pre, sample(mode, pre, noise), noise)).abs().max() < 1e-7
@@ -170,13 +190,16 @@ def test_noise_is_drawn_anew_each_call_and_reproducible(estimator):
     assert torch.equal(again(pre), second)
 
 
-@pytest.mark.parametrize("estimator", ["gumbel", "gumbel-hard", "sigmoid", "straight-through", "stochastic", "hard-sigmoid"])
+@pytest.mark.parametrize(
+    "estimator", ["gumbel", "gumbel-hard", "hard-concrete", "sigmoid", "straight-through", "stochastic", "hard-sigmoid"]
+)
 def test_the_soft_gate_keeps_temperature_and_slope(estimator):
     """Known trap: a test-time sigmoid without the temperature it was trained with."""
     mode = Discretize(estimator, temperature=0.25, slope=1.5).soft()
     assert not mode.draws
     x = 0.1 * 1.5 / 0.25
-    wanted = (x + 1) / 2 if estimator == "hard-sigmoid" else 1 / (1 + math.exp(-x))
+    soft = 1 / (1 + math.exp(-x))
+    wanted = {"hard-sigmoid": (x + 1) / 2, "hard-concrete": 1.2 * soft - 0.1}.get(estimator, soft)
     assert float(sample(mode, torch.tensor(0.1))) == pytest.approx(wanted, rel=1e-5)
 
 
@@ -289,7 +312,7 @@ def follow_the_schedules(seen: list[Discretize]) -> bool:
     return [(m.temperature, m.slope) for m in seen] == [pytest.approx(w) for w in wanted]
 
 
-@pytest.mark.parametrize("estimator", ["gumbel", "straight-through", "hard-sigmoid", "reinmax", "reinforce"])
+@pytest.mark.parametrize("estimator", ["gumbel", "hard-concrete", "straight-through", "hard-sigmoid", "reinmax", "reinforce"])
 def test_training_sees_the_temperature_and_slope_of_each_step(estimator, tmp_path: Path):
     """Known trap: an annealed slope that reached evaluation only."""
     seen = training_modes(estimator, tmp_path)

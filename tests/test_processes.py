@@ -70,9 +70,9 @@ def same(one: dict[str, Any], two: dict[str, Any], losses: list[float], others: 
 
 
 def test_two_processes_give_the_losses_of_one_and_only_the_first_speaks(tmp_path, save_model):
-    """Windows of text with carried states, five rows for two processes, a density budget, a signal-free run."""
+    """Windows of text with carried states, five rows for two processes, a density budget, averaged weights, a signal-free run."""
     model = save_model(tokens=True, outputs=VOCABULARY)
-    knobs = ("train.steps=6", "train.max_steps=6", "budget.density=0.5")
+    knobs = ("train.steps=6", "train.max_steps=6", "budget.density=0.5", "train.averaging=0.5")
     alone = call(*words(model, tmp_path / "ONE", *knobs))
     assert alone.exit_code == 0, alone.stderr
     (first, out, told), (second, silent, quiet) = pair(words(model, tmp_path / "TWO", *knobs))

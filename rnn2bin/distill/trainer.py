@@ -28,6 +28,7 @@ from rnn2bin.data import Batch, Batches, Part, share
 from rnn2bin.distill import budget as budgets
 from rnn2bin.distill import callbacks as watching
 from rnn2bin.distill import checkpoints, credit, losses, states
+from rnn2bin.distill.averaging import Average
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DivergedError, InterruptedRunError, UsageError
 from rnn2bin.gates import schedules, score
@@ -38,7 +39,7 @@ from rnn2bin.recipe import Gates, Recipe
 SELECTION_SEQUENCES = 1024  # the validation part is cut to these for the measurements during training
 SELECTION_TOKENS = 65_536
 CALIBRATION_BATCHES = 20
-STATE, BEST, BASELINES = "distill.json", "best.safetensors", "baselines.safetensors"
+STATE, BEST, MEANS, BASELINES = "distill.json", "best.safetensors", "means.safetensors", "baselines.safetensors"
 
 log = logging.getLogger("rnn2bin")
 
@@ -152,6 +153,7 @@ class AnnealTrainer(Trainer):
             eval_dataset=feed,
             data_collator=lambda items: {"batch": items[0]},
         )
+        self.average = Average(self.student(), recipe.train.averaging)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Project(self))
 
@@ -190,7 +192,8 @@ class AnnealTrainer(Trainer):
         return FLOAT if self.float_student else mode_at(self.recipe.gates, self.progress)
 
     def after_step(self) -> None:
-        """Moves the anneal on; levels back into bounds. DivergedError where a weight is not finite: before it is measured or saved."""
+        """Moves the anneal and the average on; levels back into bounds. DivergedError where a weight is not finite: before it is measured
+        or saved."""
         for part in self.model.modules():  # type: ignore[union-attr]
             if isinstance(part, Cell):
                 part.project_levels()
@@ -199,27 +202,32 @@ class AnnealTrainer(Trainer):
         if not bool(torch.isfinite(sizes).all()):
             name = next(name for name, size in zip(weights, sizes, strict=True) if not bool(torch.isfinite(size)))
             raise self.diverged(f"{name} is not finite")
+        self.average.update(self.state.global_step)
         self.progress = schedules.advance(
             self.progress, 1 / self.recipe.train.steps, closed_loop=self.recipe.gates.closed_loop, keeps_up=self.keeps_up
         )
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Hard and soft metric on the selection part."""
+        """Hard and soft metric on the selection part, of the weights' average where there is one."""
+        with self.average.shown():
+            point = self._measured()
+            if all(self._worth(point) > self._worth(earlier) for earlier in self.history):
+                self.best_step, self.best = point.step, self._snapshot()
+        self.history.append(point)
+        self._judge(point)
+        rate = float(self.lr_scheduler.get_last_lr()[0]) if self.lr_scheduler is not None else None
+        self.log(watching.logged(point, rate))
+        metrics = {"eval_hard": point.hard, "eval_soft": point.soft}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _measured(self) -> Point:
         soft_mode = FLOAT if self.float_student else soft_mode_at(self.recipe.gates, self.progress)
         found = processes.lead(lambda: self.measure(FLOAT if self.float_student else BINARY, soft_mode))
         if not (math.isfinite(found.hard) and math.isfinite(found.soft)):
             raise self.diverged(f"{self.metric} is {found.hard} with hard gates and {found.soft} with soft ones")
         at = (self.state.global_step, self.last_loss, found.hard, found.soft)
-        point = Point(*at, soft_mode.temperature, soft_mode.slope, self.progress, found.saturation, found.density)
-        if all(self._worth(point) > self._worth(earlier) for earlier in self.history):
-            self.best_step, self.best = point.step, self._snapshot()
-        self.history.append(point)
-        self._judge(point)
-        rate = float(self.lr_scheduler.get_last_lr()[0]) if self.lr_scheduler is not None else None
-        self.log(watching.logged(point, rate))
-        metrics = {"eval_hard": found.hard, "eval_soft": found.soft}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return Point(*at, soft_mode.temperature, soft_mode.slope, self.progress, found.saturation, found.density)
 
     def _snapshot(self) -> dict[str, Tensor]:
         state = self.student().state_dict()
@@ -256,6 +264,7 @@ class AnnealTrainer(Trainer):
     def save_more(self, folder: Path) -> None:
         """What the Trainer does not know of."""
         save_file(self.best, folder / BEST)
+        save_file(self.average.means, folder / MEANS)
         content = {
             "step": self.state.global_step,
             "progress": self.progress,
@@ -276,6 +285,7 @@ class AnnealTrainer(Trainer):
         self.last_loss, self.binarized, self.best_step = content["last_loss"], content["binarized"], content["best_step"]
         self.history, self.seconds_before = [Point(**p) for p in content["history"]], content["seconds"]
         self.best = load_file(folder / BEST)
+        self.average.restore(load_file(folder / MEANS))
 
     @property
     def ended(self) -> bool:

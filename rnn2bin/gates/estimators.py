@@ -5,7 +5,8 @@ training kernels share one definition. Temperature, slope and noise are argument
 
 Sources: Gumbel-sigmoid / binary concrete: Maddison et al. 2017 (arXiv 1611.00712), Jang et al. 2017 (1611.01144);
 straight-through: Bengio et al. 2013 (1308.3432); hard sigmoid with an annealed slope: Chung et al. 2017, HM-RNN (1609.01704);
-noise on a share of the gates: Li et al. 2018, G2-LSTM (1806.02988); ReinMax: Liu et al. 2023 (2304.08612).
+noise on a share of the gates: Li et al. 2018, G2-LSTM (1806.02988); hard concrete: Louizos et al. 2018 (1712.01312); ReinMax: Liu et al.
+2023 (2304.08612).
 
 What needs the loss behind the gate (REINFORCE, DisARM) is in `rnn2bin.gates.score`; here `reinforce` only draws. docs/estimators.md has
 equation, bias and cost of each.
@@ -26,6 +27,7 @@ Name = Literal[
     "gumbel",
     "gumbel-hard",
     "gumbel-softmax",
+    "hard-concrete",
     "sigmoid",
     "hard-sigmoid",
     "straight-through",
@@ -35,10 +37,11 @@ Name = Literal[
 ]
 Backward = Literal["sigmoid", "hard-sigmoid", "identity"]
 
-NOISY: frozenset[str] = frozenset({"gumbel", "gumbel-hard", "gumbel-softmax", "stochastic", "reinmax", "reinforce"})
+NOISY: frozenset[str] = frozenset({"gumbel", "gumbel-hard", "gumbel-softmax", "hard-concrete", "stochastic", "reinmax", "reinforce"})
 BITS: frozenset[str] = frozenset({"binary", "gumbel-hard", "straight-through", "stochastic", "reinmax", "reinforce"})
 SCORE: frozenset[str] = frozenset({"reinforce"})  # the bit sends nothing back: its gradient is made of the losses behind it, in `score`
 _UNIFORM_EDGE = 1e-6  # keeps log u and log(1 - u) finite in fp32
+_LOW, _HIGH = -0.1, 1.1  # what the hard concrete stretches [0, 1] to before it is cut: its paper's γ and ζ
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,10 @@ class Discretize:
         return self.estimator in NOISY and self.noise > 0
 
     def soft(self) -> Discretize:
-        """The same gate without noise and without bits: σ(s·pre/τ), or the hard sigmoid where that is the estimator."""
+        """The same gate without noise and without bits: σ(s·pre/τ), stretched for the hard concrete, or the hard sigmoid where that is
+        the estimator."""
+        if self.estimator == "hard-concrete":
+            return replace(self, noise=0.0)
         name: Name = "hard-sigmoid" if self.estimator == "hard-sigmoid" else "sigmoid"
         return replace(self, estimator=name)
 
@@ -113,6 +119,8 @@ def sample(mode: Discretize, pre: Tensor, noise: Tensor | None = None) -> Tensor
         case "gumbel" | "gumbel-softmax":
             # The first entry of the softmax over two classes with logits (s·pre + G₁, G₂)/τ is σ of their difference.
             return _noisy(mode, pre, noise).div_(mode.temperature).sigmoid_()
+        case "hard-concrete":
+            return _noisy(mode, pre, noise).div_(mode.temperature).sigmoid_().mul_(_HIGH - _LOW).add_(_LOW).clamp_(0, 1)
         case "gumbel-hard" | "reinmax" | "reinforce":
             return _bits(_noisy(mode, pre, noise))
         case "stochastic":
@@ -150,6 +158,10 @@ def derivative(mode: Discretize, pre: Tensor, value: Tensor, noise: Tensor | Non
         case "gumbel-hard":
             soft = sample(replace(mode, estimator="gumbel"), pre, noise)
             return (soft * (1 - soft)).mul_(mode.slope / mode.temperature)
+        case "hard-concrete":
+            # Between its ends the sample tells σ, v = γ + (ζ − γ)σ: its slope (ζ − γ)σ(1 − σ) is (v − γ)(ζ − v)/(ζ − γ). At them it is 0.
+            slope = (value - _LOW).mul_(_HIGH - value).mul_(mode.slope / mode.temperature / (_HIGH - _LOW))
+            return slope.mul_((value > 0) & (value < 1))
         case "hard-sigmoid":
             return _window(pre, mode.slope / mode.temperature)
         case "reinmax":
