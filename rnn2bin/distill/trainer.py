@@ -264,7 +264,8 @@ class AnnealTrainer(Trainer):
     def save_more(self, folder: Path) -> None:
         """What the Trainer does not know of."""
         save_file(self.best, folder / BEST)
-        save_file(self.average.means, folder / MEANS)
+        if self.average.means:
+            save_file(self.average.means, folder / MEANS)
         content = {
             "step": self.state.global_step,
             "progress": self.progress,
@@ -285,7 +286,8 @@ class AnnealTrainer(Trainer):
         self.last_loss, self.binarized, self.best_step = content["last_loss"], content["binarized"], content["best_step"]
         self.history, self.seconds_before = [Point(**p) for p in content["history"]], content["seconds"]
         self.best = load_file(folder / BEST)
-        self.average.restore(load_file(folder / MEANS))
+        if self.average.means:
+            self.average.restore(load_file(folder / MEANS))
 
     @property
     def ended(self) -> bool:
