@@ -122,7 +122,7 @@ def _inputs(x: Tensor | Lookup, below: Tensor | None, lengths: Tensor | None, ba
         return None
     count = (x != 0).sum(-1).double()
     count = count if below is None else count + below - below.detach()
-    return reverse(count.unsqueeze(-1), lengths).squeeze(-1) if backward else count
+    return reverse(count, lengths) if backward else count
 
 
 def _emitted(read: Read, bit: Bits, *, backward: bool) -> Tensor | None:
@@ -131,7 +131,7 @@ def _emitted(read: Read, bit: Bits, *, backward: bool) -> Tensor | None:
     if not layer.kind.closes or layer.proj_size or not read.cell.binary[-1]:
         return None
     count = read.opened(-1, bit)
-    return reverse(count.unsqueeze(-1), read.lengths).squeeze(-1) if backward else count
+    return reverse(count, read.lengths) if backward else count
 
 
 def head(spec: SectionSpec, below: Tensor, lengths: Tensor | None) -> Count:

@@ -491,6 +491,8 @@ def _graph_reasons(section: SectionSpec) -> list[str]:
         known |= set(node.outputs)
     if graph.output not in known:
         reasons.append(f"nothing makes its output {graph.output!r}")
+    if len(set(graph.token_layers)) < len(graph.token_layers):
+        reasons.append(f"token_layers names a layer twice: {list(graph.token_layers)}")
     for index in graph.token_layers:
         if section.embedding is None or index >= len(section.layers) or section.layers[index].input_size != section.embedding.embedding_dim:
             reasons.append(f"layer {index} cannot look tokens up: no such layer, or no embedding of its width")

@@ -467,6 +467,7 @@ def test_rows_that_are_changed_or_turned_on_their_side_are_no_tokens():
         (False, [Node("Relu", ("input",), ("x",))], ()),
         (True, [Node("Transpose", ("input",), ("x",), {"perm": [1, 0, 2]})], (0,)),
         (True, [Node("Transpose", ("input",), ("x",), {"perm": [1, 2, 0]})], ()),
+        (True, [Node("Transpose", ("input",), ("x",), {})], ()),  # ONNX: all axes reversed
     ):
         nodes = (*before, Node("Recurrent", ("x" if before else "input",), ("y",), {"layer": 0}))
         graph = GraphSpec(nodes, "y", (), H, per_step=True, batch_first=batch_first)

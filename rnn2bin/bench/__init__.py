@@ -22,8 +22,7 @@ import numpy as np
 
 from rnn2bin import packed, runtime
 from rnn2bin.bench import rivals
-from rnn2bin.bench.inputs import SEQUENCE, Call, Inputs, mean_steps
-from rnn2bin.bench.inputs import calls as calls_of
+from rnn2bin.bench.inputs import SEQUENCE, Call, Inputs, calls_of, mean_steps
 from rnn2bin.errors import UsageError
 from rnn2bin.runtime import library
 from rnn2bin.runtime.native_backend import Handle, Model

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rnn2bin.bench import Touched, layer_weights
 from rnn2bin.bench.inputs import Call
-from rnn2bin.cells.network import Lookup, State, run_nodes
+from rnn2bin.cells.network import State, run_nodes
 from rnn2bin.runtime.graph_backend import Layers, Model
 from rnn2bin.spec import LayerSpec
 
@@ -92,8 +92,7 @@ class _Torch:
         module, state, section = self.layers[layer], self.states[layer], self.model.section
         assert x is not None
         if layer in section.spec.token_layers:
-            found = section.embed(x)
-            x = found.rows(found.dtype) if isinstance(found, Lookup) else found
+            x = section.rows(x)
         if state is None and (h0 is not None or c0 is not None):
             state = _start(module, x, h0, c0)
         y, self.states[layer] = module(x, state)

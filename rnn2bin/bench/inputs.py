@@ -53,7 +53,7 @@ class Call:
     first: bool
 
 
-def calls(inputs: Inputs, spec: RnnSpec, *, most: int, whole: bool = False, batch: int = 1) -> list[Call]:
+def calls_of(inputs: Inputs, spec: RnnSpec, *, most: int, whole: bool = False, batch: int = 1) -> list[Call]:
     """Calls of at most `most` steps; `whole`: a sequence is one call, and of one long sequence every call is a sequence. One long sequence
     gives `batch` that run beside each other; of many each runs alone. Raises UsageError where there is not a step for each."""
     values = np.ascontiguousarray(inputs.values, np.int64 if spec.entry.embedding else np.float32)

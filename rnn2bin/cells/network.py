@@ -128,7 +128,7 @@ class Lookup:
         return functional.embedding(self.index, self.table)
 
     def reversed(self, lengths: Tensor | None) -> Lookup:
-        return replace(self, index=reverse(self.index.unsqueeze(-1), lengths).squeeze(-1))
+        return replace(self, index=reverse(self.index, lengths))
 
 
 def joined(parts: Sequence[Any]) -> Tensor | Lookup:
@@ -177,12 +177,12 @@ def valid_steps(lengths: Tensor, steps: int) -> Tensor:
 
 
 def reverse(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """x (T,B,·) reversed in time, each sequence within its own length, so that pads stay behind."""
+    """x (T,B,…) reversed in time, each sequence within its own length, so that pads stay behind."""
     if lengths is None:
         return x.flip(0)
     at = torch.arange(x.shape[0], device=x.device)[:, None]
     index = torch.where(at < lengths[None], lengths[None] - 1 - at, at)
-    return x.gather(0, index.unsqueeze(-1).expand_as(x))
+    return x.gather(0, index.view(*index.shape, *[1] * (x.ndim - 2)).expand_as(x))
 
 
 def _reversed(x: Tensor | Lookup, lengths: Tensor | None) -> Tensor | Lookup:
@@ -350,9 +350,13 @@ class Section(nn.Module):
         real = lengths if lengths is not None else torch.full((x.shape[1],), len(x), device=x.device)
         values = {"tokens": swap(x), "lengths": real}
         if self.reads_rows:
-            inputs = self._inputs(x, lengths)
-            values["input"] = swap(inputs.rows(inputs.dtype) if isinstance(inputs, Lookup) else inputs)
+            values["input"] = swap(self.rows(x, lengths))
         return values
+
+    def rows(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Tokens (T,B) -> their embedding (T,B,E); float input as it is, zeros at pads."""
+        inputs = self._inputs(x, lengths)
+        return inputs.rows(inputs.dtype) if isinstance(inputs, Lookup) else inputs
 
     def graph_output(self, y: Tensor, *, logits: bool) -> Tensor:
         """The graph's output value as the section's: (T',B,O) or (B,O), its activation applied."""

@@ -149,7 +149,7 @@ class _LayerByLayer:
         like = self.run.section.cell(layer, "fwd").part("candidate").bias
         start = given_states(spec, x.shape[1], h0, c0) or [zero_state(spec, x.shape[1], like)] * spec.directions
         for direction, trace in enumerate(self.run.traces[-spec.directions :]):
-            rows = reverse(x if x.ndim > 2 else x.unsqueeze(-1), lengths).view_as(x) if direction else x
+            rows = reverse(x, lengths) if direction else x
             self._cell(layer, direction, rows[:STEPS], trace, start[direction], lengths)
         seen = torch.full((x.shape[1],), len(x)) if lengths is None else lengths
         self.found["steps"] = max(self.found["steps"], int(seen.clamp_max(STEPS).sum()))

@@ -19,8 +19,8 @@ def with_token_layers(section: SectionSpec) -> SectionSpec:
         return section
     ways = {node.attributes["layer"]: _way(graph, node.inputs[0]) for node in graph.nodes if node.op == "Recurrent"}
     found = {layer: way for layer, way in ways.items() if way is not None}
-    for layer in found:
-        graph = _by_tokens(graph, layer, found[layer] or [])
+    for layer, way in found.items():
+        graph = _by_tokens(graph, layer, way)
     return replace(section, graph=replace(graph, token_layers=tuple(found)))
 
 
@@ -45,11 +45,11 @@ def _way(graph: GraphSpec, name: str) -> list[Node] | None:
         way.insert(0, node)
         name = node.inputs[0]
     axes = "BTE" if graph.batch_first else "TBE"
-    for node in way:
-        if node.op == "Transpose":
-            axes = "".join(axes[at] for at in node.attributes["perm"])
-    kept = all(node.attributes["perm"][-1] == 2 for node in way if node.op == "Transpose")
-    return way if axes == "TBE" and kept else None
+    for perm in (node.attributes.get("perm") or [2, 1, 0] for node in way if node.op == "Transpose"):  # none given: all reversed
+        if perm[-1] != 2:
+            return None  # rows would be taken apart
+        axes = "".join(axes[at] for at in perm)
+    return way if axes == "TBE" else None
 
 
 def _by_tokens(graph: GraphSpec, layer: int, way: Sequence[Node]) -> GraphSpec:

@@ -228,8 +228,8 @@ static int read_token_layers(const json *found, section_config *section) {
   if (!found) return 0;
   if (found->kind != JSON_ARRAY) return fail("config.json: %s: token_layers must be a list", section->name);
   for (const json *at = found->child; at; at = at->next) {
-    if (!json_integer(at, &index) || index < 0 || index >= section->layers || !section->vocabulary)
-      return fail("config.json: %s: token_layers names a layer that there is not, or there is no embedding", section->name);
+    if (!json_integer(at, &index) || index < 0 || index >= section->layers || !section->vocabulary || section->layer[index].tokens)
+      return fail("config.json: %s: token_layers names a layer that there is not, or one twice, or there is no embedding", section->name);
     if (section->layer[index].input != width_of_tokens(section))
       return fail("config.json: %s.layers.%d reads %d values but receives %d", section->name, (int)index, section->layer[index].input, width_of_tokens(section));
     section->layer[index].tokens = true;

@@ -60,8 +60,8 @@ R2B_API int32_t r2b_describe_layer(const r2b_model *model, int64_t layer, r2b_in
 
 /* Zero states of `batch` sequences. `steps`: the longest sequence of one call of a bidirectional network; others take any length. */
 R2B_API r2b_state *r2b_new_state(const r2b_model *model, int64_t batch, int64_t steps);
-/* Of a graph each layer runs on its own: x (T,B,I) floats, or (T,B) tokens (r2b_describe_layer), -> y (T,B,O), both directions beside each other, zeros behind a sequence's end. A
- * layer's state works like any other, batch and steps are its own. */
+/* Of a graph each layer runs on its own: x (T,B,I) floats, or (T,B) tokens where r2b_describe_layer says so, -> y (T,B,O), both directions
+ * beside each other, zeros behind a sequence's end. A layer's state works like any other, batch and steps are its own. */
 R2B_API r2b_state *r2b_new_layer_state(const r2b_model *model, int64_t layer, int64_t batch, int64_t steps);
 R2B_API void r2b_free_state(r2b_state *state);
 R2B_API void r2b_reset(r2b_state *state);
