@@ -217,7 +217,10 @@ def duplicates(count: int) -> Found:
     return {"ok": ok, "requests": count, "statuses": sorted(statuses), "jobs": listed, "another body": other.status_code}
 
 
-async def open_streams(url: str, path: str, count: int) -> list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+Streams = list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+
+
+async def open_streams(url: str, path: str, count: int) -> Streams:
     host, port = re.fullmatch(r"http://([\d.]+):(\d+)", url).groups()  # type: ignore[union-attr]
     found = []
     for _ in range(count):
@@ -227,6 +230,13 @@ async def open_streams(url: str, path: str, count: int) -> list[tuple[asyncio.St
     for reader, _ in found:
         await reader.readuntil(b"\r\n\r\n")
     return found
+
+
+async def close(streams: Streams) -> None:
+    for _, writer in streams:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
 
 
 def shutdown(count: int) -> Found:
@@ -241,11 +251,11 @@ def shutdown(count: int) -> Found:
             streams = await open_streams(server.url, f"/v1/conversions/{job['id']}/events", count)
             seconds = await asyncio.to_thread(server.stop)
             ended = 0
-            for reader, writer in streams:
+            for reader, _ in streams:
                 with suppress(ConnectionError):
                     await asyncio.wait_for(reader.read(-1), 1)
                     ended += 1
-                writer.close()
+            await close(streams)
             return seconds, ended
 
         seconds, ended = asyncio.run(trial())
@@ -294,6 +304,8 @@ def streams(count: int, *, requests: int = 300) -> Found:
             beside = await timed()
             for task in listening:
                 task.cancel()
+            await asyncio.gather(*listening, return_exceptions=True)
+            await close(opened)
             return alone, beside, read[0]
 
         alone, beside, events = asyncio.run(trial())
