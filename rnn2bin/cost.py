@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rnn2bin.cells.network import EQUATIONS, Lookup, Network, Output, Trace, reverse, valid_steps
 from rnn2bin.cells.weights import Cell
-from rnn2bin.spec import DIRECTIONS, SectionSpec
+from rnn2bin.spec import DIRECTIONS, LayerSpec, SectionSpec
 from rnn2bin.tasks import Prepared
 
 Bits = Callable[[Tensor], Tensor]  # pre-activations -> 1[pre > 0]
@@ -161,21 +161,28 @@ def _before(values: Tensor, start: float) -> Tensor:
     return torch.cat([torch.full_like(values[:1], start), values[:-1]])
 
 
+def _gate_rows(layer: LayerSpec) -> tuple[int, int]:
+    """Rows of all gates' weights: of the state, of the input. What a step would read without any skipping counts a row for every unit."""
+    gates = len(layer.kind.gates)
+    return gates * layer.gate_rows(layer.shared), gates * layer.gate_rows(layer.shared_inputs)
+
+
 def _lstm(read: Read, bit: Bits) -> Count:
     """Per step: all gate rows over the non-zero columns; a candidate row for each open input gate; the projection's columns for open o.
     Diagonal peepholes are vectors: as biases, they are not counted. Full ones are matrices over the cells that are not zero."""
     layer, mask = read.cell.layer, read.mask
     hidden, steps = layer.hidden_size, mask.sum()
     full, blocks = torch.full_like(mask, hidden), len(layer.kind.gates) * hidden
+    own, asked = _gate_rows(layer)
     reads = read.opened(-1, bit) if read.cell.binary[-1] else full
     rows = read.opened(0, bit) if read.cell.binary[0] else full
     recurrent_size = layer.recurrent_size
     columns = _before(torch.full_like(mask, recurrent_size) if layer.proj_size else reads, 0 if read.rested else recurrent_size)
-    recurrent = ((blocks + rows) * columns * mask).sum()
+    recurrent = ((own + rows) * columns * mask).sum()
     recurrent_dense = (blocks + hidden) * recurrent_size * steps
     touched, dense = recurrent, recurrent_dense
     if read.inputs is not None:
-        touched = touched + ((blocks + rows) * read.inputs * mask).sum()
+        touched = touched + ((asked + rows) * read.inputs * mask).sum()
         dense = dense + (blocks + hidden) * layer.input_size * steps
     if layer.proj_size:
         touched = touched + (reads * layer.proj_size * mask).sum()
@@ -194,6 +201,7 @@ def _gru(read: Read, bit: Bits) -> Count:
     layer, mask = read.cell.layer, read.mask
     hidden, steps = layer.hidden_size, mask.sum()
     binary_r, binary_z = read.cell.binary
+    own, asked = _gate_rows(layer)
     full = torch.full_like(mask, hidden)
     rows = read.closed(1, bit).sum(-1).double() if binary_z else full
     reads = read.opened(0, bit) if binary_r else full
@@ -204,12 +212,12 @@ def _gru(read: Read, bit: Bits) -> Count:
     else:
         candidate = rows * reads * state
     before = _before(rows, 0 if read.rested else hidden)  # units that changed in the step before
-    recurrent = ((2 * hidden * hidden * state + candidate) * mask).sum()
-    incremental = ((2 * hidden * before + candidate) * mask).sum()
+    recurrent = ((own * hidden * state + candidate) * mask).sum()
+    incremental = ((own * before + candidate) * mask).sum()
     recurrent_dense = 3 * hidden * hidden * steps
     touched, dense = recurrent, recurrent_dense
     if read.inputs is not None:
-        extra = ((2 * hidden + rows) * read.inputs * mask).sum()
+        extra = ((asked + rows) * read.inputs * mask).sum()
         touched, incremental, dense = touched + extra, incremental + extra, dense + 3 * hidden * layer.input_size * steps
     columns = (before * mask).sum()
     return Count(touched, incremental, dense, recurrent, recurrent_dense, columns, hidden * steps, (rows * mask).sum(), hidden * steps)
@@ -221,6 +229,7 @@ def _gru_output(read: Read, bit: Bits) -> Count:
     layer, mask = read.cell.layer, read.mask
     hidden, steps = layer.hidden_size, mask.sum()
     binary_r, binary_z, binary_o = read.cell.binary
+    own, asked = _gate_rows(layer)
     full = torch.full_like(mask, hidden)
     rows = read.closed(1, bit).sum(-1).double() if binary_z else full
     if binary_r:
@@ -228,11 +237,11 @@ def _gru_output(read: Read, bit: Bits) -> Count:
     else:
         both = rows
     columns = _before(read.opened(-1, bit) if binary_o else full, 0 if read.rested else hidden)
-    recurrent = ((3 * hidden + both) * columns * mask).sum()
+    recurrent = ((own + both) * columns * mask).sum()
     recurrent_dense = 3 * hidden * hidden * steps
     touched, dense = recurrent, recurrent_dense
     if read.inputs is not None:
-        touched = touched + ((3 * hidden + rows) * read.inputs * mask).sum()
+        touched = touched + ((asked + rows) * read.inputs * mask).sum()
         dense = dense + 3 * hidden * layer.input_size * steps
     seen = (columns * mask).sum()
     return Count(touched, touched, dense, recurrent, recurrent_dense, seen, hidden * steps, (rows * mask).sum(), hidden * steps)

@@ -363,6 +363,11 @@ class Gates(Closed):
         "their mean tells more than two values apart; fewer rows are skipped. auto: 4; 1 with strict levels and in a module, whose states "
         "must keep their width",
     )
+    share: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
+        "auto",
+        description="units that read one row of a gate's weights together, each times a scale and against thresholds of its own: gates read "
+        "so many times fewer weights. auto: 8, fewer in layers of less than 128 units, with a density budget or a price; else 1",
+    )
     output: bool | Literal["auto"] = Field(
         "auto",
         description="give every GRU (reset after the product) an output gate, as LSTMs have: a unit then keeps its memory and says "
@@ -523,6 +528,11 @@ class Recipe(Closed):
     def output_gate(self) -> bool:
         """Whether GRUs get an output gate; docs/decisions/027-output-gate.md."""
         return self.budget.counts if self.gates.output == "auto" else self.gates.output
+
+    @property
+    def share(self) -> int | Literal["auto"]:
+        """How many units share a row of a gate's weights, "auto" as many as their layer bears; docs/decisions/032-shared-rows.md."""
+        return 1 if self.gates.share == "auto" and not self.budget.counts else self.gates.share
 
     @property
     def max_steps(self) -> int:

@@ -80,6 +80,11 @@ class CellKind:
         return sum(not g.shared for g in self.gates)
 
     @property
+    def may_share(self) -> bool:
+        """Whether units can read one row of a gate's weights together: gates have a matrix of their own, and nothing but it and vectors."""
+        return self.family in ("lstm", "gru") and self.peepholes != "full"
+
+    @property
     def has_cell(self) -> bool:
         """Whether h is what is shown of c, a memory of its own."""
         return "c" in self.states
@@ -169,6 +174,10 @@ class LayerSpec:
     What is clipped to [−n, n], 0 where nothing is: `clip` the pre-activations of float gates and of the candidate (ONNX; a bit is the same
     with and without), `cell_clip` an LSTM's c after its update, `proj_clip` its h after the projection (TensorFlow 1).
 
+    `shared` n > 1: a gate has one row of recurrent weights for n units, ⌈H/n⌉ in all; `gates.row` says which of them a unit reads (whole
+    numbers, the gate's own from 0), `gates.scale` what its product is multiplied by before the unit's thresholds. `shared_inputs` is the
+    same for the input's weights, 1 where they are a table of tokens, which costs a step nothing.
+
     `depth`: how many layers a step goes through, of kinds that are deep; all are `hidden_size` wide, others read the last one's h.
     """
 
@@ -184,6 +193,12 @@ class LayerSpec:
     cell_clip: float = 0.0
     proj_clip: float = 0.0
     depth: int = 1
+    shared: int = 1
+    shared_inputs: int = 1
+
+    def gate_rows(self, shared: int) -> int:
+        """Rows of a gate's weights where so many units share one."""
+        return -(-self.hidden_size // shared)
 
     @property
     def width(self) -> int:
@@ -204,7 +219,7 @@ class LayerSpec:
     @property
     def floating(self) -> LayerSpec:
         """The float layer that this one came from."""
-        return replace(self, cell=self.kind.came_from or self.cell, copies=1)
+        return replace(self, cell=self.kind.came_from or self.cell, copies=1, shared=1, shared_inputs=1)
 
     @property
     def recurrent_size(self) -> int:
@@ -230,6 +245,11 @@ class LayerSpec:
             if kind.recurrent:
                 shapes[f"{part}.weight_hh"] = (every, self.recurrent_size)
             shapes[f"{part}.bias"] = (every * (self.copies if part == "gates" else 1),)
+        if self.shared > 1:
+            gates = kind.unit_gates
+            shapes["gates.weight_ih"] = (gates * self.gate_rows(self.shared_inputs), self.input_size)
+            shapes["gates.weight_hh"] = (gates * self.gate_rows(self.shared), self.recurrent_size)
+            shapes |= {"gates.row": (gates * hidden,), "gates.scale": (gates * hidden,)}
         if kind.deep == "stack":
             shapes["candidate.weight_hh"] = (layers * hidden, layers * hidden)  # block (j, i) reads layer i for layer j
             shapes["global.weight_ih"] = (layers, self.input_size)
@@ -413,6 +433,7 @@ class RnnSpec:
 
 
 DIRECTIONS = ("fwd", "bwd")
+MOST_ROWS = 2048  # that a unit may choose from: whole numbers up to there are exact in fp16
 MOST_CLIP = 1e38  # what float32 holds
 
 
@@ -473,6 +494,10 @@ def _layer_reasons(layer: LayerSpec) -> list[str]:
         reasons.append(f"{layer.cell} has a depth of 1{f' to {MOST_DEPTH}' if kind.deep else ''}, not {layer.depth}")
     if not kind.recurrent and layer.input_size != layer.hidden_size:
         reasons.append(f"{layer.cell} carries its input: its {layer.input_size} inputs must be as many as its {layer.hidden_size} units")
+    if layer.shared > 1 and not kind.may_share:
+        reasons.append(f"{layer.cell}: its units cannot share rows of gates")
+    if layer.shared_inputs not in (1, layer.shared) or (layer.shared > 1 and layer.gate_rows(layer.shared) > MOST_ROWS):
+        reasons.append(f"{layer.shared} and {layer.shared_inputs} units share rows of gates: wanted the same or 1, and {MOST_ROWS} rows at most")
     if layer.copies > 1 and not kind.unit_gates:
         reasons.append(f"{layer.cell} has no gate of which a unit could have copies")
     return reasons

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from rnn2bin import sharing
 from rnn2bin.cells.network import Network
 from rnn2bin.errors import RecipeError
 from rnn2bin.recipe import Gates, Recipe
@@ -45,15 +47,19 @@ def _gate_list(spec: RnnSpec) -> str:
 
 def of_recipe(teacher: Network, recipe: Recipe) -> Network:
     """The student that a recipe starts with."""
-    return student(teacher, recipe.gates, weights=recipe.pack.weights, output=recipe.output_gate)
+    return student(teacher, recipe.gates, weights=recipe.pack.weights, output=recipe.output_gate, share=recipe.share)
 
 
-def student(teacher: Network, gates: Gates, *, weights: str = "fp16", output: bool = False) -> Network:
+def student(
+    teacher: Network, gates: Gates, *, weights: str = "fp16", output: bool = False, share: int | Literal["auto"] = 1
+) -> Network:
     """A trainable copy of the teacher whose gates are binary by `gates`; levels start strict, so that soft gates at temperature and slope 1
     compute exactly the teacher, with any number of copies (with `weights: int8` but for their rounding).
 
-    `output` gives GRUs an output gate that is open: as bits, and as nothing else, they compute the same as without."""
+    `output` gives GRUs an output gate that is open: as bits, and as nothing else, they compute the same as without. Where units `share`
+    rows of gates, these are the nearest few to the teacher's, and the student is another network from the start."""
     spec = with_copies(with_outputs(teacher.spec) if output else teacher.spec, copies_of(gates))
+    spec = sharing.with_shared_rows(spec, share)
     network = Network(spec, plan(spec, gates), levels=gates.levels).to(next(teacher.parameters()).device)
     state = dict(teacher.state_dict())
     for (prefix, layer), (_, given) in zip(spec.cell_names(), teacher.spec.cell_names(), strict=True):
@@ -62,6 +68,8 @@ def student(teacher: Network, gates: Gates, *, weights: str = "fp16", output: bo
         if layer.kind.unit_gates:
             bias = state[f"{prefix}.gates.bias"].view(-1, 1, layer.hidden_size)
             state[f"{prefix}.gates.bias"] = bias.repeat(1, layer.copies, 1).flatten()
+        if layer.shared > 1:
+            state |= sharing.shared_rows(state, f"{prefix}.gates", layer)
     missing, unexpected = network.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert all(".levels." in name for name in missing), missing

@@ -30,6 +30,7 @@ ORDER = [
     "tasks",
     "measure",
     "cost",
+    "sharing",
     "student",
     "distill",
     "machine",

@@ -126,7 +126,10 @@ class Cell(nn.Module):
             part, leaf = name.split(".")
             if part not in self._modules:
                 self.add_module(part, Tensors())
-            self.part(part).register_parameter(leaf, nn.Parameter(torch.zeros(shape)))
+            if name == "gates.row":  # chosen once, never trained
+                self.part(part).register_buffer(leaf, torch.zeros(shape))
+            else:
+                self.part(part).register_parameter(leaf, nn.Parameter(torch.zeros(shape)))
         if any(self.binary):
             self._add_levels(learned=levels == "learned")
 
@@ -176,7 +179,7 @@ class Cell(nn.Module):
         return rows + [[name] for name in rest]
 
     def weights(self) -> CellWeights:
-        tensors = {name: self.tensor(name) for name in self.layer.tensors()} | self.matrices()
+        tensors = self._every_row({name: self.tensor(name) for name in self.layer.tensors()} | self.matrices())
         none = tensors["candidate.bias"].new_zeros(0)
         return CellWeights(
             tensors.get("gates.weight_ih", none),
@@ -195,6 +198,16 @@ class Cell(nn.Module):
             tensors,
             self.layer.depth,
         )
+
+    def _every_row(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same with a row of gates for every unit, where units share them: their shared one times their own scale."""
+        layer, gates = self.layer, len(self.binary)
+        if layer.shared == 1:
+            return tensors
+        first = torch.arange(gates, device=tensors["gates.row"].device).repeat_interleave(layer.hidden_size)
+        row = tensors["gates.row"].long() + layer.gate_rows(layer.shared) * first
+        names = ["gates.weight_hh", *(["gates.weight_ih"] if layer.shared_inputs > 1 else [])]
+        return tensors | {name: tensors[name].index_select(0, row) * tensors["gates.scale"][:, None] for name in names}
 
     def level_values(self) -> tuple[Tensor, Tensor]:
         """(lo, hi), each (G,n·H); what is not learned is exactly 0 and exactly 1."""

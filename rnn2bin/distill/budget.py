@@ -55,7 +55,7 @@ def check(budget: Budget, student: Network, teacher: Network, task: tasks.Task, 
         layer, kind = read.cell.layer, read.cell.layer.kind
         dense += float(cost.count(read).dense)
         if read.inputs is not None and ".layers.0." in read.name and kind.name not in EQUATIONS:
-            least += float((read.inputs * read.mask).sum()) * len(kind.gates) * layer.hidden_size
+            least += float((read.inputs * read.mask).sum()) * len(kind.gates) * layer.gate_rows(layer.shared_inputs)
             where.append(read.name)
     if least > budget.density * dense:
         raise UnreachableError(
