@@ -51,6 +51,11 @@ def filled(
                 p.copy_(low + 0.4 * torch.rand(p.shape, generator=generator))
             else:
                 p.copy_(torch.randn(p.shape, generator=generator) * scale)
+        for k, (name, cell) in enumerate(network.cells().items()):
+            if cell.layer.shared > 1:
+                rows = cell.layer.gate_rows(cell.layer.shared)
+                chosen = torch.randint(rows, (len(cell.binary) * cell.layer.hidden_size,), generator=torch.Generator().manual_seed(seed + k))
+                cell.tensor("gates.row").copy_(chosen)
     if weights == "int8":
         network.round_weights()
     network.load_state_dict(network.shipped())
@@ -58,10 +63,14 @@ def filled(
 
 
 def network_of(cell: str, *, tokens: str = "", readout: str = "all", head: bool = True, proj: int = 0, directions: int = 1, copies: int = 1,
-               hidden: int = H, activation: str = "none", clips: dict[str, float] | None = None, **options: Any) -> Network:  # fmt: skip
+               hidden: int = H, activation: str = "none", clips: dict[str, float] | None = None, shared: tuple[int, int] = (1, 1),
+               **options: Any) -> Network:  # fmt: skip
+    """`shared`: units that share a row of gates, of the state and of the input."""
     width = V if tokens == "one_hot" else I
     first = LayerSpec(cell, width, hidden, directions, proj, copies, **(clips or {}))
     second = LayerSpec(cell, first.output_size, hidden, directions, proj, copies, **(clips or {}))
+    own, asked = shared
+    first, second = replace(first, shared=own, shared_inputs=1 if tokens else asked), replace(second, shared=own, shared_inputs=asked)
     embedding = EmbeddingSpec(V, width, one_hot=tokens == "one_hot") if tokens else None
     linears = (LinearSpec(second.output_size, 9, activation="tanh"), LinearSpec(9, 6, bias=False, activation=activation)) if head else ()
     return filled(RnnSpec({"main": SectionSpec((first, second), embedding, linears, readout)}), **options)
@@ -177,6 +186,16 @@ CASES += [
     for cell in ("lstm", "gru", "gru_reset_before", "gru_output", "lstm_coupled", "lstm_peephole")
     for more in ({}, {"copies": 3, "tokens": "embedding"}, {"directions": 2, "hidden": 64}, {"soft": ("o", "z")})
 ] + [{"cell": "lstm", "weights": "int8", "proj": 11, "copies": 2}]
+CASES += [
+    {"cell": cell, "shared": (4, 4), **more}
+    for cell in ("lstm", "gru", "gru_reset_before", "gru_output", "lstm_coupled", "lstm_peephole")
+    for more in (
+        {"copies": 3, "weights": "int8"},
+        {"tokens": "embedding", "weights": "int8", "copies": 2},
+        {"directions": 2, "hidden": 64, "shared": (8, 1)},
+        {"shared": (40, 40), "soft": ("o", "z")},  # one row for all
+    )
+] + [{"cell": "lstm", "shared": (3, 1), "proj": 11, "copies": 2, "weights": "int8"}]
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(v) for v in case.values()))
 
 # A network of every kernel and every way through it, for sanitizers, fuzzers, instruction sets and the emulator.
@@ -188,6 +207,8 @@ CHAINS: dict[str, Callable[[], Network]] = {
     "gru_output": lambda: network_of("gru_output", copies=2, hidden=130),
     "gru_output_bytes": lambda: network_of("gru_output", weights="int8", hidden=130),
     "gru_bytes": lambda: network_of("gru", weights="int8", hidden=130),
+    "shared": lambda: network_of("lstm", copies=2, weights="int8", hidden=130, shared=(8, 8)),
+    "shared words": lambda: network_of("gru_output", tokens="embedding", copies=2, hidden=130, shared=(8, 1)),
     "kinds": lambda: network_of("lstm_peephole", tokens="embedding", copies=2, soft=("f",), clips=CLIPS),
     "coupled": lambda: network_of("lstm_coupled", directions=2, proj=11),
     "mixed": mixed_translator,
@@ -234,6 +255,7 @@ def fuzzed() -> list[Network]:
     """Small networks that a fuzzer starts from, one or more for each way of laying weights out: scripts/check_native.sh."""
     return [
         network_of("lstm", hidden=5, tokens="embedding", copies=2), network_of("lstm", hidden=5, proj=3, weights="int8"),
+        network_of("lstm", hidden=5, shared=(2, 2), weights="int8"), network_of("gru_output", hidden=5, shared=(2, 1), tokens="embedding"),
         network_of("gru", hidden=5, tokens="one_hot"), network_of("gru_output", hidden=5, weights="int8"),
         network_of("lstm_peephole", hidden=5, clips=CLIPS), network_of("lstm_coupled", hidden=5, directions=2, readout="mean"),
         network_of("lstm_peephole_full", hidden=5), network_of("rnn", hidden=5), network_of("rnn_minimal", hidden=5, copies=2),

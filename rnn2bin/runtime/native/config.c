@@ -133,18 +133,29 @@ static int read_kind(const json *found, layer_config *layer, const char *where) 
   return 0;
 }
 
+/* Whether the units of a layer may share rows of gates, as it says they do. */
+static int check_sharing(const layer_config *layer, const char *where) {
+  if (layer->shared == 1 && layer->shared_inputs == 1) return 0;
+  if (in_blocks(layer) || layer->kind->peepholes == PEEPHOLES_FULL) return fail("config.json: %s: its units cannot share rows of gates", where);
+  if ((layer->shared_inputs != 1 && layer->shared_inputs != layer->shared) || rows_of_gate(layer, layer->shared) > MOST_SHARED_ROWS)
+    return fail("config.json: %s: shared_inputs must be 1 or as shared, and a gate has at most %d rows", where, MOST_SHARED_ROWS);
+  return 0;
+}
+
 static int read_layer(const json *found, layer_config *layer, const char *where) {
   const json *phi = json_get(found, "activation"), *hard = json_get(found, "hard_sigmoid");
   layer->hard_sigmoid = hard && !(hard->kind == JSON_NUMBER && is_zero(hard));
-  layer->copies = layer->depth = 1; /* directories from before there were any do not say so */
+  layer->copies = layer->depth = layer->shared = layer->shared_inputs = 1; /* directories from before there were any do not say so */
   if (size_of(found, "input_size", 1, MOST_SIZE, &layer->input, where) ||
       size_of(found, "hidden_size", 1, MOST_SIZE, &layer->hidden, where) ||
       size_of(found, "directions", 1, 2, &layer->directions, where) ||
       size_of(found, "proj_size", 0, MOST_SIZE, &layer->projection, where) ||
       (json_get(found, "copies") && size_of(found, "copies", 1, MOST_COPIES, &layer->copies, where)) ||
+      (json_get(found, "shared") && size_of(found, "shared", 1, MOST_SIZE, &layer->shared, where)) ||
+      (json_get(found, "shared_inputs") && size_of(found, "shared_inputs", 1, MOST_SIZE, &layer->shared_inputs, where)) ||
       (json_get(found, "depth") && size_of(found, "depth", 1, MOST_DEPTH, &layer->depth, where)))
     return -1;
-  if (read_kind(found, layer, where)) return -1;
+  if (read_kind(found, layer, where) || check_sharing(layer, where)) return -1;
   layer->relu = phi && json_is(phi, "relu") && layer->step == STEP_RNN && layer->kind->variant == RNN_VANILLA;
   if (phi && !json_is(phi, "tanh") && !layer->relu)
     return fail("config.json: %s: cells with another activation than tanh run on the torch backend", where);
@@ -182,12 +193,20 @@ static int read_embedding(const json *found, section_config *section) {
   return 0;
 }
 
+/* Of tokens a table holds every unit's share. */
+static int reads_tokens(section_config *section, int index) {
+  layer_config *layer = &section->layer[index];
+  if (layer->shared_inputs > 1) return fail("config.json: %s.layers.%d: shared_inputs must be 1 where tokens are read", section->name, index);
+  layer->tokens = true;
+  return 0;
+}
+
 /* What a token is looked up as. */
 static int width_of_tokens(const section_config *section) { return section->embedding ? section->embedding : section->vocabulary; }
 
 /* Parts must join: each reads what the one before it writes. */
 static int check_widths(section_config *section) {
-  section->layer[0].tokens = section->vocabulary > 0;
+  if (section->vocabulary && reads_tokens(section, 0)) return -1;
   int width = section->vocabulary ? width_of_tokens(section) : section->layer[0].input;
   for (int k = 0; k < section->layers; k++) {
     const layer_config *layer = &section->layer[k];
@@ -232,7 +251,7 @@ static int read_token_layers(const json *found, section_config *section) {
       return fail("config.json: %s: token_layers names a layer that there is not, or one twice, or there is no embedding", section->name);
     if (section->layer[index].input != width_of_tokens(section))
       return fail("config.json: %s.layers.%d reads %d values but receives %d", section->name, (int)index, section->layer[index].input, width_of_tokens(section));
-    section->layer[index].tokens = true;
+    if (reads_tokens(section, (int)index)) return -1;
   }
   return 0;
 }

@@ -5,7 +5,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-enum { FORMAT_VERSION = 1, MOST_LAYERS = 64, MOST_LINEAR = 16, MOST_DEPTH = 9, MOST_GATES = 112, MOST_SIZE = 1 << 20, MOST_COPIES = 64 };
+enum { FORMAT_VERSION = 1, MOST_LAYERS = 64, MOST_LINEAR = 16, MOST_DEPTH = 9, MOST_GATES = 112, MOST_SIZE = 1 << 20, MOST_COPIES = 64,
+       MOST_SHARED_ROWS = 2048 /* that a unit may choose from: whole numbers up to there are exact in fp16 */ };
 
 typedef enum { STEP_LSTM, STEP_GRU, STEP_LSTM_KINDS, STEP_RNN, STEP_MEMORY, STEP_HIGHWAY, STEP_FEEDBACK, STEPS } step_kind; /* which of the kernels takes a layer's steps */
 enum { RNN_VANILLA, RNN_MINIMAL, RNN_RESIDUAL }; /* variants of STEP_RNN */
@@ -39,6 +40,7 @@ typedef struct {
   bool wide_pre;                    /* states have room for pre-activations of every copy: of this layer, or the decoder's */
   float clip, cell_clip, proj_clip; /* INFINITY: nothing is clipped */
   int input, hidden, directions, projection, copies, depth; /* projection 0: none */
+  int shared, shared_inputs; /* units that read one row of a gate's weights, of the state and of the input */
   int gates, unit_gates, recurrent, width; /* unit_gates: they stand before those that decide for all units; recurrent: what others read of one
                                               direction; width = copies * hidden */
   int state[3];                            /* sizes of h, c, r; 0: there is none */
@@ -81,5 +83,8 @@ bool gate_learns(const layer_config *layer, int gate, int side);
 static inline bool writes_pre(const layer_config *layer) { return layer->step >= STEP_LSTM_KINDS; }
 /* Whether its matrices are blocks of their own, each of as many rows as there are units: kernels/blocks.h. */
 static inline bool in_blocks(const layer_config *layer) { return layer->step >= STEP_RNN; }
+
+/* Rows of a gate's weights where so many units share one. */
+static inline int rows_of_gate(const layer_config *layer, int shared) { return (layer->hidden + shared - 1) / shared; }
 
 #endif

@@ -205,16 +205,33 @@ typedef struct {
 } sources;
 
 static int find_weights(loader *l, const layer_config *y, const char *prefix, sources *found) {
-  int rows = y->gates * y->hidden;
+  int of_input = y->gates * rows_of_gate(y, y->shared_inputs), of_state = y->gates * rows_of_gate(y, y->shared);
   *found = (sources){
-      .gates = {{find(l, rows, y->input, "%s.gates.weight_ih", prefix), y->input, NULL},
-                {find(l, rows, y->recurrent, "%s.gates.weight_hh", prefix), y->recurrent, NULL}},
+      .gates = {{find(l, of_input, y->input, "%s.gates.weight_ih", prefix), y->input, NULL},
+                {find(l, of_state, y->recurrent, "%s.gates.weight_hh", prefix), y->recurrent, NULL}},
       .candidate = {{find(l, y->hidden, y->input, "%s.candidate.weight_ih", prefix), y->input, NULL},
                     {find(l, y->hidden, y->recurrent, "%s.candidate.weight_hh", prefix), y->recurrent, NULL}},
       .projection = {y->projection ? find(l, y->projection, y->hidden, "%s.projection.weight", prefix) : NULL, y->hidden, NULL},
   };
   bool all = found->gates[0].data && found->gates[1].data && found->candidate[0].data && found->candidate[1].data;
   return all && (!y->projection || found->projection.data) ? 0 : -1;
+}
+
+/* Which rows of gates units share: whole numbers, each gate's own from 0. */
+static int load_sharing(loader *l, cell *c, const char *prefix) {
+  const layer_config *y = c->layer;
+  int count = y->gates * y->hidden, rows = rows_of_gate(y, y->shared);
+  size_t wide = (size_t)count, room = (size_t)padded(count, LINE);
+  if (y->shared == 1) return 0;
+  const uint8_t *chosen = find(l, count, 0, "%s.gates.row", prefix);
+  if (!chosen || !(c->row_scale = floats(l, find(l, count, 0, "%s.gates.scale", prefix), wide, room))) return -1;
+  if (!(c->row = model_allocate(l->model, room * sizeof *c->row))) return -1;
+  for (int k = 0; k < count; k++) {
+    float row = half_to_float(half_at(chosen, (size_t)k));
+    if (!(row >= 0.0f && row < (float)rows && row == (float)(int)row)) return fail("model.safetensors: %s.gates.row: unit %d reads no row of %d", prefix, k, rows);
+    c->row[k] = k / y->hidden * rows + (int)row;
+  }
+  return 0;
 }
 
 static int load_vectors(loader *l, cell *c, const char *prefix) {
@@ -311,20 +328,32 @@ static bool folds(const section *s, const cell *c) {
   return (products <= MOST_FOLDED_PRODUCTS || vocabulary <= FEW_TOKENS) && rows * vocabulary * sizeof(float) <= MOST_TABLE_BYTES;
 }
 
+static int lay_out_whole(r2b_model *model, matrix *m, int rows, const part *from) {
+  part whole = *from;
+  grid grid;
+  if (find_grid(model, &whole, 1, rows, &grid) || new_matrix(model, m, rows, whole.cols, &grid) || to_bytes(&whole, rows, &grid)) return -1;
+  lay_out(m, &whole, 0);
+  free(whole.bytes);
+  return 0;
+}
+
 /* All matrices of a cell but the projection: the input's columns, where there are any, then the recurrent ones. */
 static int lay_out_cell(r2b_model *model, cell *c, sources *from) {
   const layer_config *y = c->layer;
-  int rows = y->gates * y->hidden, cols = c->inputs + y->recurrent, skipped = c->inputs ? 0 : 1;
+  int rows = y->gates * rows_of_gate(y, y->shared), cols = c->inputs + y->recurrent, skipped = c->inputs ? 0 : 1;
+  bool apart = c->inputs && y->shared_inputs != y->shared; /* columns of the input in `gates` are then never read */
+  int first_gates = apart ? 1 : skipped;
   grid gates, candidate;
-  if (find_grid(model, from->gates + skipped, 2 - skipped, rows, &gates) ||
+  if ((apart && lay_out_whole(model, &c->gates_in, y->gates * y->hidden, &from->gates[0])) ||
+      find_grid(model, from->gates + first_gates, 2 - first_gates, rows, &gates) ||
       find_grid(model, from->candidate + skipped, 2 - skipped, y->hidden, &candidate) || new_matrix(model, &c->gates, rows, cols, &gates) ||
       new_matrix(model, &c->candidate, y->hidden, cols, &candidate) ||
       new_row_matrix(model, &c->candidate_by_row, y->hidden, cols, &candidate))
     return -1;
   for (int k = skipped; k < 2; k++) {
     int first = k ? c->inputs : 0;
-    if (to_bytes(&from->gates[k], rows, &gates) || to_bytes(&from->candidate[k], y->hidden, &candidate)) return -1;
-    lay_out(&c->gates, &from->gates[k], first);
+    if ((k >= first_gates && to_bytes(&from->gates[k], rows, &gates)) || to_bytes(&from->candidate[k], y->hidden, &candidate)) return -1;
+    if (k >= first_gates) lay_out(&c->gates, &from->gates[k], first);
     lay_out(&c->candidate, &from->candidate[k], first);
     lay_out_rows(&c->candidate_by_row, y->hidden, &from->candidate[k], first);
   }
@@ -417,7 +446,7 @@ static bool is_wanted(const r2b_model *model, const cell *c) {
 }
 
 static bool screens(const r2b_model *model, const cell *c) {
-  bool all = is_wanted(model, c) && !c->layer->kind->peepholes && !in_blocks(c->layer) && model->kernels->screens && c->gates.cols <= MOST_SCREENED;
+  bool all = is_wanted(model, c) && !c->row && !c->layer->kind->peepholes && !in_blocks(c->layer) && model->kernels->screens && c->gates.cols <= MOST_SCREENED;
   for (int g = 0; g < c->layer->gates; g++) all &= c->binary[g];
   return all;
 }
@@ -428,15 +457,6 @@ static int load_screen(loader *l, cell *c, const sources *from) {
   if (c->inputs) lay_out_rows(&c->gates_by_row, rows, &from->gates[0], 0);
   lay_out_rows(&c->gates_by_row, rows, &from->gates[1], c->inputs);
   return make_screen(l->model, c);
-}
-
-static int lay_out_whole(r2b_model *model, matrix *m, int rows, const part *from) {
-  part whole = *from;
-  grid grid;
-  if (find_grid(model, &whole, 1, rows, &grid) || new_matrix(model, m, rows, whole.cols, &grid) || to_bytes(&whole, rows, &grid)) return -1;
-  lay_out(m, &whole, 0);
-  free(whole.bytes);
-  return 0;
 }
 
 /* Where a block's columns come from: `rows` rows of a tensor from `row` on for the input, and of another for the state. */
@@ -627,7 +647,7 @@ static int load_cell(loader *l, section *s, int index, int direction) {
   c->binary = y->binary[direction];
   c->gate_rows = padded(y->gates * y->hidden, LINE);
   c->candidate_rows = padded(y->hidden, LINE);
-  if (load_vectors(l, c, prefix) || load_levels(l, c, prefix)) return -1;
+  if (load_vectors(l, c, prefix) || load_sharing(l, c, prefix) || load_levels(l, c, prefix)) return -1;
   if (!in_blocks(y) && load_whole(l, s, c, prefix)) return -1;
   return load_blocks(l, s, c, prefix);
 }

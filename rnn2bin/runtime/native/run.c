@@ -58,7 +58,7 @@ static void make_in_advance(r2b_state *s, const call *c, const cell *cell) {
     if (is_real(c, k / s->batch, k % s->batch))
       s->product_rows[rows++] =
           (product_row){&s->active[k], 0, s->active[k].inputs, s->model->zeros, s->products + (size_t)k * (size_t)s->model->longest};
-  s->model->kernels->product(&cell->gates, s->product_rows, rows, &s->counters);
+  s->model->kernels->product(cell->gates_in.weights ? &cell->gates_in : &cell->gates, s->product_rows, rows, &s->counters);
 }
 
 /* The rows of the batch that take step `step` of the chunk, with where in the chunk each is: a backward direction begins at its end. */

@@ -51,7 +51,7 @@ static void carve_columns(arena *a, columns *to, const r2b_model *model) {
 
 static void carve_scratch(arena *a, scratch *to, const r2b_model *model) {
   size_t hidden = (size_t)model->most_hidden, longest = (size_t)model->longest;
-  to->gates = carve_floats(a, (size_t)model->most_values);
+  to->gates = carve_floats(a, (size_t)model->most_values + SLACK);
   to->candidate = carve_floats(a, hidden);
   to->recurrent = carve_floats(a, hidden);
   to->spare = carve_floats(a, longest > hidden ? longest : hidden);

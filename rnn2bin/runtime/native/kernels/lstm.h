@@ -51,6 +51,29 @@ static void lstm_finish(const cell *cell, step_row *row, scratch *work) {
   if (layer->projection) lstm_project(cell, h, row, work);
 }
 
+/* Products of rows that units share, one sequence at a time: few rows, which stay in the nearest cache. What the input adds to every unit by
+ * itself, from a table or a matrix of its own, joins behind them. */
+static void shared_products(const cell *cell, step_row *row, const product_row *one, scratch *work) {
+  int count = cell->layer->gates * cell->layer->hidden;
+  bool apart = cell->table || cell->gates_in.weights;
+  float *out = one->out, *shared = work->spare;
+  product_row few = {one->active, apart ? row->active.inputs : one->from, one->to, apart ? work->zeros : one->init, shared};
+  whole_product(&cell->gates, &few, 1, work->counters);
+  const float *base = one->init;
+  if (cell->gates_in.weights && one->from < row->active.inputs) {
+    int32_t kept[AHEAD], *behind = one->active->index + row->active.inputs; /* what a product looks at in advance is written there */
+    memcpy(kept, behind, sizeof kept);
+    product_row own = {one->active, 0, row->active.inputs, work->zeros, out};
+    whole_product(&cell->gates_in, &own, 1, work->counters);
+    memcpy(behind, kept, sizeof kept);
+    base = out;
+  }
+  if (!apart) base = work->zeros;
+  float *picked = work->gates; /* (G, width): nothing is decided yet */
+  for (int j = 0; j < count; j++) picked[j] = shared[cell->row[j]];
+  for (int j = 0; j < count; j += LANES) v_store(out + j, v_fma(v_load(cell->row_scale + j), v_load(picked + j), v_load(base + j)));
+}
+
 /* Pre-activations of all gates, less their biases; where they are screened, numbers of the same sign to each threshold. */
 static void gate_products(const cell *cell, step_row *rows, product_row *products, int count, scratch *work) {
   for (int b = 0; b < count; b++) {
@@ -62,7 +85,8 @@ static void gate_products(const cell *cell, step_row *rows, product_row *product
   for (int b = 0; cell->screen.planes && b < count; b++) screen_gates(cell, &rows[b], &products[b], work);
   if (cell->screen.planes) return;
 #endif
-  whole_product(&cell->gates, products, count, work->counters);
+  for (int b = 0; cell->row && b < count; b++) shared_products(cell, &rows[b], &products[b], work);
+  if (!cell->row) whole_product(&cell->gates, products, count, work->counters);
 }
 
 static void lstm(const cell *cell, step_row *rows, product_row *products, int count, scratch *work) {
