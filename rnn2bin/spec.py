@@ -455,6 +455,11 @@ def check(spec: RnnSpec) -> None:
                 reasons.append(f"{name}.layers.{index}: what is clipped is clipped to a positive number, or 0 where nothing is")
             if layer.activation not in CELL_ACTIVATIONS or not 0 <= layer.hard_sigmoid < 100:
                 reasons.append(f"{name}.layers.{index}: unknown activation {layer.activation!r} or hard sigmoid {layer.hard_sigmoid!r}")
+        reasons += [
+            f"{name}.layers.{index}: reads tokens, of which a table holds every unit's share: shared_inputs must be 1"
+            for index in section.token_layers
+            if index < len(section.layers) and section.layers[index].shared_inputs > 1
+        ]
         if section.graph:
             reasons += [f"{name}.graph: {reason}" for reason in _graph_reasons(section)]
             continue
@@ -497,7 +502,9 @@ def _layer_reasons(layer: LayerSpec) -> list[str]:
     if layer.shared > 1 and not kind.may_share:
         reasons.append(f"{layer.cell}: its units cannot share rows of gates")
     if layer.shared_inputs not in (1, layer.shared) or (layer.shared > 1 and layer.gate_rows(layer.shared) > MOST_ROWS):
-        reasons.append(f"{layer.shared} and {layer.shared_inputs} units share rows of gates: wanted the same or 1, and {MOST_ROWS} rows at most")
+        reasons.append(
+            f"{layer.shared} and {layer.shared_inputs} units share rows of gates: wanted the same or 1, and {MOST_ROWS} rows at most"
+        )
     if layer.copies > 1 and not kind.unit_gates:
         reasons.append(f"{layer.cell} has no gate of which a unit could have copies")
     return reasons

@@ -50,9 +50,7 @@ def of_recipe(teacher: Network, recipe: Recipe) -> Network:
     return student(teacher, recipe.gates, weights=recipe.pack.weights, output=recipe.output_gate, share=recipe.share)
 
 
-def student(
-    teacher: Network, gates: Gates, *, weights: str = "fp16", output: bool = False, share: int | Literal["auto"] = 1
-) -> Network:
+def student(teacher: Network, gates: Gates, *, weights: str = "fp16", output: bool = False, share: int | Literal["auto"] = 1) -> Network:
     """A trainable copy of the teacher whose gates are binary by `gates`; levels start strict, so that soft gates at temperature and slope 1
     compute exactly the teacher, with any number of copies (with `weights: int8` but for their rounding).
 

@@ -31,6 +31,10 @@ CASES = {
     "gru-copies": {"cell": "gru", "copies": 2},
     "gru-copies-bi": {"cell": "gru", "copies": 3, "directions": 2},
     "gru_reset_before-copies": {"cell": "gru_reset_before", "copies": 2},
+    "lstm-shared": {"cell": "lstm", "shared": 2, "copies": 2},
+    "lstm-shared-projection-bi": {"cell": "lstm", "shared": 3, "proj_size": 3, "directions": 2},
+    "gru-shared": {"cell": "gru", "shared": 2},
+    "gru_output-shared-copies": {"cell": "gru_output", "shared": 5, "copies": 2},
     "lstm_peephole": {"cell": "lstm_peephole"},
     "lstm_peephole-projection-copies": {"cell": "lstm_peephole", "proj_size": 3, "copies": 2},
     "lstm_coupled-bi": {"cell": "lstm_coupled", "directions": 2},
@@ -45,13 +49,14 @@ def network_of(
     directions: int = 1,
     proj_size: int = 0,
     copies: int = 1,
+    shared: int = 1,
     tokens: bool = False,
     soft: int | None = None,
     readout: str = "all",
 ) -> Network:
     """Two layers and two linear ones; `soft`: the gate left a sigmoid."""
-    first = LayerSpec(cell, I, H, directions, proj_size, copies)
-    second = LayerSpec(cell, first.output_size, H, directions, proj_size, copies)
+    first = LayerSpec(cell, I, H, directions, proj_size, copies, shared=shared, shared_inputs=1 if tokens else shared)
+    second = LayerSpec(cell, first.output_size, H, directions, proj_size, copies, shared=shared, shared_inputs=shared)
     head = (LinearSpec(second.output_size, 4, activation="relu"), LinearSpec(4, 2))
     spec = RnnSpec({"main": SectionSpec((first, second), EmbeddingSpec(6, I) if tokens else None, head, readout)})
     plan = {name: tuple(k != soft for k in range(len(layer.kind.gates))) for name, layer in spec.cell_names()}
@@ -114,12 +119,14 @@ def brute_force(network: Network, out: Any, lengths: torch.Tensor | None) -> dic
                     moves = lambda j, c, one=one, binary=binary: not binary[1] or not one(1, j, c)
                     keeps = lambda j, n=n, moves=moves: not any(moves(j, c) for c in range(n))
                     looks = lambda j, n=n, moves=moves, one=one: any(moves(j, c) and one(0, j, c) for c in range(n))
+                    # Of a gate's H rows that a float network reads, as many are there as units share them in.
+                    own, asked = layer.gate_rows(layer.shared), layer.gate_rows(layer.shared_inputs)
                     admits = [bit(0, j) if lstm else not keeps(j) for j in range(H)]
                     total["rows"] += sum(admits)
                     total["rows_dense"] += H
                     for k in range(layer.input_size if below is not None else 0):
                         for row in range(len(binary) * H):
-                            count(bool(below[at, b, k] != 0), added=layer.cell == "gru_output" and row >= o * H)
+                            count(bool(below[at, b, k] != 0) and row % H < asked, added=layer.cell == "gru_output" and row >= o * H)
                         for j in range(H):
                             count(admits[j] and bool(below[at, b, k] != 0))
                     for k in range(layer.recurrent_size):
@@ -128,7 +135,7 @@ def brute_force(network: Network, out: Any, lengths: torch.Tensor | None) -> dic
                         else:
                             there = t > 0
                         for row in range(len(binary) * H):
-                            count(there, recurrent=True, added=layer.cell == "gru_output" and row >= o * H)
+                            count(there and row % H < own, recurrent=True, added=layer.cell == "gru_output" and row >= o * H)
                         for j in range(H):
                             reads = True if lstm else looks(j) if layer.cell in ("gru", "gru_output") else bit(0, k)
                             count(admits[j] and there and reads, recurrent=True)

@@ -54,7 +54,9 @@ def filled(
         for k, (name, cell) in enumerate(network.cells().items()):
             if cell.layer.shared > 1:
                 rows = cell.layer.gate_rows(cell.layer.shared)
-                chosen = torch.randint(rows, (len(cell.binary) * cell.layer.hidden_size,), generator=torch.Generator().manual_seed(seed + k))
+                chosen = torch.randint(
+                    rows, (len(cell.binary) * cell.layer.hidden_size,), generator=torch.Generator().manual_seed(seed + k)
+                )
                 cell.tensor("gates.row").copy_(chosen)
     if weights == "int8":
         network.round_weights()

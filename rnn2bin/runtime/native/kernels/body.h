@@ -6,6 +6,16 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+static inline int list_plain(const float *values, int n, int offset, int32_t *index, float *value) {
+  int found = 0;
+  for (int j = 0; j < n; j++) {
+    index[found] = offset + j;
+    value[found] = values[j];
+    found += values[j] != 0.0f;
+  }
+  return found;
+}
+
 #include VECTORS
 
 #include "list.h"

@@ -5,16 +5,6 @@ INLINE V v_weights(const uint8_t *p, const int size) {
 
 /* Lists without branches: of columns that are not zero, of units whose bit is set. */
 
-static inline int list_plain(const float *values, int n, int offset, int32_t *index, float *value) {
-  int found = 0;
-  for (int j = 0; j < n; j++) {
-    index[found] = offset + j;
-    value[found] = values[j];
-    found += values[j] != 0.0f;
-  }
-  return found;
-}
-
 /* The numbers of set bits, `first` added; up to a GROUP of places are written. */
 static inline void put_units_plain(int32_t *to, int first, unsigned bits) {
   int count = 0;
