@@ -365,7 +365,7 @@ class Gates(Closed):
     )
     share: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
         "auto",
-        description="units that read one row of a gate's weights together, each times a scale and against thresholds of its own: gates read "
+        description="units that read one row of a gate's weights together, each times a scale and against its own thresholds: gates read "
         "so many times fewer weights. auto: 8, fewer in layers of less than 128 units, with a density budget or a price; else 1",
     )
     output: bool | Literal["auto"] = Field(

@@ -1,8 +1,8 @@
-"""Units that share rows of gates: a gate's weights are a few rows, and every unit reads one of them, times a scale, against its own thresholds.
+"""Units that share rows of gates: a gate's weights are a few rows; a unit reads one of them, times a scale, against its own thresholds.
 
 A bit is the sign of a product, which many units can agree on up to sign and threshold. So the rows of a teacher's gate are put in clusters
-by direction, a line each (k-means on lines). What is shared is where
-training begins, which goes on with rows, scales and thresholds. docs/decisions/032-shared-rows.md has what it gains.
+by direction (k-means on lines through 0). Training goes on from there with rows, scales and thresholds; who reads which stays as it is.
+docs/decisions/032-shared-rows.md has what it gains.
 """
 
 from __future__ import annotations

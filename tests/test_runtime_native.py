@@ -51,7 +51,7 @@ def filled(
                 p.copy_(low + 0.4 * torch.rand(p.shape, generator=generator))
             else:
                 p.copy_(torch.randn(p.shape, generator=generator) * scale)
-        for k, (name, cell) in enumerate(network.cells().items()):
+        for k, cell in enumerate(network.cells().values()):
             if cell.layer.shared > 1:
                 rows = cell.layer.gate_rows(cell.layer.shared)
                 chosen = torch.randint(

@@ -126,7 +126,7 @@ def test_by_itself_with_a_budget_and_not_in_small_layers():
 
 def test_cells_that_cannot_share():
     teacher = teacher_of(network_of(LayerSpec("rnn_minimal", 4, 6)))
-    with pytest.raises(RecipeError, match="gates.share"):
+    with pytest.raises(RecipeError, match=r"gates\.share"):
         student.student(teacher, Gates(), share=2)
     assert student.student(teacher, Gates(), share="auto").spec.main.layers[0].shared == 1
 
