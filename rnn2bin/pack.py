@@ -139,7 +139,18 @@ def read_network(path: Path, config: dict[str, Any]) -> Network:
     weights = read_weights(path, _claimed(path, config))
     network = build(config)
     network.load_state_dict(weights)
+    _check_rows(path, network)
     return network
+
+
+def _check_rows(path: Path, network: Network) -> None:
+    """Units read rows of gates that there are."""
+    for prefix, cell in network.cells().items():
+        if (shared := cell.layer.shared) == 1:
+            continue
+        row, rows = cell.tensor("gates.row"), cell.layer.gate_rows(shared)
+        if not bool(((row >= 0) & (row < rows) & (row == row.floor())).all()):
+            raise UnsupportedError(f"{path / WEIGHTS}: {prefix}.gates.row: a unit reads no row of {rows}")
 
 
 def read_around(path: Path, config: dict[str, Any]) -> Network:

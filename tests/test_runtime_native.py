@@ -667,6 +667,38 @@ def test_bad_graphs_are_named(name, tmp_path):
     assert_refused(change, packed(graph_network(), tmp_path), message)
 
 
+def with_row(value: float) -> Callable[[Path], None]:
+    """The row that the third unit of the second layer reads."""
+
+    def change(h: dict[str, Any], d: bytes) -> bytes:
+        at = h["main.layers.1.fwd.gates.row"]["data_offsets"][0] + 4
+        return joined(h, d[:at] + struct.pack("<e", value) + d[at + 2 :])
+
+    return edit_weights(change)
+
+
+BAD_SHARING = {
+    "no such row": (with_row(10), r"gates\.row: a unit reads no row of 10"),
+    "half a row": (with_row(1.5), r"gates\.row: a unit reads no row of 10"),
+    "a row before": (with_row(-1), r"gates\.row: a unit reads no row of 10"),
+    "another share": (first_layer(shared=2, shared_inputs=2), "shape"),
+    "one share and another": (first_layer(shared_inputs=3), "share"),
+    "no share": (first_layer(shared=0), "shared|out of range"),
+    "a cell that cannot": (first_layer(cell="lstm_peephole_full"), "share"),
+}
+
+
+@built
+@pytest.mark.parametrize("name", BAD_SHARING)
+def test_rows_that_are_not_there_are_named(name, tmp_path):
+    change, message = BAD_SHARING[name]
+    folder = packed(network_of("lstm", shared=(4, 4)), tmp_path)
+    change(folder)
+    for backend in ("torch", "native"):
+        with pytest.raises(UnsupportedError, match=message):
+            runtime.load(folder, backend=backend)
+
+
 def token_graph() -> Network:
     """Tokens -> a layer that looks them up -> linear."""
     nodes = (Node("Recurrent", ("tokens",), ("h",), {"layer": 0}), Node("MatMul", ("h", "out"), ("y",)))

@@ -85,7 +85,7 @@ typedef struct {
   int gate_rows, candidate_rows; /* padded */
   matrix gates, candidate, projection;
   matrix gates_in;              /* of the input, a row for every unit, where `gates` has rows that units share and this has not; else empty */
-  int32_t *row;                 /* (G, H): which row of `gates` a unit reads, and what times; NULL where each has its own */
+  int32_t *row;                 /* (G, H): which of its gate's rows a unit reads, and what times; NULL where each has its own */
   float *row_scale;
   row_matrix candidate_by_row, gates_by_row; /* gates_by_row where they are screened */
   screen screen;

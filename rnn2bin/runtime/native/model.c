@@ -221,15 +221,15 @@ static int find_weights(loader *l, const layer_config *y, const char *prefix, so
 static int load_sharing(loader *l, cell *c, const char *prefix) {
   const layer_config *y = c->layer;
   int count = y->gates * y->hidden, rows = rows_of_gate(y, y->shared);
-  size_t wide = (size_t)count, room = (size_t)padded(count, LINE);
+  size_t wide = (size_t)count, room = (size_t)(padded(count, LINE) + SLACK);
   if (y->shared == 1) return 0;
   const uint8_t *chosen = find(l, count, 0, "%s.gates.row", prefix);
   if (!chosen || !(c->row_scale = floats(l, find(l, count, 0, "%s.gates.scale", prefix), wide, room))) return -1;
   if (!(c->row = model_allocate(l->model, room * sizeof *c->row))) return -1;
   for (int k = 0; k < count; k++) {
     float row = half_to_float(half_at(chosen, (size_t)k));
-    if (!(row >= 0.0f && row < (float)rows && row == (float)(int)row)) return fail("model.safetensors: %s.gates.row: unit %d reads no row of %d", prefix, k, rows);
-    c->row[k] = k / y->hidden * rows + (int)row;
+    if (!(row >= 0.0f && row < (float)rows && row == (float)(int)row)) return fail("model.safetensors: %s.gates.row: a unit reads no row of %d", prefix, rows);
+    c->row[k] = (int)row;
   }
   return 0;
 }

@@ -6,6 +6,10 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+static inline void pick_plain(const float *table, const int32_t *index, int n, float *to) {
+  for (int j = 0; j < n; j++) to[j] = table[index[j]];
+}
+
 static inline int list_plain(const float *values, int n, int offset, int32_t *index, float *value) {
   int found = 0;
   for (int j = 0; j < n; j++) {

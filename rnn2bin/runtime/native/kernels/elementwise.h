@@ -51,6 +51,21 @@ INLINE float tanh_of(float x) {
   return x * p / q;
 }
 
+/* tanh_of, of a vector. */
+INLINE V v_tanh(V x) {
+  const float most = 0x1.f9f09ep+2f;
+  x = v_most(v_all(-most), v_least(v_all(most), x));
+  V s = v_mul(x, x);
+  V p = v_fma(v_all(-0x1.ad014ep-28f), s, v_all(0x1.e4530ap-18f));
+  p = v_fma(p, s, v_all(0x1.625ae2p-9f));
+  p = v_fma(p, s, v_all(0x1.047d5ap-3f));
+  p = v_fma(p, s, v_all(0x1.fffffap-1f));
+  V q = v_fma(v_all(0x1.9e896ep-13f), s, v_all(0x1.76df20p-6f));
+  q = v_fma(q, s, v_all(0x1.d79396p-2f));
+  q = v_fma(q, s, v_all(1.0f));
+  return v_div(v_mul(x, p), q);
+}
+
 /* x in [-most, most]; NaN stays NaN. */
 INLINE float bounded(float x, float most) { return x > most ? most : x < -most ? -most : x; }
 

@@ -2,7 +2,7 @@
  * advance: no bit changes. Where weights are bytes, sums are taken in units of the row's grid; that is a power of two, so the bits are
  * those of the same weights in fp16. */
 
-enum { AT_ONCE = 4, VECTORS_A_LINE = LINE / LANES };
+enum { AT_ONCE = 4, SHORT = 64, VECTORS_A_LINE = LINE / LANES };
 
 /* `n` active columns of `rows` rows of a tile whose columns are `stride` apart: out = from + columns * values. Sums wait in `out`, which
  * stays in the first cache; each is loaded once for all n. The next ones' lines are fetched while these are added. */
@@ -40,7 +40,31 @@ static void add_rest(const uint8_t *tile, size_t stride, const columns *active, 
   }
 }
 
+/* The same for all active columns of few rows, whose sums stay in registers: of a low tile a column is a line or two, and there is little to
+ * do between loading sums and storing them. */
+INLINE void add_low(const uint8_t *tile, size_t stride, const product_row *row, const float *from, float *out, const int rows, const int size) {
+  enum { AT_MOST = SHORT / LANES };
+  V sum[AT_MOST];
+  const int32_t *index = row->active->index;
+  for (int v = 0; v < rows / LANES; v++) sum[v] = v_load(from + LANES * v);
+  for (int k = row->from; k < row->to; k++) {
+    const uint8_t *column = tile + (size_t)index[k] * stride;
+    V x = v_all(row->active->value[k]);
+    __builtin_prefetch((const void *)((uintptr_t)tile + (size_t)index[k + AHEAD / 2] * stride));
+    for (int v = 0; v < rows / LANES; v++) sum[v] = v_fma(v_weights(column + size * LANES * v, size), x, sum[v]);
+  }
+  for (int v = 0; v < rows / LANES; v++) v_store(out + LANES * v, sum[v]);
+}
+
 INLINE void add_all(const uint8_t *tile, size_t stride, const product_row *row, const float *from, float *out, int rows, const int size) {
+  if (rows == SHORT) {
+    add_low(tile, stride, row, from, out, SHORT, size);
+    return;
+  }
+  if (rows == LINE) {
+    add_low(tile, stride, row, from, out, LINE, size);
+    return;
+  }
   int k = row->from;
   for (; k + AT_ONCE <= row->to; k += AT_ONCE, from = out) add_columns(tile, stride, row->active, k, from, out, rows, AT_ONCE, size);
   if (k < row->to) add_rest(tile, stride, row->active, k, from, out, rows, row->to - k, size);

@@ -11,6 +11,16 @@ static inline V v_half(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si1
 static inline V v_byte(const int8_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p))); }
 static inline V v_mul(V a, V b) { return _mm256_mul_ps(a, b); }
 static inline V v_fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+static inline V v_add(V a, V b) { return _mm256_add_ps(a, b); }
+static inline V v_div(V a, V b) { return _mm256_div_ps(a, b); }
+static inline V v_least(V bound, V x) { return _mm256_min_ps(bound, x); }
+static inline V v_most(V bound, V x) { return _mm256_max_ps(bound, x); }
+
+typedef __m256 M;
+static inline M v_positive(V x) { return _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ); }
+static inline bool v_any(M m) { return _mm256_movemask_ps(m) != 0; }
+static inline V v_keep(M m, V x) { return _mm256_and_ps(m, x); }
+static inline V v_choose(M m, V yes, V no) { return _mm256_blendv_ps(no, yes, m); }
 
 
 static inline unsigned positive_avx2(const float *x, const float *y) {
@@ -48,6 +58,19 @@ static inline void put_units_avx2(int32_t *to, int first, unsigned bits) {
   _mm256_storeu_si256((__m256i *)(void *)(to + __builtin_popcount(low)), _mm256_add_epi32(places_of(high), _mm256_set1_epi32(first + 8)));
 }
 
+/* Of a table that four registers hold: shuffles, where a gather is a load for each. */
+static inline void pick_32(const float *table, const int32_t *index, int n, float *to) {
+  V a = v_load(table), b = v_load(table + 8), c = v_load(table + 16), d = v_load(table + 24);
+  for (int j = 0; j < n; j += 8) {
+    __m256i at = _mm256_loadu_si256((const __m256i *)(const void *)(index + j));
+    V eight = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)), sixteen = _mm256_castsi256_ps(_mm256_slli_epi32(at, 27));
+    V low = _mm256_blendv_ps(_mm256_permutevar8x32_ps(a, at), _mm256_permutevar8x32_ps(b, at), eight);
+    V high = _mm256_blendv_ps(_mm256_permutevar8x32_ps(c, at), _mm256_permutevar8x32_ps(d, at), eight);
+    v_store(to + j, _mm256_blendv_ps(low, high, sixteen));
+  }
+}
+
+#define PICK(table, size, index, n, to) ((size) <= 32 ? pick_32(table, index, n, to) : pick_plain(table, index, n, to))
 #define LIST_ALL(values, n, offset, index, value) list_avx2(values, n, offset, index, value)
 #define PUT_UNITS(to, first, bits) put_units_avx2(to, first, bits)
 #define POSITIVE(x, y) positive_avx2(x, y)

@@ -13,6 +13,16 @@ static inline V v_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_
 static inline V v_byte(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p))); }
 static inline V v_mul(V a, V b) { return _mm512_mul_ps(a, b); }
 static inline V v_fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+static inline V v_add(V a, V b) { return _mm512_add_ps(a, b); }
+static inline V v_div(V a, V b) { return _mm512_div_ps(a, b); }
+static inline V v_least(V bound, V x) { return _mm512_min_ps(bound, x); }
+static inline V v_most(V bound, V x) { return _mm512_max_ps(bound, x); }
+
+typedef __mmask16 M;
+static inline M v_positive(V x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ); }
+static inline bool v_any(M m) { return (_cvtmask16_u32(m) & 0xffffu) != 0; }
+static inline V v_keep(M m, V x) { return _mm512_maskz_mov_ps(m, x); }
+static inline V v_choose(M m, V yes, V no) { return _mm512_mask_blend_ps(m, no, yes); }
 #else
 typedef __m256 V;
 enum { LANES = 8 };
@@ -24,6 +34,16 @@ static inline V v_half(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si1
 static inline V v_byte(const int8_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p))); }
 static inline V v_mul(V a, V b) { return _mm256_mul_ps(a, b); }
 static inline V v_fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+static inline V v_add(V a, V b) { return _mm256_add_ps(a, b); }
+static inline V v_div(V a, V b) { return _mm256_div_ps(a, b); }
+static inline V v_least(V bound, V x) { return _mm256_min_ps(bound, x); }
+static inline V v_most(V bound, V x) { return _mm256_max_ps(bound, x); }
+
+typedef __mmask8 M;
+static inline M v_positive(V x) { return _mm256_cmp_ps_mask(x, _mm256_setzero_ps(), _CMP_GT_OQ); }
+static inline bool v_any(M m) { return (_cvtmask8_u32(m) & 0xffu) != 0; }
+static inline V v_keep(M m, V x) { return _mm256_maskz_mov_ps(m, x); }
+static inline V v_choose(M m, V yes, V no) { return _mm256_mask_blend_ps(m, no, yes); }
 #endif
 
 /* Compressed in registers and stored whole: a compressing store is microcode on Zen 4. */
@@ -53,6 +73,7 @@ static inline unsigned positive_wide(const float *x, const float *y) {
   return _cvtmask16_u32(_mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_GT_OQ)) & 0xffffu;
 }
 
+#define PICK(table, size, index, n, to) ((void)(size), pick_plain(table, index, n, to))
 #define LIST_ALL(values, n, offset, index, value) list_wide(values, n, offset, index, value)
 #define PUT_UNITS(to, first, bits) put_units_wide(to, first, bits)
 #define POSITIVE(x, y) positive_wide(x, y)

@@ -22,7 +22,20 @@ static inline V v_byte(const int8_t *p) {
 }
 static inline V v_mul(V a, V b) { return (V){vmulq_f32(a.a, b.a), vmulq_f32(a.b, b.b)}; }
 static inline V v_fma(V a, V b, V c) { return (V){vfmaq_f32(c.a, a.a, b.a), vfmaq_f32(c.b, a.b, b.b)}; }
+static inline V v_add(V a, V b) { return (V){vaddq_f32(a.a, b.a), vaddq_f32(a.b, b.b)}; }
+static inline V v_div(V a, V b) { return (V){vdivq_f32(a.a, b.a), vdivq_f32(a.b, b.b)}; }
+static inline V v_least(V bound, V x) { return (V){vminq_f32(bound.a, x.a), vminq_f32(bound.b, x.b)}; }
+static inline V v_most(V bound, V x) { return (V){vmaxq_f32(bound.a, x.a), vmaxq_f32(bound.b, x.b)}; }
 
+typedef struct {
+  uint32x4_t a, b;
+} M;
+static inline M v_positive(V x) { return (M){vcgtq_f32(x.a, vdupq_n_f32(0.0f)), vcgtq_f32(x.b, vdupq_n_f32(0.0f))}; }
+static inline bool v_any(M m) { return vmaxvq_u32(vorrq_u32(m.a, m.b)) != 0; }
+static inline V v_choose(M m, V yes, V no) { return (V){vbslq_f32(m.a, yes.a, no.a), vbslq_f32(m.b, yes.b, no.b)}; }
+static inline V v_keep(M m, V x) { return v_choose(m, x, v_all(0.0f)); }
+
+#define PICK(table, size, index, n, to) ((void)(size), pick_plain(table, index, n, to))
 #define LIST_ALL(values, n, offset, index, value) list_plain(values, n, offset, index, value)
 #define PUT_UNITS(to, first, bits) put_units_plain(to, first, bits)
 #define POSITIVE(x, y) positive_plain(x, y)
