@@ -438,15 +438,17 @@ class Loss(Closed):
     teacher: NotNegative = Field(0.9, description="weight of the loss against the teacher's outputs (KL for logits)")
     temperature: Positive = Field(1.0, description="softens the teacher's distribution")
     hidden: NotNegative | Literal["auto"] = Field(
-        "auto", description="match of every layer's output with the teacher's (mean squared error); auto: 20 for task match, else 0"
+        "auto",
+        description="match of every layer's output with the teacher's (mean squared error); auto: 20 for task match, 5 for transduce, else 0",
     )
     gate: NotNegative = Field(0.0, description="match of gate values with the teacher's (mean squared error)")
 
     def hidden_weight(self, task: str | None = None) -> float:
-        """`hidden` for a task. Where nothing but the outputs would teach, the layers below learn several times faster with it."""
+        """`hidden` for a task. Where nothing but the outputs would teach, or an encoder hears of its errors through its decoder alone, the
+        layers below learn faster with it (docs/decisions/005-anneal.md, 033-hidden-match.md)."""
         if self.hidden != "auto":
             return self.hidden
-        return 20.0 if task == "match" else 0.0
+        return {"match": 20.0, "transduce": 5.0}.get(task or "", 0.0)
 
 
 class Train(Closed):

@@ -374,7 +374,8 @@ def test_the_budget_counts_real_steps_and_binary_gates_only():
 
 
 @pytest.mark.parametrize(
-    ("given", "task", "weight"), [("auto", "match", 20.0), ("auto", "classify", 0.0), (3.0, "match", 3.0), (0.0, "match", 0.0)]
+    ("given", "task", "weight"),
+    [("auto", "match", 20.0), ("auto", "transduce", 5.0), ("auto", "classify", 0.0), (3.0, "match", 3.0), (0.0, "transduce", 0.0)],
 )
 def test_hidden_match_is_on_where_only_outputs_would_teach(given, task, weight):
     assert recipe_of(loss={"hidden": given}).loss.hidden_weight(task) == weight
