@@ -51,6 +51,9 @@ def student(spec: RnnSpec, *, levels: str = "learned", soft: str = "", seed: int
             else torch.randn(p.shape) * 0.5
         )
     for cell in network.cells().values():
+        if cell.layer.shared > 1:
+            row = cell.tensor("gates.row")
+            row.copy_(torch.randint(cell.layer.gate_rows(cell.layer.shared), row.shape))
         if open_only and levels == "learned":
             for k, gate in enumerate(cell.layer.kind.gate_names):
                 cell.levels.lo[k] = 0
@@ -112,6 +115,8 @@ NETWORKS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"cell": "gru_reset_before", "clip": 0.7}, {"soft": "r"}),
     ({"cell": "gru_output", "clip": 0.7, "copies": 3, "directions": 2}, {"soft": "r"}),
     ({"cell": "gru_output", "embedding": TOKENS, "head": "softmax"}, {"levels": "strict"}),
+    ({"cell": "lstm", "copies": 2, "shared": 4, "shared_inputs": 4, "directions": 2}, {}),
+    ({"cell": "gru_output", "copies": 3, "shared": 3}, {}),
 ]
 
 

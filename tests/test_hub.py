@@ -21,6 +21,7 @@ SPECS = {
         (LayerSpec("lstm", 3, 4), LayerSpec("gru", 4, 5)), EmbeddingSpec(7, 3), (LinearSpec(5, 7, activation="log_softmax"),)
     ),
     "floats": SectionSpec((LayerSpec("gru", 3, 4, 2),), None, (LinearSpec(8, 2),), "final"),
+    "shared": SectionSpec((LayerSpec("lstm", 3, 6, shared=3, shared_inputs=3),), None, (LinearSpec(6, 2),), "final"),
 }
 
 
@@ -33,6 +34,9 @@ def packed(folder: Path, name: str, *, levels: str = "learned") -> Path:
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.uniform_(-0.9, 0.9)
+        for cell in network.cells().values():
+            if (n := cell.layer.shared) > 1:
+                cell.tensor("gates.row").copy_(torch.arange(len(cell.tensor("gates.row"))) % cell.layer.gate_rows(n))
     network.project_levels()
     out = folder / name
     with pack.staging(out) as staged:

@@ -86,13 +86,16 @@ class _Graph(_Block):
     # --- tensors ---
 
     def weight(self, name: str, values: Tensor) -> str:
-        """fp16 in the file, float32 for who reads it. What is packed is fp16, so nothing is rounded here."""
+        """fp16 in the file, float32 for who reads it. What is packed is fp16, so nothing is rounded here; a row that units share, times the
+        scale of each, is written in float32."""
         from onnx import numpy_helper
 
         key = ("weight", name)
         if key not in self._known:
-            self.tensors.append(numpy_helper.from_array(values.detach().half().contiguous().numpy(), name))
-            self._known[key] = self.op("Cast", name, to=1)
+            half = values.detach().half()
+            exact = bool((half.float() == values).all())
+            self.tensors.append(numpy_helper.from_array((half if exact else values.detach()).contiguous().numpy(), name))
+            self._known[key] = self.op("Cast", name, to=1) if exact else name
         return self._known[key]
 
     def constant(self, values: Any, dtype: str = "int64") -> str:
