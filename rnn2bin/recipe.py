@@ -439,7 +439,7 @@ class Loss(Closed):
     temperature: Positive = Field(1.0, description="softens the teacher's distribution")
     hidden: NotNegative | Literal["auto"] = Field(
         "auto",
-        description="match of every layer's output with the teacher's (mean squared error); auto: 20 for task match, 5 for transduce, else 0",
+        description="match of every layer's output with the teacher's (mean squared error); auto: 20 for match, 5 for transduce, else 0",
     )
     gate: NotNegative = Field(0.0, description="match of gate values with the teacher's (mean squared error)")
 
