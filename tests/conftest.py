@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# A shell that starts the tests in the background has them ignore SIGINT, and all their children: what is tested is what a terminal sees.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VOCABULARY, EMBEDDED, WIDTH, HIDDEN, CLASSES = 11, 5, 3, 7, 4
 
