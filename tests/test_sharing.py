@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -58,18 +60,13 @@ def test_rows_of_zero_are_dealt_out():
     assert not centres.any()
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_as_many_rows_as_units_compute_what_the_teacher_does(cell):
-    """`with_shared_rows` for one unit a row, but in the shared form: directions are units' own, so nothing is lost."""
-    spec = network_of(LayerSpec(cell, 4, 6))
-    teacher = teacher_of(spec)
-    rows = teacher.cells()["main.layers.0.fwd"].tensor("gates.weight_hh")
-    found = [sharing.lines(rows[at : at + 6], 6) for at in range(0, len(rows), 6)]
-    made = torch.cat([centres[row.long()] * scale[:, None] for centres, row, scale in found])
-    # k-means may put two units on one line and leave another line unused: what is alone on its line is exact.
-    alone = torch.cat([torch.bincount(row.long(), minlength=6)[row.long()] == 1 for _, row, _ in found])
+def test_rows_alone_on_their_lines_are_exact():
+    rows = torch.randn(12, 7, generator=torch.Generator().manual_seed(2))
+    centres, row, scale = sharing.lines(rows, 8)
+    alone = torch.bincount(row.long(), minlength=8)[row.long()] == 1
     assert alone.any()
-    assert torch.allclose(made[alone], rows[alone], atol=1e-5)
+    assert not alone.all()
+    assert torch.allclose((centres[row.long()] * scale[:, None])[alone], rows[alone], atol=1e-5)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -84,7 +81,6 @@ def test_students_read_fewer_rows(cell, tokens):
     assert second.weights().gates_hh.shape == (gates * 10, 10)
     x = torch.randint(7, (5, 2)) if tokens else torch.randn(5, 2, 4)
     for mode in (Discretize("sigmoid"), made.natural_mode):
-        assert torch.equal(made(x, mode=mode, walk=walk).y.isfinite(), torch.ones(5, 2, 3, dtype=torch.bool))
         torch.testing.assert_close(made(x, mode=mode, walk=run_cell).y, made(x, mode=mode, walk=walk).y, atol=1e-5, rtol=1e-5)
 
 
@@ -131,6 +127,11 @@ def test_cells_that_cannot_share():
     assert student.student(teacher, Gates(), share="auto").spec.main.layers[0].shared == 1
 
 
+def test_a_module_keeps_its_rows():
+    with pytest.raises(RecipeError, match=r"gates\.share"):
+        rnn2bin.binarize(nn.LSTM(4, 6), recipe=Recipe(gates=Gates(share=2)))
+
+
 @pytest.mark.parametrize(
     "layer", [{"cell": "rnn", "shared": 2}, {"cell": "lstm", "shared": 4, "shared_inputs": 2}, {"cell": "lstm", "shared_inputs": 2}]
 )
@@ -166,6 +167,7 @@ def test_converts_with_a_budget_and_runs_everywhere(cell, tmp_path):
         }
     )
     result = rnn2bin.convert(tmp_path / "model.pt", recipe=recipe, data=tmp_path / "data.npz", out=tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["spec"]["sections"]["main"]["layers"][0]["shared"] == 4
     assert result.report["parity"]["flips_outside"] == 0
     torch_model, native_model = (rnn2bin.load(tmp_path / "out", backend=backend) for backend in ("torch", "native"))
     theirs, ours = torch_model(torch.from_numpy(x[:3].swapaxes(0, 1)))[0], native_model(torch.from_numpy(x[:3].swapaxes(0, 1)))[0]

@@ -291,6 +291,8 @@ def binarize(module: nn.Module, *, recipe: str | Path | Recipe = "anneal.yaml") 
     gates = recipe.gates if isinstance(recipe, Recipe) else recipe_yaml.read(recipe).gates
     if gates.copies not in (1, "auto"):
         raise RecipeError("gates.copies: the states a module passes on hold one value a unit; give 1, or convert the network from a file")
+    if gates.share not in (1, "auto"):
+        raise RecipeError("gates.share: a module's layers keep a row of weights for every unit; give 1, or convert the network from a file")
     if isinstance(recipe, Recipe) and recipe.budget.counts:
         raise RecipeError(
             "budget.density, budget.price: what a module's other parts read is not counted; give budget.open, or convert a file"

@@ -6,20 +6,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-static inline void pick_plain(const float *table, const int32_t *index, int n, float *to) {
-  for (int j = 0; j < n; j++) to[j] = table[index[j]];
-}
-
-static inline int list_plain(const float *values, int n, int offset, int32_t *index, float *value) {
-  int found = 0;
-  for (int j = 0; j < n; j++) {
-    index[found] = offset + j;
-    value[found] = values[j];
-    found += values[j] != 0.0f;
-  }
-  return found;
-}
-
+#include "plain.h"
 #include VECTORS
 
 #include "list.h"

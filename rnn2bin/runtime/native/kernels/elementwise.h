@@ -32,37 +32,27 @@ INLINE float exp_of(float x) {
 
 INLINE float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
-/* x P(x^2) / Q(x^2), the smallest largest relative error (2e-7, 5e-7 with float32's own) up to where tanh rounds to 1; found by
+/* tanh is x P(x^2) / Q(x^2), the smallest largest relative error (2e-7, 5e-7 with float32's own) up to where it rounds to 1; found by
  * linear programming (scripts/fit_tanh.py). NaN stays NaN. */
+static const float TANH_MOST = 0x1.f9f09ep+2f;
+static const float TANH_P[5] = {0x1.fffffap-1f, 0x1.047d5ap-3f, 0x1.625ae2p-9f, 0x1.e4530ap-18f, -0x1.ad014ep-28f};
+static const float TANH_Q[4] = {1.0f, 0x1.d79396p-2f, 0x1.76df20p-6f, 0x1.9e896ep-13f};
+
 INLINE float tanh_of(float x) {
-  const float most = 0x1.f9f09ep+2f;
-  x = x > most ? most : x;
-  x = x < -most ? -most : x;
-  float s = x * x;
-  float p = -0x1.ad014ep-28f;
-  p = p * s + 0x1.e4530ap-18f;
-  p = p * s + 0x1.625ae2p-9f;
-  p = p * s + 0x1.047d5ap-3f;
-  p = p * s + 0x1.fffffap-1f;
-  float q = 0x1.9e896ep-13f;
-  q = q * s + 0x1.76df20p-6f;
-  q = q * s + 0x1.d79396p-2f;
-  q = q * s + 1.0f;
+  x = x > TANH_MOST ? TANH_MOST : x;
+  x = x < -TANH_MOST ? -TANH_MOST : x;
+  float s = x * x, p = TANH_P[4], q = TANH_Q[3];
+  for (int k = 3; k >= 0; k--) p = p * s + TANH_P[k];
+  for (int k = 2; k >= 0; k--) q = q * s + TANH_Q[k];
   return x * p / q;
 }
 
-/* tanh_of, of a vector. */
+/* The same of a vector; of v_min and v_max a NaN in the second stays. */
 INLINE V v_tanh(V x) {
-  const float most = 0x1.f9f09ep+2f;
-  x = v_most(v_all(-most), v_least(v_all(most), x));
-  V s = v_mul(x, x);
-  V p = v_fma(v_all(-0x1.ad014ep-28f), s, v_all(0x1.e4530ap-18f));
-  p = v_fma(p, s, v_all(0x1.625ae2p-9f));
-  p = v_fma(p, s, v_all(0x1.047d5ap-3f));
-  p = v_fma(p, s, v_all(0x1.fffffap-1f));
-  V q = v_fma(v_all(0x1.9e896ep-13f), s, v_all(0x1.76df20p-6f));
-  q = v_fma(q, s, v_all(0x1.d79396p-2f));
-  q = v_fma(q, s, v_all(1.0f));
+  x = v_max(v_all(-TANH_MOST), v_min(v_all(TANH_MOST), x));
+  V s = v_mul(x, x), p = v_all(TANH_P[4]), q = v_all(TANH_Q[3]);
+  for (int k = 3; k >= 0; k--) p = v_fma(p, s, v_all(TANH_P[k]));
+  for (int k = 2; k >= 0; k--) q = v_fma(q, s, v_all(TANH_Q[k]));
   return v_div(v_mul(x, p), q);
 }
 

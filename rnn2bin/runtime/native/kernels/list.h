@@ -3,24 +3,7 @@ INLINE V v_weights(const uint8_t *p, const int size) {
   return size == 2 ? v_half((const uint16_t *)(const void *)p) : v_byte((const int8_t *)p);
 }
 
-/* Lists without branches: of columns that are not zero, of units whose bit is set. */
-
-/* The numbers of set bits, `first` added; up to a GROUP of places are written. */
-static inline void put_units_plain(int32_t *to, int first, unsigned bits) {
-  int count = 0;
-  for (int j = 0; j < GROUP; j++) {
-    to[count & (GROUP - 1)] = first + j;
-    count += bits >> j & 1;
-  }
-}
-
-/* 1[x + y > 0] of a GROUP. */
-static inline unsigned positive_plain(const float *x, const float *y) {
-  unsigned bits = 0;
-  for (int j = 0; j < GROUP; j++) bits |= (unsigned)(x[j] + y[j] > 0.0f) << j;
-  return bits;
-}
-
+/* By the instruction set's own way, or plain.h's. */
 static int list(const float *values, int n, int offset, int32_t *index, float *value) { return LIST_ALL(values, n, offset, index, value); }
 /* to (n) = table[index], of `size` values: as many as 32 of the table may be read, and beyond `n` whole vectors of the index read, of `to`
  * written. */

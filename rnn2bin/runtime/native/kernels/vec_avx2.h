@@ -13,15 +13,14 @@ static inline V v_mul(V a, V b) { return _mm256_mul_ps(a, b); }
 static inline V v_fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 static inline V v_add(V a, V b) { return _mm256_add_ps(a, b); }
 static inline V v_div(V a, V b) { return _mm256_div_ps(a, b); }
-static inline V v_least(V bound, V x) { return _mm256_min_ps(bound, x); }
-static inline V v_most(V bound, V x) { return _mm256_max_ps(bound, x); }
+static inline V v_min(V bound, V x) { return _mm256_min_ps(bound, x); }
+static inline V v_max(V bound, V x) { return _mm256_max_ps(bound, x); }
 
 typedef __m256 M;
 static inline M v_positive(V x) { return _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ); }
 static inline bool v_any(M m) { return _mm256_movemask_ps(m) != 0; }
 static inline V v_keep(M m, V x) { return _mm256_and_ps(m, x); }
 static inline V v_choose(M m, V yes, V no) { return _mm256_blendv_ps(no, yes, m); }
-
 
 static inline unsigned positive_avx2(const float *x, const float *y) {
   __m256 low = _mm256_cmp_ps(_mm256_add_ps(v_load(x), v_load(y)), _mm256_setzero_ps(), _CMP_GT_OQ);

@@ -15,8 +15,8 @@ static inline V v_mul(V a, V b) { return _mm512_mul_ps(a, b); }
 static inline V v_fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 static inline V v_add(V a, V b) { return _mm512_add_ps(a, b); }
 static inline V v_div(V a, V b) { return _mm512_div_ps(a, b); }
-static inline V v_least(V bound, V x) { return _mm512_min_ps(bound, x); }
-static inline V v_most(V bound, V x) { return _mm512_max_ps(bound, x); }
+static inline V v_min(V bound, V x) { return _mm512_min_ps(bound, x); }
+static inline V v_max(V bound, V x) { return _mm512_max_ps(bound, x); }
 
 typedef __mmask16 M;
 static inline M v_positive(V x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ); }
@@ -36,8 +36,8 @@ static inline V v_mul(V a, V b) { return _mm256_mul_ps(a, b); }
 static inline V v_fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 static inline V v_add(V a, V b) { return _mm256_add_ps(a, b); }
 static inline V v_div(V a, V b) { return _mm256_div_ps(a, b); }
-static inline V v_least(V bound, V x) { return _mm256_min_ps(bound, x); }
-static inline V v_most(V bound, V x) { return _mm256_max_ps(bound, x); }
+static inline V v_min(V bound, V x) { return _mm256_min_ps(bound, x); }
+static inline V v_max(V bound, V x) { return _mm256_max_ps(bound, x); }
 
 typedef __mmask8 M;
 static inline M v_positive(V x) { return _mm256_cmp_ps_mask(x, _mm256_setzero_ps(), _CMP_GT_OQ); }

@@ -24,8 +24,8 @@ static inline V v_mul(V a, V b) { return (V){vmulq_f32(a.a, b.a), vmulq_f32(a.b,
 static inline V v_fma(V a, V b, V c) { return (V){vfmaq_f32(c.a, a.a, b.a), vfmaq_f32(c.b, a.b, b.b)}; }
 static inline V v_add(V a, V b) { return (V){vaddq_f32(a.a, b.a), vaddq_f32(a.b, b.b)}; }
 static inline V v_div(V a, V b) { return (V){vdivq_f32(a.a, b.a), vdivq_f32(a.b, b.b)}; }
-static inline V v_least(V bound, V x) { return (V){vminq_f32(bound.a, x.a), vminq_f32(bound.b, x.b)}; }
-static inline V v_most(V bound, V x) { return (V){vmaxq_f32(bound.a, x.a), vmaxq_f32(bound.b, x.b)}; }
+static inline V v_min(V bound, V x) { return (V){vminq_f32(bound.a, x.a), vminq_f32(bound.b, x.b)}; }
+static inline V v_max(V bound, V x) { return (V){vmaxq_f32(bound.a, x.a), vmaxq_f32(bound.b, x.b)}; }
 
 typedef struct {
   uint32x4_t a, b;

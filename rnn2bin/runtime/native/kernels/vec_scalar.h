@@ -50,11 +50,11 @@ static inline V v_div(V a, V b) {
   for (int k = 0; k < 8; k++) a.x[k] /= b.x[k];
   return a;
 }
-static inline V v_least(V bound, V x) {
+static inline V v_min(V bound, V x) {
   for (int k = 0; k < 8; k++) x.x[k] = bound.x[k] < x.x[k] ? bound.x[k] : x.x[k];
   return x;
 }
-static inline V v_most(V bound, V x) {
+static inline V v_max(V bound, V x) {
   for (int k = 0; k < 8; k++) x.x[k] = bound.x[k] > x.x[k] ? bound.x[k] : x.x[k];
   return x;
 }
