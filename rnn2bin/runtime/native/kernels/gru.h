@@ -72,26 +72,59 @@ static void reset_before(const cell *cell, const step_row *row, const float *r, 
   work->active.total = list(read, layer->hidden, cell->inputs, work->active.index, work->active.value);
 }
 
-static void gru_finish(const cell *cell, step_row *row, scratch *work) {
+/* c (memory) and what others read of the units from `first` to `last`, one by one; as gru_units. */
+static void gru_single_units(const cell *cell, const float *products, const float *n, const float *inner, float *memory, float *read, int first,
+                             int last) {
   const layer_config *layer = cell->layer;
-  uint16_t *update = work->open, *reads = work->open + groups_in(cell);
+  thresholds_of r = gate_at(cell, 0), z = gate_at(cell, 1), o = layer->has_cell ? gate_at(cell, 2) : r;
+  for (int j = first; j < last; j++) {
+    float sum = 0.0f;
+    for (int k = j; k < layer->width; k += layer->hidden) {
+      bool reset = products[j] + r.bias[k] > 0.0f, keep = products[layer->hidden + j] + z.bias[k] > 0.0f;
+      bool out = !layer->has_cell || products[2 * layer->hidden + j] + o.bias[k] > 0.0f;
+      if (!keep) {
+        float candidate = tanh_of(bounded(n[j] + cell->bias[j] + (reset ? r.hi[k] * inner[j] : 0.0f), layer->clip));
+        memory[k] = z.lo[k] * memory[k] + (1.0f - z.lo[k]) * candidate;
+      }
+      sum += !layer->has_cell ? memory[k] : out ? o.hi[k] * memory[k] : 0.0f;
+    }
+    read[j] = sum / (float)layer->copies;
+  }
+}
+
+/* Where all gates are decisions and r comes after its product: memory and what others read (H) of a few units at a time while they are in
+ * registers. What is kept is kept to the bit, and where every unit at hand keeps there is no tanh. */
+INLINE void gru_units(const cell *cell, const float *products, const float *n, const float *inner, float *memory, float *read, const bool shown) {
+  const layer_config *layer = cell->layer;
+  int hidden = layer->hidden, j = 0;
+  thresholds_of r = gate_at(cell, 0), z = gate_at(cell, 1), o = shown ? gate_at(cell, 2) : r;
+  V most = v_all(layer->clip), least = v_all(-layer->clip), copies = v_all((float)layer->copies);
+  for (; j + LANES <= hidden; j += LANES) {
+    V reset = v_load(products + j), keep = v_load(products + hidden + j), out = shown ? v_load(products + 2 * hidden + j) : reset;
+    V input = v_add(v_load(n + j), v_load(cell->bias + j)), own = v_load(inner + j), sum = v_all(0.0f);
+    for (int k = j; k < layer->width; k += hidden) {
+      M kept = v_positive(v_add(keep, v_load(z.bias + k)));
+      V now = v_load(memory + k);
+      if (!v_every(kept)) {
+        V factor = v_keep(v_positive(v_add(reset, v_load(r.bias + k))), v_load(r.hi + k)), lo = v_load(z.lo + k);
+        V candidate = v_tanh(v_max(least, v_min(most, v_fma(factor, own, input))));
+        now = v_choose(kept, now, v_fma(lo, now, v_mul(v_fma(lo, v_all(-1.0f), v_all(1.0f)), candidate)));
+        v_store(memory + k, now);
+      }
+      sum = shown ? v_fma(v_keep(v_positive(v_add(out, v_load(o.bias + k))), v_load(o.hi + k)), now, sum) : v_add(sum, now);
+    }
+    v_store(read + j, v_div(sum, copies));
+  }
+  gru_single_units(cell, products, n, inner, memory, read, j, hidden);
+}
+
+/* Where a gate is soft, or r comes before its product: pass by pass. */
+static void gru_by_passes(const cell *cell, step_row *row, const float *inner, const uint16_t *update, scratch *work) {
+  const layer_config *layer = cell->layer;
   float *r = work->gates, *z = r + layer->width, *o = layer->has_cell ? z + layer->width : NULL, *n = work->candidate;
-  const float *inner = work->zeros;
-  gate(cell, 0, row->products, r);
   gate(cell, 1, row->products, z);
   if (o) gate(cell, 2, row->products, o);
-  gru_open(cell, row->products, update, reads);
-  if (!layer->kind->reset_after)
-    reset_before(cell, row, r, work);
-  else
-    inner = reset_after(cell, row, reads, work);
   int count = open_groups(update, groups_in(cell), work->groups);
-  product_row input = {&row->active, 0, row->active.inputs, row->candidate_base, n};
-  candidate_product(cell, update, &input, work);
-  if (!layer->kind->reset_after) {
-    product_row recurrent = {&work->active, 0, work->active.total, n, n};
-    candidate_product(cell, update, &recurrent, work);
-  }
   for (int g = 0; g < count; g++) {
     int first = GROUP * work->groups[g];
     if (first + GROUP <= layer->hidden)
@@ -100,6 +133,32 @@ static void gru_finish(const cell *cell, step_row *row, scratch *work) {
       gru_update(cell, r, z, n, inner, o ? row->c : row->h, first, layer->hidden - first);
   }
   gru_read(cell, row, o, count, work);
+}
+
+static void gru_finish(const cell *cell, step_row *row, scratch *work) {
+  const layer_config *layer = cell->layer;
+  uint16_t *update = work->open, *reads = work->open + groups_in(cell);
+  float *n = work->candidate;
+  bool after = layer->kind->reset_after, decided = cell->binary[0] && cell->binary[1] && (!layer->has_cell || cell->binary[2]);
+  const float *inner = work->zeros;
+  if (!(after && decided)) gate(cell, 0, row->products, work->gates);
+  gru_open(cell, row->products, update, reads);
+  if (after)
+    inner = reset_after(cell, row, reads, work);
+  else
+    reset_before(cell, row, work->gates, work);
+  product_row input = {&row->active, 0, row->active.inputs, row->candidate_base, n};
+  candidate_product(cell, update, &input, work);
+  if (!after) {
+    product_row recurrent = {&work->active, 0, work->active.total, n, n};
+    candidate_product(cell, update, &recurrent, work);
+  }
+  if (!(after && decided))
+    gru_by_passes(cell, row, inner, update, work);
+  else if (layer->has_cell)
+    gru_units(cell, row->products, n, inner, row->c, row->read, true);
+  else
+    gru_units(cell, row->products, n, inner, row->h, row->read, false);
 }
 
 static void gru(const cell *cell, step_row *rows, product_row *products, int count, scratch *work) {

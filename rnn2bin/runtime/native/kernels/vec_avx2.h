@@ -19,6 +19,7 @@ static inline V v_max(V bound, V x) { return _mm256_max_ps(bound, x); }
 typedef __m256 M;
 static inline M v_positive(V x) { return _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ); }
 static inline bool v_any(M m) { return _mm256_movemask_ps(m) != 0; }
+static inline bool v_every(M m) { return _mm256_movemask_ps(m) == 0xff; }
 static inline V v_keep(M m, V x) { return _mm256_and_ps(m, x); }
 static inline V v_choose(M m, V yes, V no) { return _mm256_blendv_ps(no, yes, m); }
 

@@ -21,6 +21,7 @@ static inline V v_max(V bound, V x) { return _mm512_max_ps(bound, x); }
 typedef __mmask16 M;
 static inline M v_positive(V x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ); }
 static inline bool v_any(M m) { return (_cvtmask16_u32(m) & 0xffffu) != 0; }
+static inline bool v_every(M m) { return (_cvtmask16_u32(m) & 0xffffu) == 0xffffu; }
 static inline V v_keep(M m, V x) { return _mm512_maskz_mov_ps(m, x); }
 static inline V v_choose(M m, V yes, V no) { return _mm512_mask_blend_ps(m, no, yes); }
 #else
@@ -42,6 +43,7 @@ static inline V v_max(V bound, V x) { return _mm256_max_ps(bound, x); }
 typedef __mmask8 M;
 static inline M v_positive(V x) { return _mm256_cmp_ps_mask(x, _mm256_setzero_ps(), _CMP_GT_OQ); }
 static inline bool v_any(M m) { return (_cvtmask8_u32(m) & 0xffu) != 0; }
+static inline bool v_every(M m) { return (_cvtmask8_u32(m) & 0xffu) == 0xffu; }
 static inline V v_keep(M m, V x) { return _mm256_maskz_mov_ps(m, x); }
 static inline V v_choose(M m, V yes, V no) { return _mm256_mask_blend_ps(m, no, yes); }
 #endif

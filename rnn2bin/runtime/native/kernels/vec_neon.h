@@ -32,6 +32,7 @@ typedef struct {
 } M;
 static inline M v_positive(V x) { return (M){vcgtq_f32(x.a, vdupq_n_f32(0.0f)), vcgtq_f32(x.b, vdupq_n_f32(0.0f))}; }
 static inline bool v_any(M m) { return vmaxvq_u32(vorrq_u32(m.a, m.b)) != 0; }
+static inline bool v_every(M m) { return vminvq_u32(vandq_u32(m.a, m.b)) != 0; }
 static inline V v_choose(M m, V yes, V no) { return (V){vbslq_f32(m.a, yes.a, no.a), vbslq_f32(m.b, yes.b, no.b)}; }
 static inline V v_keep(M m, V x) { return v_choose(m, x, v_all(0.0f)); }
 

@@ -66,6 +66,7 @@ static inline M v_positive(V x) {
   return bits;
 }
 static inline bool v_any(M m) { return m != 0; }
+static inline bool v_every(M m) { return m == 0xffu; }
 static inline V v_choose(M m, V yes, V no) {
   for (int k = 0; k < 8; k++) no.x[k] = m >> k & 1 ? yes.x[k] : no.x[k];
   return no;
