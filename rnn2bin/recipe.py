@@ -360,8 +360,8 @@ class Gates(Closed):
     copies: Annotated[int, Field(ge=1, le=16)] | Literal["auto"] = Field(
         "auto",
         description="decisions a unit takes for each gate, with a threshold, levels and a state each behind one row of weights: "
-        "their mean tells more than two values apart; fewer rows are skipped. auto: 4; 1 with strict levels and in a module, whose states "
-        "must keep their width",
+        "their mean tells more than two values apart; fewer rows are skipped. auto: 16, 4 with a density budget or a price; 1 with strict "
+        "levels and in a module, whose states must keep their width",
     )
     share: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
         "auto",
@@ -385,6 +385,12 @@ class Gates(Closed):
     slope: Schedule = Schedule(schedule="linear", start=2.0, end=3.0)
     straight_through_from: Share = Field(0.1, description="progress from which the forward pass uses bits; 1: never")
     closed_loop: bool = Field(False, description="anneal only while the hard metric keeps up with its best")
+
+    def decisions(self, *, priced: bool) -> int:
+        """`copies`, settled; `priced`: weights have a price. docs/decisions/006-copies.md, 034-sixteen-decisions.md."""
+        if self.copies != "auto":
+            return self.copies
+        return 1 if self.levels == "strict" else 4 if priced else 16
 
     @model_validator(mode="wrap")
     @classmethod

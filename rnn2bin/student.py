@@ -14,7 +14,6 @@ from rnn2bin.errors import RecipeError
 from rnn2bin.recipe import Gates, Recipe
 from rnn2bin.spec import LayerSpec, RnnSpec, SectionSpec
 
-COPIES = 4  # docs/decisions/006-copies.md
 OUTPUT_BIAS = 2.0  # of a new output gate: open at first, whatever its unit sees, and not so far from its threshold that it stays so
 
 
@@ -47,7 +46,8 @@ def _gate_list(spec: RnnSpec) -> str:
 
 def of_recipe(teacher: Network, recipe: Recipe) -> Network:
     """The student that a recipe starts with."""
-    return student(teacher, recipe.gates, weights=recipe.pack.weights, output=recipe.output_gate, share=recipe.share)
+    gates = recipe.gates.model_copy(update={"copies": recipe.gates.decisions(priced=recipe.budget.counts)})
+    return student(teacher, gates, weights=recipe.pack.weights, output=recipe.output_gate, share=recipe.share)
 
 
 def student(teacher: Network, gates: Gates, *, weights: str = "fp16", output: bool = False, share: int | Literal["auto"] = 1) -> Network:
@@ -56,7 +56,7 @@ def student(teacher: Network, gates: Gates, *, weights: str = "fp16", output: bo
 
     `output` gives GRUs an output gate that is open: as bits, and as nothing else, they compute the same as without. Where units `share`
     rows of gates, these are the nearest few to the teacher's, and the student is another network from the start."""
-    spec = with_copies(with_outputs(teacher.spec) if output else teacher.spec, copies_of(gates))
+    spec = with_copies(with_outputs(teacher.spec) if output else teacher.spec, gates.decisions(priced=False))
     spec = sharing.with_shared_rows(spec, share)
     network = Network(spec, plan(spec, gates), levels=gates.levels).to(next(teacher.parameters()).device)
     state = dict(teacher.state_dict())
@@ -83,13 +83,6 @@ def with_open_output(state: dict[str, Tensor], name: str, hidden_size: int) -> d
         rows = state[f"{name}.{part}"]
         found[f"{name}.{part}"] = torch.cat([rows, rows.new_full((hidden_size, *rows.shape[1:]), start)])
     return found
-
-
-def copies_of(gates: Gates) -> int:
-    """How many decisions a unit takes for each gate."""
-    if gates.copies == "auto":
-        return 1 if gates.levels == "strict" else COPIES
-    return gates.copies
 
 
 def with_copies(spec: RnnSpec, copies: int) -> RnnSpec:

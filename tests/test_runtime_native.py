@@ -182,6 +182,8 @@ CASES += [
     {"cell": "gru", "copies": 2, "soft": ("r",), "clips": {"clip": 0.7}},
     {"cell": "gru_output", "copies": 2, "soft": ("r", "o"), "clips": {"clip": 0.7}},
     {"cell": "gru_reset_before", "soft": ("z",), "clips": {"clip": 0.7}},
+    {"cell": "gru", "copies": 3, "clips": {"clip": 0.7}},
+    {"cell": "gru_output", "copies": 3, "clips": {"clip": 0.7}},
 ]
 CASES += [
     {"cell": cell, "weights": "int8", **more}
