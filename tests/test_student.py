@@ -103,6 +103,20 @@ def test_output_gates_come_with_a_price_on_weights(given, wanted):
     assert not Recipe(budget=given, gates={"output": False}).output_gate
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, 16),
+        ({"budget": {"density": 0.3}}, 4),
+        ({"budget": {"price": 1.0}}, 4),
+        ({"gates": {"levels": "strict"}}, 1),
+        ({"gates": {"copies": 3}, "budget": {"density": 0.3}}, 3),
+    ],
+)
+def test_how_many_decisions_a_unit_takes_by_itself(given, wanted):
+    assert {layer.copies for _, layer in student.of_recipe(teacher_of("lstm"), Recipe(**given)).spec.cell_names()} == {wanted}
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_kernels_and_oracle_agree_on_copies(name):
     """Bits, calibrated apart; the state walks on from a first half to a second."""
