@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 # A shell that starts the tests in the background has them ignore SIGINT, and all their children: what is tested is what a terminal sees.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Both go by the clock on the wall, which says nothing where other jobs run.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 VOCABULARY, EMBEDDED, WIDTH, HIDDEN, CLASSES = 11, 5, 3, 7, 4
 
@@ -31,6 +37,14 @@ def state_dict(
         parts["rnn"] = getattr(torch.nn, cell)(EMBEDDED if tokens else WIDTH, HIDDEN, layers, bidirectional=both)
         parts["head"] = torch.nn.Linear(HIDDEN * (1 + both), outputs)
         return torch.nn.ModuleDict(parts).state_dict()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected() -> None:
+    """The Trainer collects garbage each time it starts, Python now and then: what the libraries and all tests hold is not looked through
+    again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import CLASSES, HIDDEN, VOCABULARY, WIDTH, Save, state_dict
+from conftest import CLASSES, HIDDEN, VOCABULARY, WIDTH, state_dict
 from safetensors.torch import load_file
 
 from rnn2bin import cli, pipeline, recipe_yaml, runtime
@@ -462,11 +463,22 @@ def test_text(tmp_path, save_model):
 # ---------------------------------------------------------------------------------------------- the other commands
 
 
+@pytest.fixture(scope="module")
+def once_packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OUT, converted once for all tests."""
+    folder = tmp_path_factory.mktemp("packed")
+    torch.save(state_dict(), folder / "model.pt")
+    inputs = np.random.default_rng(0).normal(size=(40, 9, WIDTH)).astype(np.float32)
+    np.savez(folder / "data.npz", inputs=inputs, targets=np.tile(LABELS[:, None], 9), lengths=1 + LABELS * 2)
+    converted(folder / "model.pt", data=folder / "data.npz")
+    return folder
+
+
 @pytest.fixture
-def packed(tmp_path: Path, save_model: Save, save_data: Save) -> tuple[Path, Path, Path]:
-    model, data = save_model(), save_data(targets=np.tile(LABELS[:, None], 9), lengths=1 + LABELS * 2)
-    converted(model, data=data)
-    return model, data, tmp_path / "OUT"
+def packed(once_packed: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A network, data and OUT, to do with what a test likes."""
+    shutil.copytree(once_packed, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "model.pt", tmp_path / "data.npz", tmp_path / "OUT"
 
 
 def test_eval(packed):

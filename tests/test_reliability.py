@@ -6,7 +6,6 @@ What was run, with figures: docs/reliability.md.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import math
@@ -83,14 +82,6 @@ class Reference:
         if older:
             shutil.copytree(older, to / "OUT")
         return to
-
-
-@pytest.fixture(scope="module", autouse=True)
-def collected() -> Iterator[None]:
-    """The Trainer collects garbage each time it starts: what the libraries hold is not looked through again and again."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -291,8 +291,9 @@ def test_a_network_of_every_kernel(name, tmp_path):
 @every
 def test_step_by_step(case, tmp_path):
     network = network_of(**case)
+    path = packed(network, tmp_path)
     for compute in native_backend.COMPUTE:
-        _, ours = both(network, tmp_path, compute=compute)
+        ours = runtime.load(path, backend="native", compute=compute)
         found = parity(network, ours, Part(inputs_of(network).transpose(0, 1)))
         assert found["flips_outside"] == 0
         assert found["steps"] == T * B
@@ -313,8 +314,9 @@ def test_activations_and_logits(activation, tmp_path):
 @every
 def test_a_stream_agrees_exactly_with_a_call(case, tmp_path):
     network = network_of(**case)
+    path = packed(network, tmp_path)
     for compute in native_backend.COMPUTE:
-        _, ours = both(network, tmp_path, compute=compute)
+        ours = runtime.load(path, backend="native", compute=compute)
         if network.spec.main.layers[0].directions == 2 or network.spec.main.readout in ("mean", "max"):
             with pytest.raises(UnsupportedError, match="whole sequence"):
                 ours.stream()
@@ -419,8 +421,9 @@ def test_cells_with_peepholes_are_not_screened(cell, screened, tmp_path):
 @built
 def test_encoder_and_decoder(tmp_path):
     for network in (*map(translator, ("gru", "gru_output", "lstm", "gru_reset_before", "lstm_coupled_peephole")), mixed_translator()):
+        theirs, _ = both(network, tmp_path)
         for compute in native_backend.COMPUTE:
-            theirs, ours = both(network, tmp_path, compute=compute)
+            ours = runtime.load(tmp_path, backend="native", compute=compute)
             x, lengths = inputs_of(network), torch.tensor([9, 2, 5, 1])
             assert torch.equal(ours(x, lengths=lengths)[0], theirs(x, lengths=lengths)[0])
             given = inputs_of(network, steps=6, seed=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -95,6 +96,11 @@ def render(report: Report, figures: Figures | None = None) -> str:
 
 def template(name: str, **values: Any) -> str:
     """A file of templates/, filled in; every value is escaped."""
+    return _environment().get_template(name).render(**values)
+
+
+@cache
+def _environment() -> Environment:
+    """One for all pages: it holds its templates compiled, which takes longer than to fill them in."""
     read = lambda name: resources.files(__package__).joinpath("templates", name).read_text(encoding="utf-8")
-    environment = Environment(loader=FunctionLoader(read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(name).render(**values)
+    return Environment(loader=FunctionLoader(read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
