@@ -305,6 +305,16 @@ def test_other_files_are_refused(tmp_path: Path, name: str, content: bytes, says
     assert len(caught.value.reasons) == 1
 
 
+def test_arrays_under_another_name_and_zip_files_of_something_else(tmp_path: Path) -> None:
+    np.savez(tmp_path / "m.npz", **{name: tensor.numpy() for name, tensor in state(module("gru")).items()})
+    (tmp_path / "m.npz").rename(tmp_path / "weights")
+    assert inspect(tmp_path / "weights").format == "npz"
+    with zipfile.ZipFile(tmp_path / "other", "w") as archive:
+        archive.writestr("a.txt", "text")
+    with pytest.raises(UnsupportedError, match="no suffix"):
+        load(tmp_path / "other")
+
+
 def test_missing_file_and_bare_directory(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
         load(tmp_path / "none.pt")
@@ -384,6 +394,19 @@ def test_every_reason_is_listed(tmp_path: Path) -> None:
         "attn.weight (2, 2): looks like attention",
     ):
         assert part in told
+
+
+def test_what_to_do_with_tensors_that_are_left_over_is_said_once(tmp_path: Path) -> None:
+    """A network with convolutions in front leaves dozens over."""
+    tensors = state(module("gru")) | {f"conv.{k}.weight": torch.randn(2, 1, 3) for k in range(9)}
+    found = inspect(write(tmp_path / "m.pt", tensors))
+    left = [reason for reason in found.reasons if reason.startswith("conv.")]
+    assert left == [f"conv.{k}.weight (2, 1, 3): looks like convolution; no part of what was recognised" for k in range(9)]
+    said = [reason for reason in found.reasons if "docs/graphs.md" in reason]
+    assert len(said) == 1
+    assert "left over (9)" in said[0]
+    assert "# open: conv" not in found.source
+    assert all(f"conv.{k}.weight" in found.source for k in range(9))
 
 
 @pytest.mark.parametrize(

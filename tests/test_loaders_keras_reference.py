@@ -155,6 +155,12 @@ def test_a_masking_layer(tmp_path: Path, suffix: str) -> None:
     check(joined(lambda x: L.GRU(2)(L.LSTM(5, return_sequences=True)(L.Masking(-1.5)(x)))), WITH_MARKS, tmp_path / f"f{suffix}")
 
 
+def adapted() -> Any:
+    layer = L.Normalization()
+    layer.adapt(X * 3 + 1)
+    return layer
+
+
 PLAIN = {
     "backwards": lambda: chain(L.LSTM(4, return_sequences=True, go_backwards=True), L.GRU(3, go_backwards=True)),
     **{
@@ -173,6 +179,25 @@ PLAIN = {
     "norms": lambda: chain(
         *(L.LSTM(4, return_sequences=True), L.LayerNormalization(), L.PReLU(shared_axes=[1]), L.BatchNormalization(scale=False)),
         *(L.ReLU(max_value=1.0), L.ELU(0.5), L.GRU(3)),
+    ),
+    "padded and cropped": lambda: chain(
+        *(L.ZeroPadding1D((2, 1)), L.Cropping1D((1, 0)), L.LSTM(4, return_sequences=True), L.UpSampling1D(3), L.GRU(3))
+    ),
+    "scaled": lambda: chain(
+        *(L.Rescaling(0.5, 0.1), L.LSTM(4, return_sequences=True), L.UnitNormalization(), L.GRU(3)),
+    ),
+    "normalised as stated": lambda: chain(L.Normalization(mean=[0.1] * I, variance=[2.0] * I), L.LSTM(4)),
+    "normalised as adapted": lambda: chain(adapted(), L.LSTM(4)),
+    "images padded": lambda: chain(
+        *(
+            L.Reshape((T, I, 1)),
+            L.ZeroPadding2D(((1, 0), 2)),
+            L.Conv2D(2, 3),
+            L.Cropping2D(((0, 1), (1, 0))),
+            L.Reshape((T - 2, -1)),
+            L.GRU(3),
+        ),
+        shape=(T, I),
     ),
     "shapes": lambda: chain(
         *(L.LSTM(4, return_sequences=True), L.Flatten(), L.Dense(6, activation="tanh"), L.Reshape((3, -1)), L.Permute((2, 1)), L.GRU(3)),

@@ -484,6 +484,28 @@ def test_the_output_that_the_recipe_names(tmp_path):
     assert f"output {names[1]} (of {', '.join(names)})" in "\n".join(loaders.inspect(path).parts)
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_choice_at_the_end_gives_the_scores_it_chooses_from(tmp_path, cast):
+    net = Net()
+    y, *_ = net.cell("LSTM", "x")
+    scored = net.head(net.flat(y), HIDDEN)
+    chosen = net.op("ArgMax", scored, axis=2, keepdims=0)
+    path = net.save(tmp_path / "m.onnx", net.op("Cast", chosen, to=TensorProto.INT32) if cast else chosen)
+    x = floats(T, B, WIDTH)
+    found = network(path)(x).y
+    assert found.shape == (T, B, OUT)
+    assert torch.equal(found.argmax(-1), theirs(path, x=x)[0].long())
+    assert "the place of the largest value" in "\n".join(loaders.inspect(path).parts)
+
+
+def test_a_choice_that_the_network_itself_reads_stays_one(tmp_path):
+    net = Net()
+    y, *_ = net.cell("LSTM", "x")
+    chosen = net.op("ArgMax", net.flat(y), axis=2, keepdims=1)
+    path = net.save(tmp_path / "m.onnx", net.op("Mul", net.flat(y), net.op("Cast", chosen, to=TensorProto.FLOAT)), chosen)
+    assert "largest value" not in "\n".join(loaders.inspect(path).parts)
+
+
 # --- what is refused, by name -----------------------------------------------------------------------------------------------------------
 
 
@@ -519,6 +541,34 @@ def test_every_operation_that_is_not_run_is_named_at_once(tmp_path):
     text = reasons(net.save(tmp_path / "m.onnx", "z"))
     assert "Det (v0_0)" in text
     assert "StringNormalizer (v1_0)" in text
+
+
+def test_quantised_weights_are_named_alone(tmp_path):
+    net = Net()
+    x = net.op("DequantizeLinear", net.tensor(np.zeros((3, 2), np.uint8)), net.tensor(np.float32(0.5)))
+    y, *_ = net.cell("LSTM", net.op("Add", "x", x))
+    text = reasons(net.save(tmp_path / "m.onnx", net.flat(y)))
+    assert text == "m.onnx: its weights are quantised (DequantizeLinear): convert the float file that it was made from"
+
+
+def test_cells_that_an_exporter_took_apart_are_said_to_be(tmp_path):
+    text = reasons(exported(Unrolled(), tmp_path / "m.onnx", dynamo=False, free=False))
+    assert "no LSTM or GRU operation, but 27 Sigmoid and 18 Tanh" in text  # nine steps
+    assert "\n" not in text
+
+
+class Unrolled(nn.Module):
+    """nn.LSTMCell in a Python loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(WIDTH, HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = c = x.new_zeros(x.shape[0], HIDDEN)
+        for t in range(x.shape[1]):
+            h, c = self.cell(x[:, t], (h, c))
+        return h
 
 
 def test_operations_of_other_domains_are_refused(tmp_path):

@@ -154,12 +154,30 @@ def test_a_checkpoint_with_foreign_objects(tmp_path: Path, net: Net) -> None:
         assert inspect(tmp_path / "m.ckpt").reasons == []
 
 
+def test_a_vocabulary_of_any_size_beside_the_weights(tmp_path: Path, net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints of text networks hold hundreds of thousands of words; only parts are counted, not the words in one."""
+    monkeypatch.setattr("rnn2bin.loaders.objects.MOST_VISITS", 100)
+    words = {f"word {k}": k for k in range(500)}
+    torch.save({"model": net.state_dict(), "vocabulary": words, "names": {f"{k}": "x" for k in range(500)}}, tmp_path / "m.pt")
+    same(pytorch.read(tmp_path / "m.pt"), net.state_dict())
+
+
+@pytest.mark.parametrize("name", ["weights", "m.model", "m.v2"])
+@pytest.mark.parametrize("new", [True, False])
+def test_a_file_whose_name_does_not_tell_what_it_is(tmp_path: Path, net: Net, name: str, new: bool) -> None:
+    torch.save(net.state_dict(), tmp_path / name, _use_new_zipfile_serialization=new)
+    found = inspect(tmp_path / name)
+    assert found.format == "pytorch"
+    assert {tensor for tensor, _, _ in found.tensors} == set(net.state_dict())
+
+
 def test_objects_that_hold_no_recognisable_weights_are_named_with_the_way_out(tmp_path: Path) -> None:
     torch.save(Config(), tmp_path / "m.pt")
     with pytest.raises(UnsafeError, match=r"test_loaders_pickle\.Config") as caught:
         load(tmp_path / "m.pt")
     assert caught.value.exit_code == 4
-    assert [line.strip().split(" ")[0] for line in caught.value.reasons[2:]] == ["import", "model", "torch.save(model.state_dict(),"]
+    assert [line.strip().split(" ")[0] for line in caught.value.reasons[2:5]] == ["import", "model", "torch.save(model.state_dict(),"]
+    assert "numpy.savez" in caught.value.reasons[5]
 
 
 def test_a_call_that_is_no_constructor_of_data_is_refused(tmp_path: Path, net: Net) -> None:

@@ -93,6 +93,7 @@ CASES: list[tuple[Any, ...]] = [
     ("Conv", [floats(1, 2, 6, 7), floats(3, 2, 3, 2)], {"pads": [1, 0, 2, 1], "strides": [2, 1]}),
     ("MaxPool", [X], {"kernel_shape": [2], "strides": [2], "pads": [0, 1]}),
     ("MaxPool", [floats(1, 2, 6, 7)], {"kernel_shape": [2, 3]}),
+    ("MaxPool", [floats(1, 2, 6, 8)], {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}),
     ("AveragePool", [X], {"kernel_shape": [3], "pads": [1, 1]}),
     ("AveragePool", [X], {"kernel_shape": [3], "pads": [1, 1], "count_include_pad": 1}),
     ("GlobalAveragePool", [X], {}),

@@ -315,19 +315,21 @@ def _padded(x: Tensor, kernel: Sequence[int], strides: Sequence[int], attributes
     return functional.pad(x, [pads[i + side * axes] for i in reversed(range(axes)) for side in (0, 1)], value=fill)
 
 
-def _window(attributes: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """A pool's kernel and strides; UnsupportedError for what no network here has asked for yet."""
+def _window(attributes: dict[str, Any], *, ceil: bool = False) -> tuple[list[int], list[int]]:
+    """A pool's kernel and strides; UnsupportedError for what no network here has asked for yet. `ceil`: ceil_mode without pads is run."""
     kernel = attributes["kernel_shape"]
-    if attributes.get("ceil_mode") or any(d != 1 for d in attributes.get("dilations") or []):
+    padded = any(attributes.get("pads") or []) or attributes.get("auto_pad", "NOTSET") != "NOTSET"
+    if (attributes.get("ceil_mode") and (padded or not ceil)) or any(d != 1 for d in attributes.get("dilations") or []):
         raise UnsupportedError("pools with ceil_mode or dilations are not run")
     return kernel, attributes.get("strides") or [1] * len(kernel)
 
 
 @operation("MaxPool")
 def _max_pool(values: Values, attributes: dict[str, Any]) -> Tensor:
-    x, (kernel, strides) = given(values, 0), _window(attributes)
+    x, (kernel, strides) = given(values, 0), _window(attributes, ceil=True)
     x = _padded(x, kernel, strides, attributes, float("-inf"))
-    return {1: functional.max_pool1d, 2: functional.max_pool2d}[len(kernel)](x, kernel, strides)
+    function: Any = {1: functional.max_pool1d, 2: functional.max_pool2d}[len(kernel)]
+    return function(x, kernel, strides, ceil_mode=bool(attributes.get("ceil_mode")))
 
 
 @operation("AveragePool")

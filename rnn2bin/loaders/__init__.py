@@ -15,6 +15,7 @@ from rnn2bin import spec as spec_module
 from rnn2bin.errors import ResourceError, UnsupportedError, UsageError
 from rnn2bin.files import READ_NOW, fingerprint, regular_file
 from rnn2bin.loaders import graph_source, huggingface, keras_file, npz, onnx_file, pytorch, recognise, safetensors_file, tensorflow_graph
+from rnn2bin.loaders.archive import Archive
 from rnn2bin.loaders.assemble import Assembly, build, by_spec, leftovers, unused
 from rnn2bin.loaders.render import parts, source_yaml, spec_parts, text
 from rnn2bin.recipe import Source
@@ -198,15 +199,29 @@ def _format(path: Path) -> str:
     kind = OTHERS.get(suffix)
     try:
         with path.open("rb") as stream:
-            if stream.read(len(HDF5)) == HDF5:
-                return "keras"
+            head = stream.read(len(HDF5))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if head == HDF5:
+        return "keras"
     if kind:
         raise UnsupportedError(f"{path}: {kind}, which rnn2bin does not read; {READ_NOW}")
-    if suffix not in SUFFIXES:
+    found = SUFFIXES.get(suffix) or _by_content(path, head)
+    if found is None:
         raise UnsupportedError(f"{path}: unknown file type {suffix or '(no suffix)'}; {READ_NOW}")
-    return SUFFIXES[suffix]
+    return found
+
+
+def _by_content(path: Path, head: bytes) -> str | None:
+    """The format of a file that its name does not tell: torch.save takes any name, and many a package calls its file `weights`."""
+    if head[:4] == b"PK\x03\x04":
+        members = {name.rpartition("/")[2] for name in Archive(path).members}
+        told = {"data.pkl": "pytorch", "model.weights.h5": "keras"}
+        return next(
+            (name for member, name in told.items() if member in members),
+            "npz" if members and all(m.endswith(".npy") for m in members) else None,
+        )
+    return "pytorch" if pytorch.PICKLE.match(head) and head[:1] == b"\x80" else None
 
 
 def _resolve(tensors: dict[str, torch.Tensor], source: Source | None) -> _Resolved:

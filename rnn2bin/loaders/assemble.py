@@ -33,6 +33,7 @@ def _blocks(gates: tuple[str, ...]) -> tuple[str, ...]:
 # Of deep cells there is no such order: their tensors come under our own names.
 BLOCKS = {name: _blocks(kind.gate_names) for name, kind in CELLS.items() if not kind.deep}
 
+LEFT_OVER = "no part of what was recognised"
 # What a tensor that the network does not use most likely is, by its name: said in the refusal, never acted upon.
 LOOKS_LIKE = (
     ("attention", ("attn", "attention", "query")),
@@ -104,11 +105,15 @@ def by_spec(described: str, tensors: Mapping[str, torch.Tensor], ignore: Sequenc
 
 
 def leftovers(tensors: Mapping[str, torch.Tensor], used: Iterable[str], ignore: Sequence[str]) -> list[str]:
-    """One reason for every tensor that is neither used nor listed in `ignore` (names or glob patterns)."""
+    """A short reason for every tensor that is neither used nor listed in `ignore` (names or glob patterns); once, what to do about it."""
+    left = unused(tensors, used, ignore)
+    if not left:
+        return []
     return [
-        f"{name} {tuple(tensors[name].shape)}: {_guess(name)}no part of what was recognised; where the network gives the same outputs "
-        f'without it, list it in the recipe\'s `source: {{ignore: ["{name}"]}}`, else say what it does in a `graph` (docs/graphs.md)'
-        for name in unused(tensors, used, ignore)
+        *(f"{name} {tuple(tensors[name].shape)}: {_guess(name)}{LEFT_OVER}" for name in left),
+        f"tensors that are left over ({len(left)}): where the network gives the same outputs without them, list them in the recipe's "
+        f'`source: {{ignore: ["{left[0]}"{", …" if len(left) > 1 else ""}]}}`, else say what they do in a `graph` (docs/graphs.md); '
+        "`rnn2bin inspect` prints both to start from",
     ]
 
 

@@ -145,8 +145,10 @@ def found(path: Path, size: int) -> Found:
     return Found(path, FREE_BYTES + 2 * size)
 
 
-def refusal(where: Path, names: Sequence[str], *, why: str = "reading it would run code from the file: it calls") -> UnsafeError:
-    """The names, and the three lines that make a safe file of one that is trusted."""
+def refusal(
+    where: Path, names: Sequence[str], *, why: str = "reading it would run code from the file: it calls", more: Sequence[str] = ()
+) -> UnsafeError:
+    """The names, and the three lines that make a safe file of one that is trusted; `more` lines behind them."""
     names = ["".join(c if c.isprintable() else "?" for c in name[:200]) for name in names]
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return UnsafeError(
@@ -155,6 +157,7 @@ def refusal(where: Path, names: Sequence[str], *, why: str = "reading it would r
         "    import torch",
         f'    model = torch.load("{where.name}", weights_only=False)',
         '    torch.save(model.state_dict(), "weights.pt")  # for a checkpoint: model["model"], or whichever key holds the state dict',
+        *more,
     )
 
 

@@ -81,7 +81,8 @@ Handler = Callable[[Context, Layer, list[Value]], list[Value]]
 LAYERS: dict[str, Handler] = {}
 _DROPOUTS = ("Dropout", "SpatialDropout1D", "SpatialDropout2D", "AlphaDropout", "GaussianDropout", "GaussianNoise")
 _TRAINING_ONLY = (*_DROPOUTS, "ActivityRegularization", "Identity")
-_ONE_TO_ONE = ("Activation", "ReLU", "LeakyReLU", "PReLU", "ELU", "BatchNormalization", "LayerNormalization")
+_NORMS = ("BatchNormalization", "LayerNormalization", "UnitNormalization", "Normalization", "Rescaling")
+_ONE_TO_ONE = ("Activation", "ReLU", "LeakyReLU", "PReLU", "ELU", *_NORMS)
 PASS_MASKS = ("Dense", *_ONE_TO_ONE, *_TRAINING_ONLY)
 
 
@@ -388,6 +389,45 @@ def _masking(ctx: Context, layer: Layer, x: Value) -> Value:
     return replace(x, name=ctx.zeroed(x.name, mask), mask=mask)
 
 
+@layer_kind("UnitNormalization")
+def _unit_norm(ctx: Context, layer: Layer, x: Value) -> Value:
+    """x / √max(Σx², ε): to length 1 along the last axis."""
+    axis = layer.get("axis", -1)
+    axis = axis[0] if isinstance(axis, list) and len(axis) == 1 else axis
+    if axis not in (-1, len(x.shape)):
+        raise layer.refuse(f"axis {axis}; the last one is read")
+    squares = ctx.g.add("ReduceSum", ctx.g.add("Mul", x.name, x.name), ctx.g.literal([-1]), keepdims=1)
+    return replace(x, name=ctx.g.add("Div", x.name, ctx.g.add("Sqrt", ctx.g.add("Max", squares, ctx.g.literal(1e-12)))))
+
+
+@layer_kind("Rescaling")
+def _rescaling(ctx: Context, layer: Layer, x: Value) -> Value:
+    y = ctx.g.add("Mul", x.name, ctx.g.literal(float(layer.number("scale", 1.0))))
+    return replace(x, name=ctx.g.add("Add", y, ctx.g.literal(float(layer.number("offset", 0.0)))))
+
+
+@layer_kind("Normalization")
+def _normalization(ctx: Context, layer: Layer, x: Value) -> Value:
+    """(x − mean) / √variance, as `adapt` found them or as the config states them."""
+    import numpy as np
+
+    axis, width = layer.get("axis", -1), x.shape[-1]
+    axis = axis[0] if isinstance(axis, list) and len(axis) == 1 else axis
+    if axis not in (-1, len(x.shape)) or layer.flag("invert"):
+        raise layer.refuse(f"axis {axis}, or inverted; the last axis is read")
+    stated = {name: layer.get(name) for name in ("mean", "variance")}
+    found = {name: layer.weights.get(name, value) for name, value in stated.items()}
+    try:
+        mean, variance = (np.asarray(found[name], np.float64).reshape(-1) for name in ("mean", "variance"))
+    except (TypeError, ValueError):
+        raise layer.refuse("its mean and variance are not numbers") from None
+    if not np.isfinite(variance).all() or any(len(values) not in (1, width) for values in (mean, variance)):
+        raise layer.refuse(f"its mean and variance are not of {width} values")
+    scale = 1 / np.maximum(np.sqrt(variance), EPSILON)
+    y = ctx.g.add("Mul", x.name, ctx.g.constant(ctx.tensor(scale), f"{layer.name}_scale"))
+    return replace(x, name=ctx.g.add("Add", y, ctx.g.constant(ctx.tensor(-mean * scale), f"{layer.name}_shift")))
+
+
 # --- shapes ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -419,6 +459,57 @@ def _permute(ctx: Context, layer: Layer, x: Value) -> Value:
     if not isinstance(dims, list) or not all(isinstance(n, int) for n in dims) or sorted(dims) != list(range(1, len(x.shape) + 1)):
         raise layer.refuse("its dims are no order of the axes")
     return ctx.value(ctx.g.add("Transpose", x.name, perm=[0, *dims]), [x.shape[n - 1] for n in dims])
+
+
+@layer_kind("ZeroPadding1D", "ZeroPadding2D")
+def _zero_padding(ctx: Context, layer: Layer, x: Value) -> Value:
+    sides = _sides(layer, x, "padding")
+    flat = [before for before, _ in sides] + [after for _, after in sides]
+    axes = ctx.g.literal([k + 1 for k in range(len(sides))])
+    y = ctx.g.add("Pad", x.name, ctx.g.literal(flat), ctx.g.literal(0.0), axes)
+    shape = [None if n is None else n + a + b for n, (a, b) in zip(x.shape, sides, strict=False)]
+    return ctx.value(y, (*shape, x.shape[-1]))
+
+
+@layer_kind("Cropping1D", "Cropping2D")
+def _cropping(ctx: Context, layer: Layer, x: Value) -> Value:
+    sides = _sides(layer, x, "cropping")
+    if any(n is not None and n <= a + b for n, (a, b) in zip(x.shape, sides, strict=False)):
+        raise layer.refuse(f"crops more than the {x.shape[0]} steps there are")
+    first = ctx.g.literal([before for before, _ in sides])
+    last = ctx.g.literal([-after if after else 2**31 for _, after in sides])
+    y = ctx.g.add("Slice", x.name, first, last, ctx.g.literal([k + 1 for k in range(len(sides))]))
+    shape = [None if n is None else n - a - b for n, (a, b) in zip(x.shape, sides, strict=False)]
+    return ctx.value(y, (*shape, x.shape[-1]))
+
+
+def _sides(layer: Layer, x: Value, option: str) -> list[tuple[int, int]]:
+    """What an axis gets or loses before and behind: one number, one an axis, or a pair an axis."""
+    axes = int(layer.kind[-2])
+    _axes(layer, x, axes + 1)
+    given: Any = layer.get(option, 1)
+    given = given.get("items") if isinstance(given, dict) else given
+    if isinstance(given, int):
+        given = [given] * axes
+    if axes == 1 and isinstance(given, list) and len(given) == 2:
+        given = [given]
+    pairs = [[one, one] if isinstance(one, int) else one for one in given] if isinstance(given, list) else []
+    fits = len(pairs) == axes and all(isinstance(p, list) and len(p) == 2 and all(type(n) is int for n in p) for p in pairs)
+    if not fits or any(not 0 <= n <= MOST_REPEATS for pair in pairs for n in pair):
+        raise layer.refuse(f"its {option} is not one or two whole numbers an axis")
+    return [(a, b) for a, b in pairs]
+
+
+@layer_kind("UpSampling1D")
+def _up_sampling(ctx: Context, layer: Layer, x: Value) -> Value:
+    """Every step `size` times, one after another."""
+    size = layer.whole("size", 2)
+    _axes(layer, x, 2)
+    if not 0 < size <= MOST_REPEATS or x.shape[1] is None:
+        raise layer.refuse(f"repeats steps {size} times; up to {MOST_REPEATS} are read")
+    wide = ctx.g.add("Tile", x.name, ctx.g.literal([1, 1, size]))
+    y = ctx.g.add("Reshape", wide, ctx.g.literal([0, -1, x.shape[1]]))
+    return ctx.value(y, (None if x.shape[0] is None else x.shape[0] * size, x.shape[1]))
 
 
 @layer_kind("RepeatVector")

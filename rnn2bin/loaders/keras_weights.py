@@ -42,6 +42,8 @@ def variables(layer: Layer) -> tuple[list[str], list[str]]:
     if layer.kind in ("BatchNormalization", "LayerNormalization"):
         own = [name for name, option in (("gamma", "scale"), ("beta", "center")) if layer.flag(option, True)]
         return own, ["moving_mean", "moving_variance"] if layer.kind == "BatchNormalization" else []
+    if layer.kind == "Normalization" and layer.get("mean") is None:
+        return [], ["mean", "variance", "count"]
     if layer.kind == "PReLU":
         return ["alpha"], []
     if layer.kind == "WeightedAverage":

@@ -11,7 +11,7 @@ from rnn2bin.errors import UnsafeError
 from rnn2bin.loaders.inert import Record, Symbol
 from rnn2bin.loaders.tensors import ArrayRef, Held, TensorRef, UnreadTensor
 
-MOST_VISITS = 100_000  # parts that contain each other would be walked forever
+MOST_VISITS = 100_000  # of dicts, modules and tensors: parts that contain each other would be walked forever
 MOST_DEPTH = 64
 CHECKPOINT_DEPTH = 4
 SCRIPT = "__torch__"
@@ -25,14 +25,16 @@ class Walk:
     def __init__(self, path: Path, *, names: Names | None = None) -> None:
         self.path, self.names = path, names
         self.visits = 0
+        # A vocabulary of hundreds of thousands of words stands in many a checkpoint; no file holds more entries than bytes.
+        self.entries_left = MOST_VISITS + path.stat().st_size
 
     def tensors(self, content: Any, group: str = "", depth: int = 0) -> Iterator[tuple[str, str, Held]]:
         """(path of the dict or module, name, tensor) for all under text keys; an optimizer's state stands under numbers and is left out."""
-        self._count()
         if self._is_module(content):
             yield from ((group, name, tensor) for name, tensor in self._state(content, "", 0))
             return
         pairs = content.pairs if isinstance(content, Record) else content
+        self._count(entries=len(pairs) if isinstance(pairs, Mapping) else 0)
         if not isinstance(pairs, Mapping) or depth > CHECKPOINT_DEPTH:
             return
         for key, value in pairs.items():
@@ -41,7 +43,7 @@ class Walk:
             if _is_tensor(value):
                 self._count()
                 yield group, key, value
-            else:
+            elif isinstance(value, Mapping | Record):
                 yield from self.tensors(value, f"{group}.{key}" if group else key, depth + 1)
 
     def _is_module(self, value: Any) -> bool:
@@ -72,9 +74,10 @@ class Walk:
         names = self.names(module.made_by)
         return {name: value for name, value in attributes.items() if names is None or name in names}, attributes
 
-    def _count(self) -> None:
+    def _count(self, *, entries: int = 0) -> None:
         self.visits += 1
-        if self.visits > MOST_VISITS:
+        self.entries_left -= entries
+        if self.visits > MOST_VISITS or self.entries_left < 0:
             raise UnsafeError(f"{self.path}: more than {MOST_VISITS} parts, or parts that contain each other; refused")
 
 

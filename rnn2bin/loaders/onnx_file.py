@@ -18,6 +18,7 @@ from rnn2bin.errors import UnsupportedError, UsageError
 from rnn2bin.loaders import onnx_recurrent  # noqa: F401  its operations are known then
 from rnn2bin.loaders.assemble import Assembly
 from rnn2bin.loaders.graph import MOST_ELEMENTS, SINGLE, GraphBuilder, close
+from rnn2bin.loaders.onnx_ends import never_read, scores
 from rnn2bin.loaders.onnx_open import Widths, Windows, WindowTracer, compared, widths
 from rnn2bin.loaders.onnx_proto import Graph, Input, read_graph
 from rnn2bin.loaders.onnx_trace import Tracer, Value
@@ -73,14 +74,21 @@ def read(path: Path, source: Source) -> Assembly:
     if others:
         raise UsageError(f"source: {', '.join(others)}: an ONNX file says itself how its parts join; it takes {', '.join(sorted(KNOWN))}")
     graph = read_graph(path)
+    graph, notes = scores(graph)
     try:
-        return replace(_read(graph, source), files=list(graph.files))
+        return _with(_read(graph, source), graph, notes)
     except UnsupportedError as error:
+        if why := never_read(graph):
+            return Assembly(None, graph.tensors, [why], tensors=graph.tensors)
         found = _closed(graph, source)
         if isinstance(found, Assembly):
-            return replace(found, files=list(graph.files))
+            return _with(found, graph, notes)
         draft, reasons = found or (None, error.reasons)
         return Assembly(None, graph.tensors, list(dict.fromkeys(reasons)), draft=draft, tensors=graph.tensors)
+
+
+def _with(found: Assembly, graph: Graph, notes: Sequence[str]) -> Assembly:
+    return replace(found, files=list(graph.files), notes=[*found.notes, *notes])
 
 
 def _closed(graph: Graph, source: Source) -> Assembly | tuple[dict[str, Any], list[str]] | None:

@@ -190,7 +190,10 @@ def _pick(path: Path, content: Any, walk: Walk, ignore: Sequence[str], account: 
     groups = {group: found for group, found in groups.items() if any(_is_weight(tensor) for tensor in found.values())}
     if not groups and account.foreign:
         raise inert.refusal(
-            path, list(account.foreign), why="it holds no state dict and no module, but objects that their code would build:"
+            path,
+            list(account.foreign),
+            why="it holds no state dict and no module, but objects that their code would build:",
+            more=['where they are no modules of torch, save their arrays by name instead: numpy.savez("weights.npz", **arrays)'],
         )
     if not groups:
         raise UnsupportedError(f"{path}: holds no tensors by name; save a state dict: torch.save(model.state_dict(), file)")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rnn2bin.loaders.assemble import BLOCKS
+from rnn2bin.loaders.assemble import BLOCKS, LEFT_OVER
 from rnn2bin.spec import GraphSpec, RnnSpec
 
 MOST_ROWS = 200
@@ -91,7 +91,8 @@ def source_yaml(draft: Mapping[str, Any] | None, reasons: Sequence[str], ignore:
     tensors that the draft leaves over, which the file alone does not place."""
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
-    comments = "".join(f"# open: {_plain(line)}\n" for line in reasons)
+    # What is left over stands by name in what is printed to be uncommented.
+    comments = "".join(f"# open: {_plain(line)}\n" for line in reasons if not line.endswith(LEFT_OVER))
     if draft is None:
         return comments + BY_HAND
     data = {"source": {**draft, **({"ignore": list(ignore)} if ignore else {})}}
