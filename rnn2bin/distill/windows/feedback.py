@@ -3,7 +3,7 @@
 What a step reads of the step before is one batch of products, a source each; what it reads of the layer below is one product a layer, for
 the first layer made before the loop. Products of a source are kept: they are what a global gate's gradient is multiplied by.
 
-Everything here stands layers first, (T,L,B,·). States and reads have a step more, the first of which is where the window starts.
+Windows of layers stand as (T,L,B,·); where they are walked, one behind the other, layer k of step t is at t·L + k.
 """
 
 from __future__ import annotations
@@ -19,112 +19,131 @@ from torch.autograd.function import once_differentiable
 from rnn2bin.cells.network import CellState, Lookup, Trace
 from rnn2bin.cells.weights import PHI, Cell, CellWeights, fold
 from rnn2bin.distill.windows.inputs import input_product
-from rnn2bin.distill.windows.parts import Decided, Decisions, Drawn, Modes, activated, gather, spread
+from rnn2bin.distill.windows.parts import (
+    Decisions,
+    Drawn,
+    Modes,
+    activated,
+    gather,
+    in_order,
+    level_gradients,
+    level_slopes,
+    plus,
+    shared,
+    spread,
+    steps_of,
+)
 
-Kept = dict[str, Tensor]  # h (T+1,L,B,·), with "lstm" c (T+1,L,B,n·H) and phi_c; n: candidates; fed (T,L,B,H): what all layers fed one
-Forward = Callable[[int, int, Tensor, Sequence[Tensor]], None]  # step, layer, W h^{j−1} + b (B,H), own gates (B,n·H) each -> h
-Backward = Callable[[int, int, Tensor], tuple[Tensor, Tensor]]  # step, layer, d read (B,H) -> d (W h^{j−1} + b), d fed, both (B,H)
+# ---------------------------------------------------------------------------------------------- what a layer does with what reaches it
+
+Back = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What a layer does with what reaches it: its own gates, whether it has a cell, its steps forward and back."""
+    """`gates`: its own. `forward`: a layer's state before, W h^{j−1} + b and Σ g U h (B,H), own gates (B,n·H) each, φ, copies -> its state,
+    and what is kept of the step. `backward`: the states before all steps and after them, what was kept, own gates, (T,L,B,n·H) each, Σ g U h,
+    φ, copies -> a function of a place, d read (B,H) and what its state carries back (B,n·H): what own gates received (B,U,n·H), the
+    gradients of W h^{j−1} + b and Σ g U h, and what is carried on."""
 
     gates: int
-    forward: Callable[[Kept, str, int], Forward]
-    backward: Callable[[Kept, str, int, Sequence[Tensor], Sequence[Tensor | None], Tensor, Tensor], Backward]
-    cell: bool = False
+    forward: Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
+    backward: Callable[..., Back]
+
+    @property
+    def has_cell(self) -> bool:
+        """Whether h is what is shown of c."""
+        return self.gates == 3
 
 
-def _added(x: Tensor, grad: Tensor | None, t: int, k: int) -> Tensor:
-    return x if grad is None else x + grad[t, k]
-
-
-def _tanh(kept: Kept, phi: str, copies: int) -> Forward:
-    def step(t: int, k: int, entered: Tensor, opened: Sequence[Tensor]) -> None:
-        activated(phi, entered + kept["fed"][t, k], kept["h"][t + 1, k])
-
-    return step
+def _tanh(state: Sequence[Tensor], entered: Tensor, fed: Tensor, opened: Sequence[Tensor], phi: str, copies: int) -> Any:
+    return (activated(phi, entered + fed),), ()
 
 
 def _tanh_back(
-    kept: Kept, phi: str, copies: int, values: Sequence[Tensor], grads: Sequence[Tensor | None], d_value: Tensor, carried: Tensor
-) -> Backward:
-    slope = PHI[phi].slope(kept["h"][1:])
+    before: Sequence[Tensor], after: Sequence[Tensor], kept: Sequence[Tensor], values: Tensor, fed: Tensor, phi: str, copies: int
+) -> Back:
+    slope = _places(PHI[phi].slope(after[0]))
 
-    def back(t: int, k: int, d_read: Tensor) -> tuple[Tensor, Tensor]:
-        d = _added(d_read, grads[0], t, k) * slope[t, k]
-        return d, d
+    def back(at: int, d_read: Tensor, carried: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        d = (carried + d_read) * slope[at]
+        return d.new_empty(0), d, d, torch.zeros_like(carried)
 
     return back
 
 
-def _gru(kept: Kept, phi: str, copies: int) -> Forward:
-    h, n, fed = kept["h"], kept["n"], kept["fed"]
-
-    def step(t: int, k: int, entered: Tensor, opened: Sequence[Tensor]) -> None:
-        r, z = opened
-        torch.addcmul(spread(entered, copies), r, spread(fed[t, k], copies), out=n[t, k])
-        torch.lerp(activated(phi, n[t, k], n[t, k]), h[t, k], z, out=h[t + 1, k])
-
-    return step
+def _gru(state: Sequence[Tensor], entered: Tensor, fed: Tensor, opened: Sequence[Tensor], phi: str, copies: int) -> Any:
+    r, z = opened
+    n = activated(phi, torch.addcmul(spread(entered, copies), r, spread(fed, copies)))
+    return (torch.lerp(n, state[0], z),), (n,)
 
 
 def _gru_back(
-    kept: Kept, phi: str, copies: int, values: Sequence[Tensor], grads: Sequence[Tensor | None], d_value: Tensor, carried: Tensor
-) -> Backward:
-    """`carried` is d h where it was kept."""
-    r, z = values
-    slope, moved, every_fed = (1 - z) * PHI[phi].slope(kept["n"]), kept["h"][:-1] - kept["n"], spread(kept["fed"], copies)
+    before: Sequence[Tensor], after: Sequence[Tensor], kept: Sequence[Tensor], values: Tensor, fed: Tensor, phi: str, copies: int
+) -> Back:
+    (n,), (r, z) = kept, values.unbind(3)
+    slopes = torch.stack([(1 - z) * PHI[phi].slope(n), before[0] - n], 3)  # d h to the candidate, and to z
+    slope, from_n, kept_r, kept_z = _places(slopes), _places(spread(fed, copies)), _places(r), _places(z)
 
-    def back(t: int, k: int, d_read: Tensor) -> tuple[Tensor, Tensor]:
-        dh = _added(carried[k] + spread(d_read / copies, copies), grads[0], t, k)
-        dn = dh * slope[t, k]
-        torch.mul(dn, every_fed[t, k], out=d_value[t, k, :, 0])
-        torch.mul(dh, moved[t, k], out=d_value[t, k, :, 1])
-        torch.mul(dh, z[t, k], out=carried[k])
-        return gather(dn, copies), gather(dn * r[t, k], copies)
+    def back(at: int, d_read: Tensor, carried: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dh = carried + shared(d_read, copies)
+        received = dh.unsqueeze(1) * slope[at]
+        dn = received[:, 0].clone()
+        received[:, 0] *= from_n[at]
+        return received, gather(dn, copies), gather(dn * kept_r[at], copies), dh * kept_z[at]
 
     return back
 
 
-def _lstm(kept: Kept, phi: str, copies: int) -> Forward:
-    h, c, phi_c, n, fed = (kept[name] for name in ("h", "c", "phi_c", "n", "fed"))
-
-    def step(t: int, k: int, entered: Tensor, opened: Sequence[Tensor]) -> None:
-        i, f, o = opened
-        new = spread(activated(phi, entered + fed[t, k], n[t, k]), copies)
-        torch.mul(f, c[t, k], out=c[t + 1, k]).addcmul_(i, new)
-        h[t + 1, k] = fold(o * activated(phi, c[t + 1, k], phi_c[t, k]), copies)
-
-    return step
+def _lstm(state: Sequence[Tensor], entered: Tensor, fed: Tensor, opened: Sequence[Tensor], phi: str, copies: int) -> Any:
+    i, f, o = opened
+    n = activated(phi, entered + fed)
+    c = (f * state[1]).addcmul_(i, spread(n, copies))
+    y = activated(phi, c)
+    return (fold(o * y, copies), c), (n, y)
 
 
 def _lstm_back(
-    kept: Kept, phi: str, copies: int, values: Sequence[Tensor], grads: Sequence[Tensor | None], d_value: Tensor, carried: Tensor
-) -> Backward:
-    """`carried` is d c."""
-    (i, f, o), phi_c, slope, every_n = values, kept["phi_c"], PHI[phi].slope, spread(kept["n"], copies)
-    slope_c, slope_n, moved = o * slope(phi_c), i * slope(every_n), torch.stack([every_n, kept["c"][:-1]], 3)
+    before: Sequence[Tensor], after: Sequence[Tensor], kept: Sequence[Tensor], values: Tensor, fed: Tensor, phi: str, copies: int
+) -> Back:
+    (n, y), (i, f, o) = kept, values.unbind(3)
+    every_n, slope = spread(n, copies), PHI[phi].slope
+    by_cell = _places(torch.stack([every_n, before[1], f, i * slope(every_n)], 3))  # d c to i, to f, to the cell before, to the candidate
+    by_read, shown = _places(o * slope(y)), _places(y)
 
-    def back(t: int, k: int, d_read: Tensor) -> tuple[Tensor, Tensor]:
-        dm = spread(_added(d_read, grads[0], t, k) / copies, copies)  # d(o·φ(c))
-        dc = _added(torch.addcmul(carried[k], dm, slope_c[t, k]), grads[1], t, k)
-        torch.mul(dc.unsqueeze(1), moved[t, k], out=d_value[t, k, :, :2])
-        torch.mul(dm, phi_c[t, k], out=d_value[t, k, :, 2])
-        torch.mul(dc, f[t, k], out=carried[k])
-        d = gather(dc * slope_n[t, k], copies)
-        return d, d
+    def back(at: int, d_read: Tensor, carried: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dm = shared(d_read, copies)  # d(o·φ(c))
+        sent = torch.addcmul(carried, dm, by_read[at]).unsqueeze(1) * by_cell[at]
+        d = gather(sent[:, 3], copies)
+        return torch.cat([sent[:, :2], (dm * shown[at]).unsqueeze(1)], 1), d, d, sent[:, 2]
 
     return back
 
 
-UNITS = {"gf_tanh": Unit(0, _tanh, _tanh_back), "gf_gru": Unit(2, _gru, _gru_back), "gf_lstm": Unit(3, _lstm, _lstm_back, cell=True)}
+UNITS = {"gf_tanh": Unit(0, _tanh, _tanh_back), "gf_gru": Unit(2, _gru, _gru_back), "gf_lstm": Unit(3, _lstm, _lstm_back)}
+
+
+# ------------------------------------------------------------------------------------------------------------------------- the stack
+
+
+def _places(x: Tensor) -> Sequence[Tensor]:
+    """(T,L,B,…) -> each layer of each step, in order."""
+    return [layer for step in x.unbind(0) for layer in step.unbind(0)]
+
+
+def _in_layers(x: Tensor, layers: int) -> Tensor:
+    """Gates (T,B,L·U,·) -> (T,L,B,U,·)."""
+    return x.unflatten(2, (layers, x.shape[2] // layers)).transpose(1, 2)
+
+
+def _window(steps: Sequence[Tensor], layers: int) -> Tensor:
+    """The reverse of `_places`."""
+    return torch.stack(list(steps)).unflatten(0, (-1, layers))
 
 
 class FeedbackWindow(torch.autograd.Function):
     """x_pre (T,B,(U+1)·H+L), the first layer's: U own gates without their bias, the candidate, L global gates -> h (T,L,B,·) as wide as a
-    state, c (T,L,B,n·H), empty without one, the own gates' pre-activations (T,B,L·U,n·H), those of the global gates (T,B,L²)."""
+    state, c (T,L,B,n·H), empty without one, the layers' pre-activations (T,B,L·U,n·H), those of the global gates (T,B,L²,1)."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -143,84 +162,98 @@ class FeedbackWindow(torch.autograd.Function):
         phi: str,
         unit: Unit,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        (steps, batch, _), (layers, rows, hidden), width, own = x_pre.shape, source.shape, gates_bias.shape[1], unit.gates
-        copies, entered, links = width // hidden, slice(own * hidden, (own + 1) * hidden), (own + 1) * hidden
-        units = Decisions(x_pre, gates_bias, lo, hi, noise=noise.units, modes=modes[: layers * own])
-        none = x_pre.new_zeros(layers * layers, 1)
-        drawn = None if noise.shared is None else noise.shared.unsqueeze(3)
-        shared = Decisions(x_pre, none, none, none + 1, noise=drawn, modes=modes[layers * own :])
-        new = lambda count, size: x_pre.new_empty(count, layers, batch, size)
-        kept = {"h": new(steps + 1, h0.shape[2]), "fed": new(steps, hidden), "n": new(steps, hidden if unit.cell else width)}
-        kept["h"][0] = h0
-        if c0 is not None:
-            kept |= {"c": new(steps + 1, width), "phi_c": new(steps, width)}
-            kept["c"][0] = c0
-        kept["read"] = kept["h"] if copies == 1 or unit.cell else new(steps + 1, hidden)
-        kept["read"][0] = h0 if unit.cell else fold(h0, copies)
-        kept["products"] = new(steps, rows)
-        step = unit.forward(kept, phi, copies)
-        under, across, read = below.transpose(1, 2).contiguous(), source.transpose(1, 2).contiguous(), kept["read"]
-        for t in range(steps):
-            of_sources = torch.bmm(read[t], across, out=kept["products"][t])
-            asked = of_sources[:, :, -layers * layers :].sum(0)
+        (layers, rows, hidden), own, width = source.shape, unit.gates, gates_bias.shape[1]
+        copies, of_layer, of_source = width // hidden, [own * hidden, hidden, layers], [layers * hidden, own * hidden, layers**2]
+        units = Decisions(gates_bias, lo, hi, noise=noise.units, modes=modes[: layers * own])
+        none = x_pre.new_zeros(layers**2, 1)
+        global_ = Decisions(
+            none, none, none + 1, noise=None if noise.shared is None else noise.shared.unsqueeze(3), modes=modes[layers * own :]
+        )
+        decide = [units.part(k * own, (k + 1) * own, hidden) for k in range(layers)] if own else []
+        link = [global_.part(k * layers, (k + 1) * layers, 1) for k in range(layers)]
+        under, across = below.transpose(1, 2).contiguous().unbind(0), source.transpose(1, 2).contiguous()
+        state = list(zip(*(s.unbind(0) for s in (h0, c0) if s is not None), strict=True))
+        read = h0 if unit.has_cell else fold(h0, copies)
+        products, reads, feds, states, kept = x_pre.new_empty(len(x_pre), *h0.shape[:2], rows), [read], [], [], []
+        for x, of_read in zip(x_pre.unbind(0), products.unbind(0), strict=True):
+            blocks, gates, asked = torch.bmm(read, across, out=of_read).split(of_source, 2)
+            by_target, of_gates = blocks.unflatten(2, (layers, hidden)).unbind(2), gates.unbind(0)
+            asked, seen = asked.sum(0).split(layers, 1), []
             for k in range(layers):
-                product = torch.addmm(bias[k - 1], read[t + 1, k - 1], under[k - 1]) if k else x_pre[t]
-                g = shared.decide(t, (product[:, links:] + asked[:, k * layers :][:, :layers]).unsqueeze(2), first=k * layers)
-                torch.sum(of_sources[:, :, k * hidden :][:, :, :hidden] * g.transpose(0, 1), 0, out=kept["fed"][t, k])
-                decided: Sequence[Tensor] = ()
-                if own:
-                    of_gates = product[:, : own * hidden] + of_sources[k, :, layers * hidden : -layers * layers]
-                    decided = units.decide(t, of_gates.view(batch, own, hidden), first=k * own).unbind(1)
-                step(t, k, product[:, entered], decided)
-                if read is not kept["h"]:
-                    read[t + 1, k] = fold(kept["h"][t + 1, k], copies)
-        ctx.save_for_backward(below, source, *units.saved(), *shared.saved(), *kept.values())
-        ctx.names, ctx.modes, ctx.phi, ctx.unit = tuple(kept), (units.modes, shared.modes), phi, unit
+                product = torch.addmm(bias[k - 1], seen[-1], under[k - 1]) if k else x
+                asks, entered, links = product.split(of_layer, 1)
+                g = link[k](links + asked[k])
+                fed = (by_target[k] * g.transpose(0, 1)).sum(0)
+                opened = decide[k](asks + of_gates[k]).unbind(1) if own else ()
+                state[k], more = unit.forward(state[k], entered, fed, opened, phi, copies)
+                seen.append(state[k][0] if unit.has_cell else fold(state[k][0], copies))
+                feds.append(fed)
+                states.append(state[k])
+                kept.append(more)
+            reads.append(read := torch.stack(seen))
+        h, *c = (_window(s, layers) for s in zip(*states, strict=True))
+        of_units, of_links = units.over_time(x_pre), global_.over_time(x_pre)
+        saved = (*of_units, lo, hi, units.noise, *of_links, none, none + 1, global_.noise, h0, c0, h, c[0] if c else None)
+        more = [_window(m, layers) for m in zip(*kept, strict=True)]
+        ctx.save_for_backward(below, source, products, torch.stack(reads), _window(feds, layers), *saved, *more)
+        ctx.modes, ctx.phi, ctx.unit = (units.modes, global_.modes), phi, unit
         ctx.set_materialize_grads(False)
-        c = kept["c"][1:].clone() if unit.cell else x_pre.new_empty(0)
-        return kept["h"][1:].clone(), c, units.pre, shared.pre.squeeze(3)
+        return h, c[0] if c else h.new_empty(0), of_units[0], of_links[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_pre: Tensor | None, grad_links: Tensor | None) -> Any:
-        below, source, *saved = ctx.saved_tensors
-        of_units, of_links, rest = saved[: Decided.SAVED], saved[Decided.SAVED : 2 * Decided.SAVED], saved[2 * Decided.SAVED :]
-        units = Decided(ctx.modes[0], *of_units, grad=grad_pre)
-        shared = Decided(ctx.modes[1], *of_links, grad=None if grad_links is None else grad_links.unsqueeze(3))
-        kept: Kept = dict(zip(ctx.names, rest, strict=True))
-        products, read, unit = kept["products"], kept["read"], ctx.unit
-        (steps, layers, batch, _), hidden, own = products.shape, source.shape[2], unit.gates
-        copies, links, fed = units.d_value.shape[3] // hidden, (own + 1) * hidden, layers * hidden
-        grad, d_products = products.new_empty(steps, layers, batch, links + layers), torch.empty_like(products)
-        carried, d_read = torch.zeros_like(kept["c" if unit.cell else "h"][0]), torch.zeros_like(read[0])
-        by_layer = lambda x: x.unflatten(2, (layers, own)).transpose(1, 2) if own else x  # (T,B,L·U,·) -> (T,L,B,U,·)
-        given = (by_layer(units.values).unbind(3), (grad_h, grad_c), by_layer(units.d_value), carried)
-        back = unit.backward(kept, ctx.phi, copies, *given)
-        g = shared.values.transpose(1, 2)  # (T,L²,B,1)
+        below, source, products, reads, fed, *saved = ctx.saved_tensors
+        (pre, samples, values, lo, hi, noise), of_links, (h0, c0, h, c), kept = saved[:6], saved[6:12], saved[12:16], saved[16:]
+        (steps, layers, batch, _), hidden, unit = products.shape, source.shape[2], ctx.unit
+        copies, own = values.shape[3] // hidden, unit.gates
+        after = (h,) if c is None else (h, c)
+        before = [torch.cat([s0[None], s[:-1]]) for s0, s in zip((h0, c0), after, strict=False)]
+        back = unit.backward(before, after, kept, _in_layers(values, layers), fed, ctx.phi, copies)
+        through = _places(_in_layers(level_slopes(ctx.modes[0], pre, samples, lo, hi, noise), layers)) if own else []
+        through_links = _places(_in_layers(level_slopes(ctx.modes[1], *of_links[:2], *of_links[3:]), layers).squeeze(4))
+        g = _places(_in_layers(of_links[2], layers).transpose(2, 3))  # (L,B,1)
+        blocks = _places(products[..., : layers * hidden].unflatten(3, (layers, hidden)).permute(0, 3, 1, 2, 4))  # (L,B,H)
+        decided = None if grad_pre is None or not own else _places(_in_layers(grad_pre, layers))
+        linked = None if grad_links is None else _places(_in_layers(grad_links, layers).squeeze(4))
+        shown, memory = (None if x is None else _places(x) for x in (grad_h, grad_c))
+        carried = list(torch.zeros_like(after[-1][0]).unbind(0))
+        d_read, d_rows, d_products, d_pres, received = list(torch.zeros_like(reads[0]).unbind(0)), [], [], [], []
         for t in reversed(range(steps)):
+            d_blocks, d_gates, d_links = [], [], []
             for k in reversed(range(layers)):
-                row, from_k = grad[t, k], slice(k * layers, (k + 1) * layers)
-                row[:, own * hidden : links], d_fed = back(t, k, d_read[k])
+                at = t * layers + k
+                if unit.has_cell:
+                    d_read[k], carried[k] = plus(d_read[k], shown, at), plus(carried[k], memory, at)
+                else:
+                    carried[k] = plus(carried[k], shown, at)
+                of_gates, d_entered, d_fed, carried[k] = back(at, d_read[k], carried[k])
                 if own:
-                    row[:, : own * hidden] = units.send(t, k * own, (k + 1) * own, copies=copies).flatten(1)
-                    d_products[t, k, :, fed : -layers * layers] = row[:, : own * hidden]
-                of_fed = slice(k * hidden, (k + 1) * hidden)
-                torch.mul(d_fed, g[t, from_k], out=d_products[t, :, :, of_fed])
-                torch.sum(d_fed * products[t, :, :, of_fed], 2, out=shared.d_value[t, :, from_k, 0].t())
-                row[:, links:] = shared.send(t, k * layers, (k + 1) * layers, copies=1)[:, :, 0]
+                    d_pres.append(d_pre := plus(of_gates * through[at], decided, at))
+                    received.append(of_gates)
+                    d_gates.append(gather(d_pre, copies).flatten(1))
+                d_links.append(plus((d_fed * blocks[at]).sum(2).t() * through_links[at], linked, at))
+                d_blocks.append(g[at] * d_fed)
+                d_rows.append(row := torch.cat([*d_gates[-1:], d_entered, d_links[-1]], 1))
                 if k:
-                    d_read[k - 1] += row @ below[k - 1]
-            d_products[t, :, :, -layers * layers :] = shared.d_pre[t, :, :, 0]
-            torch.bmm(d_products[t], source, out=d_read)
-        d_h0 = d_read if unit.cell else spread(d_read / copies, copies)
-        if own == 2:
-            d_h0 = d_h0 + carried
-        in_rows = lambda x: x.transpose(0, 1).flatten(1, 2)  # (T,L,B,·) -> (L,T·B,·)
-        d_below = in_rows(grad[:, 1:]).transpose(1, 2) @ in_rows(read[1:, :-1])
-        d_source = in_rows(d_products).transpose(1, 2) @ in_rows(read[:-1])
-        d_bias, d_lo, d_hi = units.gradients()
-        states = (d_h0, carried if unit.cell else None)
-        return grad[:, 0], d_below, grad[:, 1:].sum((0, 2)), d_source, d_bias, *states, d_lo, d_hi, *(None,) * 4
+                    d_read[k - 1] = torch.addmm(d_read[k - 1], row, below[k - 1])
+            to_gates = [in_order(d_gates)] if own else []
+            of_sources = torch.cat([*reversed(d_blocks), *to_gates, torch.cat(d_links[::-1], 1).expand(layers, -1, -1)], 2)
+            d_products.append(of_sources)
+            d_read = list(torch.bmm(of_sources, source).unbind(0))
+        d_h0 = torch.stack(d_read) if unit.has_cell else shared(torch.stack(d_read), copies)
+        states = (d_h0, torch.stack(carried)) if unit.has_cell else (d_h0 + torch.stack(carried), None)
+        rows = in_order(d_rows).unflatten(0, (steps, layers))
+        by_layer = lambda x: x.transpose(0, 1).flatten(1, 2)  # (T,L,B,·) -> (L,T·B,·)
+        d_below = by_layer(rows[:, 1:]).transpose(1, 2) @ by_layer(reads[1:, :-1])
+        d_source = by_layer(in_order(d_products)).transpose(1, 2) @ by_layer(reads[:-1])
+        d_bias, d_lo, d_hi = None, torch.zeros_like(lo), torch.zeros_like(hi)
+        if own:
+            of_units = lambda x: in_order(x).unflatten(0, (steps, layers)).transpose(1, 2).flatten(2, 3)  # (T,B,L·U,n·H)
+            d_bias = of_units(d_pres).sum((0, 1))
+            if ctx.needs_input_grad[7] or ctx.needs_input_grad[8]:
+                d_lo, d_hi = level_gradients(of_units(received), samples)
+        return rows[:, 0], d_below, rows[:, 1:].sum((0, 2)), d_source, d_bias, *states, d_lo, d_hi, *(None,) * 4
 
 
 def _joined(w: CellWeights, leaf: str, layers: int) -> Tensor:
@@ -245,9 +278,8 @@ def run(cell: Cell, x: Tensor | Lookup, state: CellState, *, modes: Modes, noise
     x_pre = input_product(x, _joined(w, "weight_ih", 1)[0], bias=bias[0])
     below = _joined(w, "weight_below", layers - 1) if layers > 1 else bias.new_zeros(0, bias.shape[1], hidden)
     states = [s.unflatten(1, (layers, -1)).transpose(0, 1) for s in state]
-    start = (states[0], states[1] if unit.cell else None)
-    matrices = (below, bias[1:], _sources(w, layers, hidden))
-    more = (lo[:own], hi[:own], noise, modes, layer.activation, unit)
-    h, c, pre, links = FeedbackWindow.apply(x_pre, *matrices, w.gates_bias.view(own, layer.width), *start, *more)
-    found = [s.transpose(1, 2).flatten(2) for s in ((h, c) if unit.cell else (h,))]
-    return Trace(tuple(found), torch.cat([pre, links.unsqueeze(3).expand(-1, -1, -1, layer.width)], 2))
+    start = (states[0], states[1] if unit.has_cell else None)
+    matrices = (below, bias[1:], _sources(w, layers, hidden), w.gates_bias.view(own, layer.width))
+    h, c, pre, links = FeedbackWindow.apply(x_pre, *matrices, *start, lo[:own], hi[:own], noise, modes, layer.activation, unit)
+    found = tuple(s.transpose(1, 2).flatten(2) for s in ((h, c) if unit.has_cell else (h,)))
+    return Trace(found, torch.cat([pre, links.expand(-1, -1, -1, layer.width)], 2))

@@ -12,7 +12,20 @@ from rnn2bin.cells.memory import VARIANTS, Variant
 from rnn2bin.cells.network import CellState, Lookup, Trace
 from rnn2bin.cells.weights import PHI, Cell, fold
 from rnn2bin.distill.windows.inputs import input_product
-from rnn2bin.distill.windows.parts import Decided, Decisions, Drawn, Modes, activated, gather, spread
+from rnn2bin.distill.windows.parts import (
+    Decisions,
+    Drawn,
+    Modes,
+    activated,
+    gather,
+    in_order,
+    level_gradients,
+    level_slopes,
+    plus,
+    shared,
+    spread,
+    steps_of,
+)
 
 
 def _lookers(variant: Variant) -> int:
@@ -42,100 +55,101 @@ class MemoryWindow(torch.autograd.Function):
         phi: str,
         variant: Variant,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        steps, batch, _, hidden = x_pre.shape
-        copies, lookers = s0.shape[1] // hidden, _lookers(variant)
-        cut = (4 - lookers) * hidden
+        hidden, lookers = x_pre.shape[3], _lookers(variant)
+        copies, cut = s0.shape[1] // hidden, (4 - lookers) * hidden
         of_read, of_all = weight_hh[:cut].t().contiguous(), weight_hh[cut:].t().contiguous()
-        view = "identity" if variant.bare else phi
-        gates = Decisions(x_pre, gates_bias, lo, hi, noise=noise, modes=modes)
-        n, read = x_pre.new_empty(steps, batch, hidden), x_pre.new_empty(steps, batch, hidden)
-        s, y = x_pre.new_empty(steps, batch, s0.shape[1]), x_pre.new_empty(steps, batch, s0.shape[1])
-        scale = x_pre.new_empty(steps, batch, 1) if variant.normalized else None
-        after = x_pre.new_empty(steps if variant.reads_late or variant.output_read else 0, batch, hidden)
-        x_read, x_all = x_pre.flatten(2)[:, :, :cut], x_pre.flatten(2)[:, :, cut:]
-        y0 = PHI[view].value(s0)
-        last_s, last_y = s0, y0
-        for t in range(steps):
-            if lookers:
-                asked = torch.addmm(x_all[t], fold(last_y, copies), of_all)
-                gates.decide(t, asked.view(batch, lookers, hidden), first=3 - lookers)
-            i, f, o = gates.values[t].unbind(1)
+        gates = Decisions(gates_bias, lo, hi, noise=noise, modes=modes)
+        readers = gates.part(0, 3 - lookers, hidden) if lookers < 3 else None
+        seeing = gates.part(3 - lookers, 3, hidden) if lookers else None
+        s, y0 = s0, s0 if variant.bare else PHI[phi].value(s0)
+        y, read, shows = y0, read0, variant.reads_late or variant.output_read
+        kept, afters, scales = [], [], []
+        for x_read, x_all in zip(*(x.unbind(0) for x in x_pre.flatten(2).split([cut, 4 * hidden - cut], 2)), strict=True):
+            late = seeing(torch.addmm(x_all, fold(y, copies), of_all)).unbind(1) if seeing else ()
             if not variant.reads_late:
-                read[t] = fold(o * last_y, copies)
-            elif read0 is not None:
-                read[t] = after[t - 1] if t else read0
-            product = torch.addmm(x_read[t], read[t], of_read).view(batch, 4 - lookers, hidden)
-            if lookers < 3:
-                gates.decide(t, product[:, 1:])
-            activated(phi, product[:, 0], n[t])
-            torch.mul(f, last_s, out=s[t]).addcmul_(i, spread(n[t], copies))
-            if scale is not None:
-                torch.rsqrt(s[t].var(1, correction=0, keepdim=True).add_(1), out=scale[t])
-                s[t].mul_(scale[t])
-            activated(view, s[t], y[t])
-            if len(after):
-                after[t] = fold(o * y[t], copies)
-            last_s, last_y = s[t], y[t]
-        shown = y.new_empty(0) if variant.bare or variant.output_read else fold(y, copies)
-        ctx.save_for_backward(weight_hh, s0, y0, n, read, s, y, scale, *gates.saved())
-        ctx.modes, ctx.phi, ctx.view, ctx.variant = modes, phi, view, variant
+                read = fold(late[-1] * y, copies)
+            product = torch.addmm(x_read, read, of_read)
+            early = readers(product[:, hidden:]).unbind(1) if readers else ()
+            i, f, o = *early, *late
+            n = activated(phi, product[:, :hidden])
+            s = (f * s).addcmul_(i, spread(n, copies))
+            if variant.normalized:
+                scales.append(scale := (s.var(1, correction=0, keepdim=True) + 1).rsqrt_())
+                s = s * scale
+            y = s if variant.bare else activated(phi, s)
+            kept.append((n, read, s, y))
+            if shows:
+                afters.append(after := fold(o * y, copies))
+                read = after
+        ys, every_after = torch.stack([step[3] for step in kept]), torch.stack(afters) if shows else s0.new_empty(0)
+        n, read, s = (torch.stack([step[k] for step in kept]) for k in range(3))
+        pre, samples, values = gates.over_time(x_pre)
+        scale = torch.stack(scales) if variant.normalized else None
+        ctx.save_for_backward(weight_hh, s0, y0, n, read, s, ys, scale, pre, samples, values, lo, hi, noise)
+        ctx.modes, ctx.phi, ctx.variant = modes, phi, variant
         ctx.set_materialize_grads(False)
-        return shown, after, s, gates.pre
+        return s0.new_empty(0) if variant.bare or variant.output_read else fold(ys, copies).clone(), every_after, s, pre
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_shown: Tensor | None, grad_after: Tensor | None, grad_s: Tensor | None, grad_pre: Tensor | None) -> Any:
-        weight_hh, s0, y0, n, read, s, y, scale, *saved = ctx.saved_tensors
-        gates = Decided(ctx.modes, *saved, grad=grad_pre)
-        steps, batch, hidden = n.shape
-        late, lookers = ctx.variant.reads_late, _lookers(ctx.variant)
-        copies, cut = s.shape[2] // hidden, (4 - lookers) * hidden
-        i, f, o = gates.values.unbind(2)
-        d_i_f, d_o = gates.d_value[:, :, :2], gates.d_value[:, :, 2]
-        s_before, y_before = torch.cat([s0[None], s[:-1]]), torch.cat([y0[None], y[:-1]])
-        every_n, slope_y = spread(n, copies), PHI[ctx.view].slope(y)
-        moved, slope_n = torch.stack([every_n, s_before], 2), i * PHI[ctx.phi].slope(every_n)
-        if grad_shown is not None:
-            grad_shown = spread(grad_shown / copies, copies)
-        off_mean = None if scale is None else (s - s.mean(2, keepdim=True)) * scale
-        grad = n.new_empty(steps, batch, 4, hidden)
-        d_s, d_y, d_read = torch.zeros_like(s0), torch.zeros_like(s0), n.new_zeros(batch, hidden)
+        weight_hh, s0, y0, n, read, s, y, scale, pre, samples, values, lo, hi, noise = ctx.saved_tensors
+        (steps, batch, hidden), late, lookers = n.shape, ctx.variant.reads_late, _lookers(ctx.variant)
+        copies, cut, shows = s.shape[2] // hidden, (4 - lookers) * hidden, late or ctx.variant.output_read
+        of_read, of_all, phi = weight_hh[:cut], weight_hh[cut:], PHI[ctx.phi].slope
+        slope_y = (lambda y: torch.ones_like(y)) if ctx.variant.bare else phi
+        i, f, o = values.unbind(2)
+        s_before, y_before, every_n = torch.cat([s0[None], s[:-1]]), torch.cat([y0[None], y[:-1]]), spread(n, copies)
+        through = level_slopes(ctx.modes, pre, samples, lo, hi, noise)
+        moved = torch.stack([every_n, s_before], 2)  # by i and f
+        # What d s sends to the candidate, to i and to f; what d(o·φ(s)) sends to o, and d φ(s) to s.
+        of_s = torch.cat([(i * phi(every_n)).unsqueeze(2), through[:, :, :2] * moved], 2).unbind(0)
+        of_before, of_after = (through[:, :, 2] * y_before).unbind(0), (through[:, :, 2] * y).unbind(0)
+        of_y, kept, opened = slope_y(y).unbind(0), f.unbind(0), o.unbind(0)
+        off_mean = None if scale is None else ((s - s.mean(2, keepdim=True)) * scale).unbind(0)
+        shown, after, memory = steps_of(grad_shown), steps_of(grad_after), steps_of(grad_s)
+        decided = steps_of(grad_pre)
+        zero, none = torch.zeros_like(s0), n.new_zeros(batch, hidden)
+        d_s, d_y, d_read = zero, zero, none
+        rows, d_os, d_ss, befores, afters = [], [], [], [], []
         for t in reversed(range(steps)):
-            if grad_shown is not None:
-                d_y += grad_shown[t]
-            d_after = d_read if late else None
-            if grad_after is not None:
-                d_after = grad_after[t] if d_after is None else d_after + grad_after[t]
-            if d_after is not None:
-                dm = spread(d_after / copies, copies)  # d(o·φ(s))
-                torch.mul(dm, y[t], out=d_o[t])
-                d_y.addcmul_(dm, o[t])
-            else:
-                d_o[t] = 0
-            if grad_s is not None:
-                d_s += grad_s[t]
-            d_s.addcmul_(d_y, slope_y[t])
-            if scale is not None and off_mean is not None:
+            if shown is not None:
+                d_y = d_y + shared(shown[t], copies)
+            d_o = zero
+            if shows:
+                afters.append(dm := shared(plus(d_read if late else none, after, t), copies))  # d(o·φ(s)), after the step
+                d_o, d_y = dm * of_after[t], torch.addcmul(d_y, dm, opened[t])
+            d_s = torch.addcmul(plus(d_s, memory, t), d_y, of_y[t])
+            if off_mean is not None:
                 d_s = d_s * scale[t] - off_mean[t] * (d_s * s[t]).mean(1, keepdim=True)
-            torch.mul(d_s.unsqueeze(1), moved[t], out=d_i_f[t])
-            grad[t, :, 0] = gather(d_s * slope_n[t], copies)
-            if lookers < 3:
-                grad[t, :, 1 : 4 - lookers] = gates.send(t, 0, 3 - lookers, copies=copies)
-            d_read = grad[t].flatten(1)[:, :cut] @ weight_hh[:cut]
-            d_y = torch.zeros_like(d_y)
+            row = d_s.unsqueeze(1) * of_s[t]
+            if decided is not None:
+                row[:, 1:] += decided[t][:, :2]
+            folded, d_y = gather(row, copies), zero
             if not late:
-                dm = spread(d_read / copies, copies)
-                d_o[t].addcmul_(dm, y_before[t])
-                d_y.addcmul_(dm, o[t])
+                befores.append(dm := shared(folded[:, : 4 - lookers].flatten(1) @ of_read, copies))  # the same before it
+                d_o, d_y = torch.addcmul(d_o, dm, of_before[t]), dm * opened[t]
+            if decided is not None:
+                d_o = d_o + decided[t][:, 2]
+            every = torch.cat([folded.flatten(1), gather(d_o, copies)], 1)
+            if late:
+                d_read = every[:, :cut] @ of_read
             if lookers:
-                grad[t, :, 4 - lookers :] = gates.send(t, 3 - lookers, 3, copies=copies)
-                d_y += spread(grad[t].flatten(1)[:, cut:] @ weight_hh[cut:] / copies, copies)
-            d_s = d_s * f[t]
-        d_s = d_s.addcmul_(d_y, PHI[ctx.view].slope(y0))
-        rows = grad.flatten(2).flatten(0, 1).t()
-        d_weight = torch.cat([rows[:cut] @ read.flatten(0, 1), rows[cut:] @ fold(y_before, copies).flatten(0, 1)])
-        d_bias, d_lo, d_hi = gates.gradients()
-        return grad, d_weight, d_bias, d_read if late else None, d_s, d_lo, d_hi, None, None, None, None
+                d_y = d_y + shared(every[:, cut:] @ of_all, copies)
+            rows.append(row)
+            d_os.append(d_o)
+            d_ss.append(d_s)
+            d_s = d_s * kept[t]
+        d_s = torch.addcmul(d_s, d_y, slope_y(y0))
+        d_pre = torch.cat([in_order(rows), in_order(d_os).unsqueeze(2)], 2)  # and the candidate's, first
+        grad = gather(d_pre, copies)
+        flat = grad.flatten(2).flatten(0, 1).t()
+        d_weight = torch.cat([flat[:cut] @ read.flatten(0, 1), flat[cut:] @ fold(y_before, copies).flatten(0, 1)])
+        d_lo = d_hi = None
+        if ctx.needs_input_grad[5] or ctx.needs_input_grad[6]:
+            of_o = (in_order(afters) * y if shows else 0) + (0 if late else in_order(befores) * y_before)
+            d_lo, d_hi = level_gradients(torch.cat([in_order(d_ss).unsqueeze(2) * moved, of_o.unsqueeze(2)], 2), samples)
+        return grad, d_weight, d_pre[:, :, 1:].sum((0, 1)), d_read if late else None, d_s, d_lo, d_hi, None, None, None, None
 
 
 def run(cell: Cell, x: Tensor | Lookup, state: CellState, *, modes: Modes, noise: Drawn) -> Trace:

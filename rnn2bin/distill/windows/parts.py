@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,49 +40,45 @@ def derivatives(modes: Modes, pre: Tensor, value: Tensor, noise: Tensor | None) 
 
 
 class Decisions:
-    """The gates of a window as it runs: pre-activations, samples and the levels these select, (T,B,G,n·H) each, filled step by step."""
+    """The gates of a window as it runs: those that are decided together are a `part`."""
 
-    def __init__(self, like: Tensor, bias: Tensor, lo: Tensor, hi: Tensor, *, noise: Tensor | None, modes: Modes) -> None:
-        """`like` (T,B,…); `bias` and levels (G,n·H)."""
+    def __init__(self, bias: Tensor, lo: Tensor, hi: Tensor, *, noise: Tensor | None, modes: Modes) -> None:
+        """`bias` and levels (G,n·H), noise (T,B,G,n·H)."""
         self.bias, self.lo, self.hi, self.noise, self.modes = bias, lo, hi, noise, modes
-        self.pre, self.bits, self.values = (like.new_empty(*like.shape[:2], *bias.shape) for _ in range(3))
+        self.strict = bool((lo == 0).all() & (hi == 1).all())  # a sample is its level
+        self.parts: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
 
-    def decide(self, t: int, product: Tensor, *, first: int = 0) -> Tensor:
-        """Products (B,g,H) of the gates from `first` on at step t -> the levels they select (B,g,n·H)."""
-        at = slice(first, first + product.shape[1])
-        pre = add_thresholds(self.bias[at], product, self.pre[t, :, at])
-        bits = self.bits[t, :, at] = sampled(self.modes[at], pre, None if self.noise is None else self.noise[t, :, at])
-        return torch.lerp(self.lo[at], self.hi[at], bits, out=self.values[t, :, at])
-
-    def saved(self) -> tuple[Tensor | None, ...]:
-        """What `Decided` is made of on the way back."""
-        return self.pre, self.bits, self.values, self.lo, self.hi, self.noise
-
-
-class Decided:
-    """The same on the way back: a window writes into `d_value` what each gate's value received, and asks for what that sends further."""
-
-    SAVED = 6  # tensors of `Decisions.saved`
-
-    def __init__(
-        self, modes: Modes, pre: Tensor, bits: Tensor, values: Tensor, lo: Tensor, hi: Tensor, noise: Tensor | None, *, grad: Tensor | None
-    ) -> None:
-        """`grad`: what the pre-activations received from outside, if anything."""
-        self.bits, self.values, self.grad = bits, values, grad
-        self.through = derivatives(modes, pre, bits, noise).mul_(hi - lo) if modes else pre
-        self.d_value, self.d_pre = torch.empty_like(pre), torch.empty_like(pre)
-
-    def send(self, t: int, first: int, last: int, *, copies: int) -> Tensor:
-        """The gradient (B,g,H) of the products behind the gates from `first` to before `last` at step t."""
+    def part(self, first: int, last: int, hidden: int) -> Callable[[Tensor], Tensor]:
+        """The gates from `first` to before `last`, of H units; parts are asked for in the order of their gates. At each step the function
+        that is returned takes their products (B,g·H) and gives the levels that they select (B,g,n·H)."""
         at = slice(first, last)
-        torch.mul(self.d_value[t, :, at], self.through[t, :, at], out=self.d_pre[t, :, at])
-        if self.grad is not None:
-            self.d_pre[t, :, at] += self.grad[t, :, at]
-        return gather(self.d_pre[t, :, at], copies)
+        bias, lo, hi, modes = self.bias[at].view(last - first, -1, hidden), self.lo[at], self.hi[at], self.modes[at]
+        noise = None if self.noise is None else self.noise[:, :, at].unbind(0)
+        pres, samples, values = [], [], []  # type: ignore[var-annotated]
+        self.parts.append((pres, samples, samples if self.strict else values))
 
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of thresholds, lo and hi, (G,n·H) each."""
-        return self.d_pre.sum((0, 1)), *level_gradients(self.d_value, self.bits)
+        def decide(product: Tensor) -> Tensor:
+            drawn = None if noise is None else noise[len(pres)]
+            pres.append(pre := (product.view(-1, last - first, 1, hidden) + bias).flatten(2))
+            samples.append(value := sampled(modes, pre, drawn))
+            if not self.strict:
+                values.append(value := torch.lerp(lo, hi, value))
+            return value
+
+        return decide
+
+    def over_time(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pre-activations, samples and levels of all gates and steps, (T,B,G,n·H) each; of no gates where there are none, x (T,B,·) says
+        for how many steps."""
+        if not self.parts:
+            return (like.new_zeros(*like.shape[:2], 0, self.bias.shape[1]),) * 3
+        pre, samples = (torch.cat([torch.stack(part[k]) for part in self.parts], 2) for k in (0, 1))
+        return pre, samples, samples if self.strict else torch.cat([torch.stack(part[2]) for part in self.parts], 2)
+
+
+def level_slopes(modes: Modes, pre: Tensor, samples: Tensor, lo: Tensor, hi: Tensor, noise: Tensor | None) -> Tensor:
+    """d level / d pre-activation (T,B,G,n·H)."""
+    return derivatives(modes, pre, samples, noise).mul_(hi - lo) if modes else torch.zeros_like(pre)
 
 
 def level_gradients(received: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,14 +87,17 @@ def level_gradients(received: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     return received.sum((0, 1)) - d_hi, d_hi
 
 
-def activated(name: str, x: Tensor, out: Tensor) -> Tensor:
-    """φ(x) -> out."""
-    return tanh(x, out) if name == "tanh" else out.copy_(PHI[name].value(x))
+def activated(name: str, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """φ(x), in `out` if given."""
+    if name == "tanh":
+        return tanh(x, out)
+    return PHI[name].value(x) if out is None else out.copy_(PHI[name].value(x))
 
 
-def tanh(x: Tensor, out: Tensor) -> Tensor:
+def tanh(x: Tensor, out: Tensor | None = None) -> Tensor:
     """tanh x as 2σ(2x) − 1: on CPUs torch's sigmoid takes a sixth of the time of its tanh; the error, 1e-7, does not matter here."""
-    return torch.sigmoid(torch.mul(x, 2, out=out), out=out).mul_(2).sub_(1)
+    out = torch.mul(x, 2, out=out)
+    return torch.sigmoid(out, out=out).mul_(2).sub_(1)
 
 
 def squash(phi: str, pre: Tensor, out: Tensor, clip: float, inside: Tensor | None) -> Tensor:
@@ -123,3 +123,23 @@ def spread(x: Tensor, copies: int) -> Tensor:
 def gather(x: Tensor, copies: int) -> Tensor:
     """(…,n·H) -> the sum over copies (…,H): the gradient of `spread`."""
     return x if copies == 1 else x.unflatten(-1, (copies, -1)).sum(-2)
+
+
+def shared(x: Tensor, copies: int) -> Tensor:
+    """The gradient of a mean over copies (…,H) -> what each copy receives of it (…,n·H)."""
+    return x if copies == 1 else spread(x / copies, copies)
+
+
+def plus(x: Tensor, more: Sequence[Tensor] | None, t: int) -> Tensor:
+    """x, and what came from outside at step t, if anything did."""
+    return x if more is None else x + more[t]
+
+
+def steps_of(x: Tensor | None) -> Sequence[Tensor] | None:
+    """A window's gradient step by step, None where there is none."""
+    return None if x is None else x.unbind(0)
+
+
+def in_order(steps: Sequence[Tensor]) -> Tensor:
+    """What was found from the last step to the first -> a window."""
+    return torch.stack(list(reversed(steps)))

@@ -13,7 +13,20 @@ from torch.autograd.function import once_differentiable
 from rnn2bin.cells.network import CellState, Lookup, Trace
 from rnn2bin.cells.weights import PHI, Cell, fold
 from rnn2bin.distill.windows.inputs import input_product
-from rnn2bin.distill.windows.parts import Decided, Decisions, Drawn, Modes, activated, gather, spread
+from rnn2bin.distill.windows.parts import (
+    Decisions,
+    Drawn,
+    Modes,
+    activated,
+    gather,
+    in_order,
+    level_gradients,
+    level_slopes,
+    plus,
+    shared,
+    spread,
+    steps_of,
+)
 
 
 @dataclass(frozen=True)
@@ -56,60 +69,65 @@ class RnnWindow(torch.autograd.Function):
         phi: str,
         rule: Rule,
     ) -> tuple[Tensor, Tensor]:
-        (steps, batch, _), (layers, _, hidden) = x_pre.shape, weight.shape
-        copies = h0.shape[1] // hidden
-        recurrent = weight.transpose(1, 2).contiguous()
-        gates = Decisions(x_pre, gates_bias, lo, hi, noise=noise, modes=modes)
-        n = x_pre.new_empty(steps, batch, layers, hidden)
-        h = x_pre.new_empty(steps, batch, layers, h0.shape[1])
-        last = h0
-        for t in range(steps):
-            for layer in range(layers):
-                product = torch.addmm(bias[layer - 1] if layer else x_pre[t], fold(last, copies), recurrent[layer])
-                new = activated(phi, product[:, -hidden:], n[t, :, layer])
+        layers, _, hidden = weight.shape
+        copies, recurrent = h0.shape[1] // hidden, weight.transpose(1, 2).contiguous().unbind(0)
+        gates = Decisions(gates_bias, lo, hi, noise=noise, modes=modes)
+        decide = [gates.part(k, k + 1, hidden) for k in range(len(modes))]
+        h, every_n, every_h = h0, [], []
+        for x in x_pre.unbind(0):
+            for k in range(layers):
+                product = torch.addmm(bias[k - 1] if k else x, fold(h, copies), recurrent[k])
+                n = activated(phi, product[:, -hidden:])
+                every_n.append(n)
                 if modes:
-                    value = gates.decide(t, product[:, None, :hidden], first=layer)[:, 0]
-                    keep, write = rule.factors(value)
-                    torch.mul(keep, last, out=h[t, :, layer]).addcmul_(write, spread(new, copies))
+                    keep, write = rule.factors(decide[k](product[:, :hidden])[:, 0])
+                    h = (keep * h).addcmul_(write, spread(n, copies))
                 else:
-                    h[t, :, layer] = new
-                last = h[t, :, layer]
-        ctx.save_for_backward(weight, h0, n, h, *gates.saved())
+                    h = n
+                every_h.append(h)
+        n, every = (torch.stack(x).unflatten(0, (-1, layers)) for x in (every_n, every_h))  # (T,L,B,·)
+        pre, samples, values = gates.over_time(x_pre)
+        ctx.save_for_backward(weight, h0, n, every, pre, samples, values, lo, hi, noise)
         ctx.modes, ctx.phi, ctx.rule = modes, phi, rule
         ctx.set_materialize_grads(False)
-        return h[:, :, -1].clone(), gates.pre
+        return every[:, -1].clone(), pre
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor | None, grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
-        weight, h0, n, h, *saved = ctx.saved_tensors
-        gates = Decided(ctx.modes, *saved, grad=grad_pre)
-        (steps, batch, layers, width), (_, rows, hidden) = h.shape, weight.shape
-        copies, every_n = width // hidden, spread(n, width // hidden)
-        before = torch.cat([h0[None], h[:-1, :, -1]]).unsqueeze(2)
-        before = torch.cat([before, h[:, :, :-1]], 2)
-        slope_n = PHI[ctx.phi].slope(every_n)
-        if ctx.modes:
-            keep, write = ctx.rule.factors(gates.values)
-            slope_n = slope_n * write
+        weight, h0, n, h, pre, samples, values, lo, hi, noise = ctx.saved_tensors
+        (steps, layers, batch, width), (_, rows, hidden) = h.shape, weight.shape
+        copies, every_n, gated = width // hidden, spread(n, width // hidden), bool(ctx.modes)
+        before = torch.cat([h0[None], h.flatten(0, 1)[:-1]]).view_as(h)
+        slopes = PHI[ctx.phi].slope(every_n).unsqueeze(3)  # what d h' sends to the candidate, and, before it, to a gate
+        if gated:
+            keep, write = (x.transpose(1, 2) for x in ctx.rule.factors(values))
             moved = before * ctx.rule.keep[1] + every_n * ctx.rule.write[1]
-        grad = n.new_empty(steps, batch, layers, rows)
-        dh = torch.zeros_like(h0)
-        for t in reversed(range(steps)):
-            if grad_h is not None:
-                dh = dh + grad_h[t]
-            for layer in reversed(range(layers)):
-                grad[t, :, layer, -hidden:] = gather(dh * slope_n[t, :, layer], copies)
-                kept = None
-                if ctx.modes:
-                    torch.mul(dh, moved[t, :, layer], out=gates.d_value[t, :, layer])
-                    grad[t, :, layer, :hidden] = gates.send(t, layer, layer + 1, copies=copies)[:, 0]
-                    kept = dh * keep[t, :, layer]
-                dh = spread(grad[t, :, layer] @ weight[layer] / copies, copies)
-                dh = dh if kept is None else dh + kept
-        d_weight = torch.einsum("tblm,tblk->lmk", grad, fold(before, copies))
-        d_bias, d_lo, d_hi = gates.gradients()
-        return grad[:, :, 0], d_weight, grad[:, :, 1:].sum((0, 1)), d_bias, dh, d_lo, d_hi, None, None, None, None
+            through = level_slopes(ctx.modes, pre, samples, lo, hi, noise).transpose(1, 2)
+            slopes = torch.stack([moved * through, slopes.squeeze(3) * write], 3)
+            keep = keep.flatten(0, 1).unbind(0)
+        slopes, outside, decided = slopes.flatten(0, 1).unbind(0), steps_of(grad_h), steps_of(grad_pre) if gated else None
+        dh, d_hs, found = torch.zeros_like(h0), [], []
+        for at in reversed(range(steps * layers)):
+            t, k = divmod(at, layers)
+            if k == layers - 1:
+                dh = plus(dh, outside, t)
+            row = dh.unsqueeze(1) * slopes[at]
+            if decided is not None:
+                row[:, 0] += decided[t][:, k]
+            d_hs.append(dh)
+            found.append(row)
+            read = shared(gather(row, copies).flatten(1) @ weight[k], copies)
+            dh = torch.addcmul(read, dh, keep[at]) if gated else read
+        d_pre = in_order(found).unflatten(0, (steps, layers))  # (T,L,B,1 or 2,n·H)
+        grad = gather(d_pre, copies).flatten(3)
+        d_weight = torch.einsum("tlbm,tlbk->lmk", grad, fold(before, copies))
+        d_bias = d_lo = d_hi = None
+        if gated:
+            d_bias = d_pre[:, :, :, 0].sum((0, 2))
+            if ctx.needs_input_grad[5] or ctx.needs_input_grad[6]:
+                d_lo, d_hi = level_gradients((in_order(d_hs).view_as(h) * moved).transpose(1, 2), samples)
+        return grad[:, 0], d_weight, grad[:, 1:].sum((0, 2)), d_bias, dh, d_lo, d_hi, None, None, None, None
 
 
 def run(cell: Cell, x: Tensor | Lookup, state: CellState, *, modes: Modes, noise: Drawn) -> Trace:
