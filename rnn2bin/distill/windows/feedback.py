@@ -31,7 +31,6 @@ from rnn2bin.distill.windows.parts import (
     plus,
     shared,
     spread,
-    steps_of,
 )
 
 # ---------------------------------------------------------------------------------------------- what a layer does with what reaches it
@@ -41,19 +40,15 @@ Back = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Unit:
-    """`gates`: its own. `forward`: a layer's state before, W h^{j−1} + b and Σ g U h (B,H), own gates (B,n·H) each, φ, copies -> its state,
-    and what is kept of the step. `backward`: the states before all steps and after them, what was kept, own gates, (T,L,B,n·H) each, Σ g U h,
-    φ, copies -> a function of a place, d read (B,H) and what its state carries back (B,n·H): what own gates received (B,U,n·H), the
-    gradients of W h^{j−1} + b and Σ g U h, and what is carried on."""
+    """`gates`: its own. `has_cell`: h is what is shown of c. `forward`: a layer's state before, W h^{j−1} + b and Σ g U h (B,H), own
+    gates (B,n·H) each, φ, copies -> its state, and what is kept of the step. `backward`: the states before all steps and after them,
+    what was kept, (T,L,B,·) each, own gates (T,L,B,U,n·H), Σ g U h, φ, copies -> a function of a place, d read (B,H) and what its state
+    carries back (B,n·H): what own gates received (B,U,n·H), the gradients of W h^{j−1} + b and Σ g U h, and what is carried on."""
 
     gates: int
     forward: Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
     backward: Callable[..., Back]
-
-    @property
-    def has_cell(self) -> bool:
-        """Whether h is what is shown of c."""
-        return self.gates == 3
+    has_cell: bool = False
 
 
 def _tanh(state: Sequence[Tensor], entered: Tensor, fed: Tensor, opened: Sequence[Tensor], phi: str, copies: int) -> Any:
@@ -120,7 +115,7 @@ def _lstm_back(
     return back
 
 
-UNITS = {"gf_tanh": Unit(0, _tanh, _tanh_back), "gf_gru": Unit(2, _gru, _gru_back), "gf_lstm": Unit(3, _lstm, _lstm_back)}
+UNITS = {"gf_tanh": Unit(0, _tanh, _tanh_back), "gf_gru": Unit(2, _gru, _gru_back), "gf_lstm": Unit(3, _lstm, _lstm_back, has_cell=True)}
 
 
 # ------------------------------------------------------------------------------------------------------------------------- the stack
@@ -178,7 +173,7 @@ class FeedbackWindow(torch.autograd.Function):
         for x, of_read in zip(x_pre.unbind(0), products.unbind(0), strict=True):
             blocks, gates, asked = torch.bmm(read, across, out=of_read).split(of_source, 2)
             by_target, of_gates = blocks.unflatten(2, (layers, hidden)).unbind(2), gates.unbind(0)
-            asked, seen = asked.sum(0).split(layers, 1), []
+            asked, seen = asked.sum(0).split(layers, 1), list[Tensor]()
             for k in range(layers):
                 product = torch.addmm(bias[k - 1], seen[-1], under[k - 1]) if k else x
                 asks, entered, links = product.split(of_layer, 1)
@@ -194,8 +189,8 @@ class FeedbackWindow(torch.autograd.Function):
         h, *c = (_window(s, layers) for s in zip(*states, strict=True))
         of_units, of_links = units.over_time(x_pre), global_.over_time(x_pre)
         saved = (*of_units, lo, hi, units.noise, *of_links, none, none + 1, global_.noise, h0, c0, h, c[0] if c else None)
-        more = [_window(m, layers) for m in zip(*kept, strict=True)]
-        ctx.save_for_backward(below, source, products, torch.stack(reads), _window(feds, layers), *saved, *more)
+        of_units_kept = [_window(m, layers) for m in zip(*kept, strict=True)]
+        ctx.save_for_backward(below, source, products, torch.stack(reads), _window(feds, layers), *saved, *of_units_kept)
         ctx.modes, ctx.phi, ctx.unit = (units.modes, global_.modes), phi, unit
         ctx.set_materialize_grads(False)
         return h, c[0] if c else h.new_empty(0), of_units[0], of_links[0]
@@ -205,7 +200,7 @@ class FeedbackWindow(torch.autograd.Function):
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_pre: Tensor | None, grad_links: Tensor | None) -> Any:
         below, source, products, reads, fed, *saved = ctx.saved_tensors
         (pre, samples, values, lo, hi, noise), of_links, (h0, c0, h, c), kept = saved[:6], saved[6:12], saved[12:16], saved[16:]
-        (steps, layers, batch, _), hidden, unit = products.shape, source.shape[2], ctx.unit
+        (steps, layers), hidden, unit = products.shape[:2], source.shape[2], ctx.unit
         copies, own = values.shape[3] // hidden, unit.gates
         after = (h,) if c is None else (h, c)
         before = [torch.cat([s0[None], s[:-1]]) for s0, s in zip((h0, c0), after, strict=False)]

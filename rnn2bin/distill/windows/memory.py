@@ -59,18 +59,18 @@ class MemoryWindow(torch.autograd.Function):
         copies, cut = s0.shape[1] // hidden, (4 - lookers) * hidden
         of_read, of_all = weight_hh[:cut].t().contiguous(), weight_hh[cut:].t().contiguous()
         gates = Decisions(gates_bias, lo, hi, noise=noise, modes=modes)
-        readers = gates.part(0, 3 - lookers, hidden) if lookers < 3 else None
-        seeing = gates.part(3 - lookers, 3, hidden) if lookers else None
+        decide_readers = gates.part(0, 3 - lookers, hidden) if lookers < 3 else None
+        decide_lookers = gates.part(3 - lookers, 3, hidden) if lookers else None
         s, y0 = s0, s0 if variant.bare else PHI[phi].value(s0)
-        y, read, shows = y0, read0, variant.reads_late or variant.output_read
-        kept, afters, scales = [], [], []
+        y, read, shows = y0, fold(s0, copies) if read0 is None else read0, variant.reads_late or variant.output_read
+        kept: list[tuple[Tensor, ...]] = []
+        afters, scales = [], []
         for x_read, x_all in zip(*(x.unbind(0) for x in x_pre.flatten(2).split([cut, 4 * hidden - cut], 2)), strict=True):
-            late = seeing(torch.addmm(x_all, fold(y, copies), of_all)).unbind(1) if seeing else ()
+            looked = decide_lookers(torch.addmm(x_all, fold(y, copies), of_all)).unbind(1) if decide_lookers else ()
             if not variant.reads_late:
-                read = fold(late[-1] * y, copies)
+                read = fold(looked[-1] * y, copies)
             product = torch.addmm(x_read, read, of_read)
-            early = readers(product[:, hidden:]).unbind(1) if readers else ()
-            i, f, o = *early, *late
+            i, f, o = *(decide_readers(product[:, hidden:]).unbind(1) if decide_readers else ()), *looked
             n = activated(phi, product[:, :hidden])
             s = (f * s).addcmul_(i, spread(n, copies))
             if variant.normalized:
@@ -82,10 +82,10 @@ class MemoryWindow(torch.autograd.Function):
                 afters.append(after := fold(o * y, copies))
                 read = after
         ys, every_after = torch.stack([step[3] for step in kept]), torch.stack(afters) if shows else s0.new_empty(0)
-        n, read, s = (torch.stack([step[k] for step in kept]) for k in range(3))
+        n, reads, s = (torch.stack([step[k] for step in kept]) for k in range(3))
         pre, samples, values = gates.over_time(x_pre)
-        scale = torch.stack(scales) if variant.normalized else None
-        ctx.save_for_backward(weight_hh, s0, y0, n, read, s, ys, scale, pre, samples, values, lo, hi, noise)
+        every_scale = torch.stack(scales) if variant.normalized else None
+        ctx.save_for_backward(weight_hh, s0, y0, n, reads, s, ys, every_scale, pre, samples, values, lo, hi, noise)
         ctx.modes, ctx.phi, ctx.variant = modes, phi, variant
         ctx.set_materialize_grads(False)
         return s0.new_empty(0) if variant.bare or variant.output_read else fold(ys, copies).clone(), every_after, s, pre
@@ -93,7 +93,7 @@ class MemoryWindow(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_shown: Tensor | None, grad_after: Tensor | None, grad_s: Tensor | None, grad_pre: Tensor | None) -> Any:
-        weight_hh, s0, y0, n, read, s, y, scale, pre, samples, values, lo, hi, noise = ctx.saved_tensors
+        weight_hh, s0, y0, n, reads, s, y, scale, pre, samples, values, lo, hi, noise = ctx.saved_tensors
         (steps, batch, hidden), late, lookers = n.shape, ctx.variant.reads_late, _lookers(ctx.variant)
         copies, cut, shows = s.shape[2] // hidden, (4 - lookers) * hidden, late or ctx.variant.output_read
         of_read, of_all, phi = weight_hh[:cut], weight_hh[cut:], PHI[ctx.phi].slope
@@ -144,10 +144,13 @@ class MemoryWindow(torch.autograd.Function):
         d_pre = torch.cat([in_order(rows), in_order(d_os).unsqueeze(2)], 2)  # and the candidate's, first
         grad = gather(d_pre, copies)
         flat = grad.flatten(2).flatten(0, 1).t()
-        d_weight = torch.cat([flat[:cut] @ read.flatten(0, 1), flat[cut:] @ fold(y_before, copies).flatten(0, 1)])
+        d_weight = torch.cat([flat[:cut] @ reads.flatten(0, 1), flat[cut:] @ fold(y_before, copies).flatten(0, 1)])
         d_lo = d_hi = None
         if ctx.needs_input_grad[5] or ctx.needs_input_grad[6]:
-            of_o = (in_order(afters) * y if shows else 0) + (0 if late else in_order(befores) * y_before)
+            of_o = torch.zeros_like(s)
+            for dms, seen in ((afters, y), (befores, y_before)):
+                if dms:
+                    of_o.addcmul_(in_order(dms), seen)
             d_lo, d_hi = level_gradients(torch.cat([in_order(d_ss).unsqueeze(2) * moved, of_o.unsqueeze(2)], 2), samples)
         return grad, d_weight, d_pre[:, :, 1:].sum((0, 1)), d_read if late else None, d_s, d_lo, d_hi, None, None, None, None
 

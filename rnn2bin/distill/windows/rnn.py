@@ -96,8 +96,9 @@ class RnnWindow(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor | None, grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
         weight, h0, n, h, pre, samples, values, lo, hi, noise = ctx.saved_tensors
-        (steps, layers, batch, width), (_, rows, hidden) = h.shape, weight.shape
-        copies, every_n, gated = width // hidden, spread(n, width // hidden), bool(ctx.modes)
+        (steps, layers), hidden = h.shape[:2], weight.shape[2]
+        copies, gated = h.shape[3] // hidden, bool(ctx.modes)
+        every_n = spread(n, copies)
         before = torch.cat([h0[None], h.flatten(0, 1)[:-1]]).view_as(h)
         slopes = PHI[ctx.phi].slope(every_n).unsqueeze(3)  # what d h' sends to the candidate, and, before it, to a gate
         if gated:
@@ -105,20 +106,20 @@ class RnnWindow(torch.autograd.Function):
             moved = before * ctx.rule.keep[1] + every_n * ctx.rule.write[1]
             through = level_slopes(ctx.modes, pre, samples, lo, hi, noise).transpose(1, 2)
             slopes = torch.stack([moved * through, slopes.squeeze(3) * write], 3)
-            keep = keep.flatten(0, 1).unbind(0)
-        slopes, outside, decided = slopes.flatten(0, 1).unbind(0), steps_of(grad_h), steps_of(grad_pre) if gated else None
+            kept = keep.flatten(0, 1).unbind(0)  # what d h' sends to h as it is
+        slope, outside, decided = slopes.flatten(0, 1).unbind(0), steps_of(grad_h), steps_of(grad_pre) if gated else None
         dh, d_hs, found = torch.zeros_like(h0), [], []
         for at in reversed(range(steps * layers)):
             t, k = divmod(at, layers)
             if k == layers - 1:
                 dh = plus(dh, outside, t)
-            row = dh.unsqueeze(1) * slopes[at]
+            row = dh.unsqueeze(1) * slope[at]
             if decided is not None:
                 row[:, 0] += decided[t][:, k]
             d_hs.append(dh)
             found.append(row)
             read = shared(gather(row, copies).flatten(1) @ weight[k], copies)
-            dh = torch.addcmul(read, dh, keep[at]) if gated else read
+            dh = torch.addcmul(read, dh, kept[at]) if gated else read
         d_pre = in_order(found).unflatten(0, (steps, layers))  # (T,L,B,1 or 2,n·H)
         grad = gather(d_pre, copies).flatten(3)
         d_weight = torch.einsum("tlbm,tlbk->lmk", grad, fold(before, copies))
