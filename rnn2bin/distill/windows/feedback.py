@@ -31,6 +31,7 @@ from rnn2bin.distill.windows.parts import (
     plus,
     shared,
     spread,
+    stacked,
 )
 
 # ---------------------------------------------------------------------------------------------- what a layer does with what reaches it
@@ -131,9 +132,16 @@ def _in_layers(x: Tensor, layers: int) -> Tensor:
     return x.unflatten(2, (layers, x.shape[2] // layers)).transpose(1, 2)
 
 
-def _window(steps: Sequence[Tensor], layers: int) -> Tensor:
+def _window(places: list[Tensor], layers: int) -> Tensor:
     """The reverse of `_places`."""
-    return torch.stack(list(steps)).unflatten(0, (-1, layers))
+    return stacked(places).unflatten(0, (-1, layers))
+
+
+def _put(lists: list[list[Tensor]], values: Sequence[Tensor]) -> None:
+    """Each value behind its list, which is made for the first."""
+    lists.extend([] for _ in values[len(lists) :])
+    for one, value in zip(lists, values, strict=True):
+        one.append(value)
 
 
 class FeedbackWindow(torch.autograd.Function):
@@ -169,7 +177,8 @@ class FeedbackWindow(torch.autograd.Function):
         under, across = below.transpose(1, 2).contiguous().unbind(0), source.transpose(1, 2).contiguous()
         state = list(zip(*(s.unbind(0) for s in (h0, c0) if s is not None), strict=True))
         read = h0 if unit.has_cell else fold(h0, copies)
-        products, reads, feds, states, kept = x_pre.new_empty(len(x_pre), *h0.shape[:2], rows), [read], [], [], []
+        products, reads, feds = x_pre.new_empty(len(x_pre), *h0.shape[:2], rows), [read], []
+        states, kept = list[list[Tensor]](), list[list[Tensor]]()
         for x, of_read in zip(x_pre.unbind(0), products.unbind(0), strict=True):
             blocks, gates, asked = torch.bmm(read, across, out=of_read).split(of_source, 2)
             by_target, of_gates = blocks.unflatten(2, (layers, hidden)).unbind(2), gates.unbind(0)
@@ -183,14 +192,14 @@ class FeedbackWindow(torch.autograd.Function):
                 state[k], more = unit.forward(state[k], entered, fed, opened, phi, copies)
                 seen.append(state[k][0] if unit.has_cell else fold(state[k][0], copies))
                 feds.append(fed)
-                states.append(state[k])
-                kept.append(more)
+                _put(states, state[k])
+                _put(kept, more)
             reads.append(read := torch.stack(seen))
-        h, *c = (_window(s, layers) for s in zip(*states, strict=True))
+        h, *c = (_window(s, layers) for s in states)
         of_units, of_links = units.over_time(x_pre), global_.over_time(x_pre)
         saved = (*of_units, lo, hi, units.noise, *of_links, none, none + 1, global_.noise, h0, c0, h, c[0] if c else None)
-        of_units_kept = [_window(m, layers) for m in zip(*kept, strict=True)]
-        ctx.save_for_backward(below, source, products, torch.stack(reads), _window(feds, layers), *saved, *of_units_kept)
+        of_steps = [_window(m, layers) for m in kept]
+        ctx.save_for_backward(below, source, products, stacked(reads), _window(feds, layers), *saved, *of_steps)
         ctx.modes, ctx.phi, ctx.unit = (units.modes, global_.modes), phi, unit
         ctx.set_materialize_grads(False)
         return h, c[0] if c else h.new_empty(0), of_units[0], of_links[0]
@@ -213,7 +222,10 @@ class FeedbackWindow(torch.autograd.Function):
         linked = None if grad_links is None else _places(_in_layers(grad_links, layers).squeeze(4))
         shown, memory = (None if x is None else _places(x) for x in (grad_h, grad_c))
         carried = list(torch.zeros_like(after[-1][0]).unbind(0))
-        d_read, d_rows, d_products, d_pres, received = list(torch.zeros_like(reads[0]).unbind(0)), [], [], [], []
+        d_read, d_pres, received = list(torch.zeros_like(reads[0]).unbind(0)), [], []
+        # Layers first: a gradient of weights is a product of a layer's steps, one behind the other.
+        d_rows, d_products = (products.new_empty(layers, steps, len(carried[0]), n) for n in (below.shape[1], products.shape[3]))
+        learns = ctx.needs_input_grad[7] or ctx.needs_input_grad[8]
         for t in reversed(range(steps)):
             d_blocks, d_gates, d_links = [], [], []
             for k in reversed(range(layers)):
@@ -225,30 +237,30 @@ class FeedbackWindow(torch.autograd.Function):
                 of_gates, d_entered, d_fed, carried[k] = back(at, d_read[k], carried[k])
                 if own:
                     d_pres.append(d_pre := plus(of_gates * through[at], decided, at))
-                    received.append(of_gates)
+                    if learns:
+                        received.append(of_gates)
                     d_gates.append(gather(d_pre, copies).flatten(1))
                 d_links.append(plus((d_fed * blocks[at]).sum(2).t() * through_links[at], linked, at))
                 d_blocks.append(g[at] * d_fed)
-                d_rows.append(row := torch.cat([*d_gates[-1:], d_entered, d_links[-1]], 1))
+                row = torch.cat([*d_gates[-1:], d_entered, d_links[-1]], 1, out=d_rows[k, t])
                 if k:
                     d_read[k - 1] = torch.addmm(d_read[k - 1], row, below[k - 1])
             to_gates = [in_order(d_gates)] if own else []
             of_sources = torch.cat([*reversed(d_blocks), *to_gates, torch.cat(d_links[::-1], 1).expand(layers, -1, -1)], 2)
-            d_products.append(of_sources)
+            d_products[:, t] = of_sources
             d_read = list(torch.bmm(of_sources, source).unbind(0))
         d_h0 = torch.stack(d_read) if unit.has_cell else shared(torch.stack(d_read), copies)
         states = (d_h0, torch.stack(carried)) if unit.has_cell else (d_h0 + torch.stack(carried), None)
-        rows = in_order(d_rows).unflatten(0, (steps, layers))
-        by_layer = lambda x: x.transpose(0, 1).flatten(1, 2)  # (T,L,B,·) -> (L,T·B,·)
-        d_below = by_layer(rows[:, 1:]).transpose(1, 2) @ by_layer(reads[1:, :-1])
-        d_source = by_layer(in_order(d_products)).transpose(1, 2) @ by_layer(reads[:-1])
+        by_layer = reads.transpose(0, 1)  # (L,T+1,B,H)
+        d_below = d_rows[1:].flatten(1, 2).transpose(1, 2) @ by_layer[:-1, 1:].flatten(1, 2)
+        d_source = d_products.flatten(1, 2).transpose(1, 2) @ by_layer[:, :-1].flatten(1, 2)
         d_bias, d_lo, d_hi = None, torch.zeros_like(lo), torch.zeros_like(hi)
         if own:
             of_units = lambda x: in_order(x).unflatten(0, (steps, layers)).transpose(1, 2).flatten(2, 3)  # (T,B,L·U,n·H)
             d_bias = of_units(d_pres).sum((0, 1))
-            if ctx.needs_input_grad[7] or ctx.needs_input_grad[8]:
+            if learns:
                 d_lo, d_hi = level_gradients(of_units(received), samples)
-        return rows[:, 0], d_below, rows[:, 1:].sum((0, 2)), d_source, d_bias, *states, d_lo, d_hi, *(None,) * 4
+        return d_rows[0], d_below, d_rows[1:].sum((1, 2)), d_source, d_bias, *states, d_lo, d_hi, *(None,) * 4
 
 
 def _joined(w: CellWeights, leaf: str, layers: int) -> Tensor:

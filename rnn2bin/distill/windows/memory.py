@@ -24,6 +24,7 @@ from rnn2bin.distill.windows.parts import (
     plus,
     shared,
     spread,
+    stacked,
     steps_of,
 )
 
@@ -63,8 +64,7 @@ class MemoryWindow(torch.autograd.Function):
         decide_lookers = gates.part(3 - lookers, 3, hidden) if lookers else None
         s, y0 = s0, s0 if variant.bare else PHI[phi].value(s0)
         y, read, shows = y0, fold(s0, copies) if read0 is None else read0, variant.reads_late or variant.output_read
-        kept: list[tuple[Tensor, ...]] = []
-        afters, scales = [], []
+        every_n, every_read, every_s, every_y, afters, scales = (list[Tensor]() for _ in range(6))
         for x_read, x_all in zip(*(x.unbind(0) for x in x_pre.flatten(2).split([cut, 4 * hidden - cut], 2)), strict=True):
             looked = decide_lookers(torch.addmm(x_all, fold(y, copies), of_all)).unbind(1) if decide_lookers else ()
             if not variant.reads_late:
@@ -77,14 +77,15 @@ class MemoryWindow(torch.autograd.Function):
                 scales.append(scale := (s.var(1, correction=0, keepdim=True) + 1).rsqrt_())
                 s = s * scale
             y = s if variant.bare else activated(phi, s)
-            kept.append((n, read, s, y))
+            for kept, value in ((every_n, n), (every_read, read), (every_s, s), (every_y, y)):
+                kept.append(value)
             if shows:
                 afters.append(after := fold(o * y, copies))
                 read = after
-        ys, every_after = torch.stack([step[3] for step in kept]), torch.stack(afters) if shows else s0.new_empty(0)
-        n, reads, s = (torch.stack([step[k] for step in kept]) for k in range(3))
+        n, reads, s, ys = (stacked(kept) for kept in (every_n, every_read, every_s, every_y))
+        every_after = stacked(afters) if shows else s0.new_empty(0)
         pre, samples, values = gates.over_time(x_pre)
-        every_scale = torch.stack(scales) if variant.normalized else None
+        every_scale = stacked(scales) if variant.normalized else None
         ctx.save_for_backward(weight_hh, s0, y0, n, reads, s, ys, every_scale, pre, samples, values, lo, hi, noise)
         ctx.modes, ctx.phi, ctx.variant = modes, phi, variant
         ctx.set_materialize_grads(False)
@@ -111,13 +112,16 @@ class MemoryWindow(torch.autograd.Function):
         decided = steps_of(grad_pre)
         zero, none = torch.zeros_like(s0), n.new_zeros(batch, hidden)
         d_s, d_y, d_read = zero, zero, none
+        learns = ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
         rows, d_os, d_ss, befores, afters = [], [], [], [], []
         for t in reversed(range(steps)):
             if shown is not None:
                 d_y = d_y + shared(shown[t], copies)
             d_o = zero
             if shows:
-                afters.append(dm := shared(plus(d_read if late else none, after, t), copies))  # d(o·φ(s)), after the step
+                dm = shared(plus(d_read if late else none, after, t), copies)  # d(o·φ(s)), after the step
+                if learns:
+                    afters.append(dm)
                 d_o, d_y = dm * of_after[t], torch.addcmul(d_y, dm, opened[t])
             d_s = torch.addcmul(plus(d_s, memory, t), d_y, of_y[t])
             if off_mean is not None:
@@ -127,7 +131,9 @@ class MemoryWindow(torch.autograd.Function):
                 row[:, 1:] += decided[t][:, :2]
             folded, d_y = gather(row, copies), zero
             if not late:
-                befores.append(dm := shared(folded[:, : 4 - lookers].flatten(1) @ of_read, copies))  # the same before it
+                dm = shared(folded[:, : 4 - lookers].flatten(1) @ of_read, copies)  # the same before it
+                if learns:
+                    befores.append(dm)
                 d_o, d_y = torch.addcmul(d_o, dm, of_before[t]), dm * opened[t]
             if decided is not None:
                 d_o = d_o + decided[t][:, 2]
@@ -138,7 +144,8 @@ class MemoryWindow(torch.autograd.Function):
                 d_y = d_y + shared(every[:, cut:] @ of_all, copies)
             rows.append(row)
             d_os.append(d_o)
-            d_ss.append(d_s)
+            if learns:
+                d_ss.append(d_s)
             d_s = d_s * kept[t]
         d_s = torch.addcmul(d_s, d_y, slope_y(y0))
         d_pre = torch.cat([in_order(rows), in_order(d_os).unsqueeze(2)], 2)  # and the candidate's, first
@@ -146,7 +153,7 @@ class MemoryWindow(torch.autograd.Function):
         flat = grad.flatten(2).flatten(0, 1).t()
         d_weight = torch.cat([flat[:cut] @ reads.flatten(0, 1), flat[cut:] @ fold(y_before, copies).flatten(0, 1)])
         d_lo = d_hi = None
-        if ctx.needs_input_grad[5] or ctx.needs_input_grad[6]:
+        if learns:
             of_o = torch.zeros_like(s)
             for dms, seen in ((afters, y), (befores, y_before)):
                 if dms:

@@ -72,8 +72,26 @@ class Decisions:
         for how many steps."""
         if not self.parts:
             return (like.new_zeros(*like.shape[:2], 0, self.bias.shape[1]),) * 3
-        pre, samples = (torch.cat([torch.stack(part[k]) for part in self.parts], 2) for k in (0, 1))
-        return pre, samples, samples if self.strict else torch.cat([torch.stack(part[2]) for part in self.parts], 2)
+        pre, samples = (_side_by_side([stacked(part[k]) for part in self.parts]) for k in (0, 1))
+        return pre, samples, samples if self.strict else _side_by_side([stacked(part[2]) for part in self.parts])
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    """Gates of several parts (T,B,g,n·H) -> all of them."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def stacked(steps: list[Tensor]) -> Tensor:
+    """A list of steps -> a window. The list is emptied: both would be a window's memory twice."""
+    window = torch.stack(steps)
+    steps.clear()
+    return window
+
+
+def in_order(steps: list[Tensor]) -> Tensor:
+    """The same of what was found from the last step to the first."""
+    steps.reverse()
+    return stacked(steps)
 
 
 def level_slopes(modes: Modes, pre: Tensor, samples: Tensor, lo: Tensor, hi: Tensor, noise: Tensor | None) -> Tensor:
@@ -138,8 +156,3 @@ def plus(x: Tensor, more: Sequence[Tensor] | None, t: int) -> Tensor:
 def steps_of(x: Tensor | None) -> Sequence[Tensor] | None:
     """A window's gradient step by step, None where there is none."""
     return None if x is None else x.unbind(0)
-
-
-def in_order(steps: Sequence[Tensor]) -> Tensor:
-    """What was found from the last step to the first -> a window."""
-    return torch.stack(list(reversed(steps)))

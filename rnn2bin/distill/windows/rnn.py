@@ -25,6 +25,7 @@ from rnn2bin.distill.windows.parts import (
     plus,
     shared,
     spread,
+    stacked,
     steps_of,
 )
 
@@ -85,7 +86,7 @@ class RnnWindow(torch.autograd.Function):
                 else:
                     h = n
                 every_h.append(h)
-        n, every = (torch.stack(x).unflatten(0, (-1, layers)) for x in (every_n, every_h))  # (T,L,B,·)
+        n, every = (stacked(x).unflatten(0, (-1, layers)) for x in (every_n, every_h))  # (T,L,B,·)
         pre, samples, values = gates.over_time(x_pre)
         ctx.save_for_backward(weight, h0, n, every, pre, samples, values, lo, hi, noise)
         ctx.modes, ctx.phi, ctx.rule = modes, phi, rule
