@@ -1,6 +1,6 @@
 """The training kernels in C (`csrc/`), bound by address: a window of an LSTM or GRU, forward and backward, in float32 or bfloat16.
 
-They compute what `distill/window.py` computes in torch. In bfloat16 the operands of matrix products are rounded (8 bits of mantissa, as in
+They compute what `distill/windows/` compute in torch. In bfloat16 the operands of matrix products are rounded (8 bits of mantissa, as in
 mixed precision training, Kalamkar et al. 2019, arXiv 1905.12322); sums, states and everything elementwise stay float32. Without a
 compiled extension, on other devices and dtypes, and for cells and estimators not listed here, the torch kernels run.
 """
