@@ -233,7 +233,7 @@ def memory(job: Any, network: Network) -> int:
     """Estimate of what training adds to the process: weights of both networks, the best ones so far, their average if any,
     gradients, Adam, the data, and a window's activations.
 
-    distill/window.py keeps, for each step and row of a cell, about four values a gate and unit, four a unit and its input until the
+    distill/windows/ keep, for each step and row of a cell, about four values a gate and unit, four a unit and its input until the
     backward pass, which needs six a gate and unit more for the cell it is at; logits are held about six times.
     """
     recipe, part = job.recipe, job.parts.train

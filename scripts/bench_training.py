@@ -1,6 +1,8 @@
-"""Speed of gated training: forward and backward of one layer beside fused nn.LSTM and nn.GRU (docs/training-benchmarks.md).
+"""Speed of gated training: forward and backward of one layer beside fused nn.LSTM and nn.GRU, or, of cells that nn has not, beside the
+oracle's walk through autograd (docs/training-benchmarks.md).
 
     python scripts/bench_training.py --out training.json
+    python scripts/bench_training.py --cells pseudo gf_lstm --depth 3 --copies 1 --sizes 128 --batches 32
     python scripts/bench_training.py --quick
     python scripts/bench_training.py --threads 2 --cores 0 1
 
@@ -16,7 +18,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +27,22 @@ import torch
 from torch import nn
 
 from rnn2bin import bench, machine
-from rnn2bin.cells.network import zero_state
-from rnn2bin.cells.weights import Cell, fold
+from rnn2bin.cells.network import output_of, walk, zero_state
+from rnn2bin.cells.weights import Cell
 from rnn2bin.distill import native, window
 from rnn2bin.gates.estimators import Discretize
-from rnn2bin.spec import LayerSpec
+from rnn2bin.spec import CELLS, LayerSpec
 
 MODES = {
     "straight-through": Discretize("straight-through", slope=2.0, backward="sigmoid"),
     "gumbel": Discretize("gumbel", temperature=0.7, slope=2.0, noise=0.2),
 }
-FUSED, LOW = "nn float32", "nn bfloat16"
+FUSED, LOW, ORACLE = "nn float32", "nn bfloat16", "step by step"
 
 
 def fused(cell: str, hidden: int, x: torch.Tensor, weights: torch.Tensor, *, low: bool) -> Callable[[], int]:
-    layer = {"lstm": nn.LSTM, "gru": nn.GRU}[cell](hidden, hidden)
+    """Of a cell of `cells/memory.py` nn.LSTM, which has matrices of the same sizes."""
+    layer = (nn.GRU if cell == "gru" else nn.LSTM)(hidden, hidden)
 
     def iteration() -> int:
         layer.zero_grad()
@@ -53,10 +56,11 @@ def fused(cell: str, hidden: int, x: torch.Tensor, weights: torch.Tensor, *, low
 
 
 def gated(
-    cell: str, hidden: int, x: torch.Tensor, weights: torch.Tensor, *, copies: int, precision: str, mode: Discretize
+    cell: str, depth: int, x: torch.Tensor, weights: torch.Tensor, *, copies: int, precision: str, mode: Discretize
 ) -> Callable[[], int]:
-    """Learned levels, every gate binary, weights as nn.LSTM starts with."""
-    layer = LayerSpec(cell, hidden, hidden, copies=copies)
+    """Learned levels, every gate binary, weights as nn.LSTM starts with. Precision "step by step" is the oracle's walk."""
+    hidden = x.shape[2]
+    layer = LayerSpec(cell, hidden, hidden, copies=copies, depth=depth if CELLS[cell].deep else 1)
     one = Cell(layer, (True,) * len(layer.kind.gates), levels="learned")
     with torch.no_grad():
         for name, p in one.named_parameters():
@@ -67,8 +71,8 @@ def gated(
     def iteration() -> int:
         one.zero_grad()
         x.grad = None
-        h = window.run_cell(one, x, state, mode, precision=precision).states[0]
-        (fold(h, h.shape[2] // hidden) * weights).sum().backward()
+        trace = walk(one, x, state, mode) if precision == ORACLE else window.run_cell(one, x, state, mode, precision=precision)
+        (output_of(layer, trace.states[0]) * weights).sum().backward()
         return x.shape[0] * x.shape[1]
 
     return iteration
@@ -76,18 +80,30 @@ def gated(
 
 def contenders(cell: str, hidden: int, batch: int, options: argparse.Namespace) -> dict[str, Callable[[], int]]:
     x, weights = torch.randn(options.steps, batch, hidden, requires_grad=True), torch.randn(options.steps, batch, hidden)
-    found = {FUSED: fused(cell, hidden, x, weights, low=False)}
-    low = fused(cell, hidden, x, weights, low=True)
-    try:
-        low()
-        found[LOW] = low
-    except RuntimeError as error:  # this build of torch does not train it
-        print(f"{LOW}: {error}", file=sys.stderr)
+    found, in_nn = {}, cell in ("lstm", "gru")
+    if in_nn or CELLS[cell].family == "memory":
+        found[FUSED] = fused(cell, hidden, x, weights, low=False)
+    if in_nn:
+        low = fused(cell, hidden, x, weights, low=True)
+        try:
+            low()
+            found[LOW] = low
+        except RuntimeError as error:  # this build of torch does not train it
+            print(f"{LOW}: {error}", file=sys.stderr)
+    precisions = ["float32", *(["bfloat16"] if native.has_bfloat16() else [])] if in_nn else [ORACLE, "float32"]
     for copies in options.copies:
-        for precision in ("float32", *(["bfloat16"] if native.has_bfloat16() else [])):
-            for name, mode in MODES.items():
-                found[f"{copies} {precision} {name}"] = gated(cell, hidden, x, weights, copies=copies, precision=precision, mode=mode)
+        for precision in precisions:
+            for name in options.modes:
+                given = {"copies": copies, "precision": precision, "mode": MODES[name]}
+                found[f"{copies} {precision} {name}"] = gated(cell, options.depth, x, weights, **given)
     return found
+
+
+def rivals(name: str, times: Mapping[str, Any]) -> list[str]:
+    """What a contender is compared with: nn where it has the cell, and the same step by step where that runs."""
+    found = [rival for rival in (FUSED, LOW) if rival in times]
+    stepwise = name.replace("float32", ORACLE)
+    return [*found, stepwise] if stepwise in times and stepwise != name else found
 
 
 def memory(iteration: Callable[[], int]) -> float | None:
@@ -115,8 +131,15 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
                 times = bench.interleaved(every, settings, clock=clock)
                 new = []
                 for name, mine in times.items():
-                    against = {rival: bench.against(mine, times[rival], options.seed) for rival in (FUSED, LOW) if rival in times}
-                    shape = {"cell": cell, "hidden_size": hidden, "batch": batch, "steps": options.steps, "contender": name}
+                    against = {rival: bench.against(mine, times[rival], options.seed) for rival in rivals(name, times)}
+                    shape = {
+                        "cell": cell,
+                        "depth": options.depth if CELLS[cell].deep else 1,
+                        "hidden_size": hidden,
+                        "batch": batch,
+                        "steps": options.steps,
+                        "contender": name,
+                    }
                     spent = {"us_per_token": float(np.median(mine)), "us_per_token_min": float(mine.min()), "against": against}
                     new.append({**shape, **spent, "peak_bytes_per_token": memory(every[name])})
                 print(render(new), file=sys.stderr)
@@ -136,10 +159,12 @@ def render(found: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", nargs="+", default=["lstm", "gru"])
+    parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=["lstm", "gru"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[128, 256, 512, 1024])
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 64, 128])
     parser.add_argument("--copies", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--depth", type=int, default=3, help="layers within a step, of cells that have several")
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--steps", type=int, default=64, help="T of the window")
     parser.add_argument("--blocks", type=int, default=bench.BLOCKS)
     parser.add_argument("--threads", type=int, default=1)

@@ -6,6 +6,7 @@ import torch
 from rnn2bin.cells.network import Lookup, zero_state
 from rnn2bin.cells.weights import Cell
 from rnn2bin.distill import native, window
+from rnn2bin.distill.windows import inputs
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
 from rnn2bin.spec import LayerSpec
 
@@ -194,15 +195,22 @@ def test_tokens_equal_their_rows(kind, vocabulary, one_hot):
     assert_same(ours, wanted, tolerance=2e-5)
 
 
+@pytest.mark.parametrize("copies", [1, 3])
+def test_the_memory_with_all_differences_is_the_lstm_here_too(copies, monkeypatch):
+    args = (cell_of("pseudo_123", 16, copies=copies), torch.randn(5, 4, 6), MODES["straight-through-sigmoid"])
+    assert native.takes(args[0], args[1], args[0].modes(args[2]))
+    assert_same(everything(*args), in_torch(monkeypatch, *args), tolerance=2e-5)
+
+
 def test_a_large_vocabulary_adds_row_by_row(monkeypatch):
     """All ways of the table's gradient agree."""
     grads = []
     for limit, in_c in ((512, True), (512, False), (1, False)):
-        monkeypatch.setattr(window, "ONE_HOT_LIMIT", limit)
-        monkeypatch.setattr(window, "_is_native", lambda _, in_c=in_c: in_c)
+        monkeypatch.setattr(inputs, "ONE_HOT_LIMIT", limit)
+        monkeypatch.setattr(inputs, "is_native", lambda _, in_c=in_c: in_c)
         table = torch.randn(4, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
         index = torch.tensor([0, 3, 3, 1, 0, 0])
-        rows = window.Rows.apply(table, index)
+        rows = inputs.Rows.apply(table, index)
         (rows * torch.arange(42.0).view(6, 7)).sum().backward()
         grads.append(table.grad)
     torch.testing.assert_close(grads[0], grads[1])

@@ -1,6 +1,6 @@
 """What a file of cells says of each of its cells: the step, and what a step reads and multiplies, counted from its trace.
 
-Cells with a hand-written window and count (`distill/window.py`, `cost.py`) need their step alone.
+LSTM and GRU, which `cost.py` counts by hand, need their step alone.
 """
 
 from __future__ import annotations

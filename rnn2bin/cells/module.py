@@ -24,7 +24,7 @@ GATE_BIAS: Mapping[str, float] = {"f": 1.0}
 
 class FloatNetwork(nn.Module):
     """Tokens or floats -> layers of one cell -> a linear layer, where `outputs` are asked for. Walks as the oracle does, step by step
-    through autograd: exact, and slow; `walk=rnn2bin.distill.window.run_cell` in a call is faster for cells that have a window there.
+    through autograd: exact, and slow; `walk=rnn2bin.distill.window.run_cell` in a call is faster, with the same gradients.
 
     `cell`: a row of `spec.CELLS`. `input_size` of floats, or of what `vocabulary` tokens are embedded in; `depth` of deep cells; `readout`
     as in `spec.READOUTS`. Weights start uniform in ±1/sqrt(H), gates' biases at `gate_bias` by their letter, 0 where there is none. Raises

@@ -1,6 +1,6 @@
 """A whole network from its spec: embedding, recurrent layers, readout, linear layers; encoder–decoder included.
 
-How a cell walks over time is an argument (`walk`): the oracle's loop here, or the training kernels of `distill/window.py`. Everything
+How a cell walks over time is an argument (`walk`): the oracle's loop here, or the training kernels of `distill/windows/`. Everything
 around it (directions, lengths, states, heads) is written once.
 """
 

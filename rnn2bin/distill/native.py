@@ -1,6 +1,6 @@
 """The training kernels in C (`csrc/`), bound by address: a window of an LSTM or GRU, forward and backward, in float32 or bfloat16.
 
-They compute what `distill/window.py` computes in torch. In bfloat16 the operands of matrix products are rounded (8 bits of mantissa, as in
+They compute what `distill/windows/` compute in torch. In bfloat16 the operands of matrix products are rounded (8 bits of mantissa, as in
 mixed precision training, Kalamkar et al. 2019, arXiv 1905.12322); sums, states and everything elementwise stay float32. Without a
 compiled extension, on other devices and dtypes, and for cells and estimators not listed here, the torch kernels run.
 """
@@ -23,6 +23,7 @@ from rnn2bin.gates.estimators import Discretize
 
 PRECISIONS = {"float32": 0, "bfloat16": 1}
 _CELLS = {"lstm": 0, "gru": 1, "gru_output": 2}
+_EQUAL = {"pseudo_123": "lstm"}  # all differences between them make it one
 _ESTIMATORS = {"float", "binary", "gumbel", "gumbel-hard", "sigmoid", "straight-through"}
 _SOFT, _BIT = 0, 1
 _BY = {"sigmoid": 0, "hard-sigmoid": 1, "identity": 2}
@@ -87,12 +88,17 @@ def has_bfloat16() -> bool:
     return bool(kernels and kernels.r2b_has_bfloat16())
 
 
+def equal_to(kind: str) -> str:
+    """The cell under whose name the kernels know this one's equations."""
+    return _EQUAL.get(kind, kind)
+
+
 def takes(cell: Cell, x: Tensor, modes: tuple[Discretize, ...]) -> bool:
     """Whether these kernels run this cell on tensors like `x` with these modes."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
-        and cell.layer.cell in _CELLS
+        and equal_to(cell.layer.cell) in _CELLS
         and not (cell.layer.proj_size or cell.layer.clip or cell.layer.cell_clip)
         and cell.layer.activation == "tanh"
         and all(m.estimator in _ESTIMATORS for m in modes)
