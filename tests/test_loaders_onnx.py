@@ -498,6 +498,17 @@ def test_a_choice_at_the_end_gives_the_scores_it_chooses_from(tmp_path, cast):
     assert "the place of the largest value" in "\n".join(loaders.inspect(path).parts)
 
 
+@pytest.mark.parametrize("keep", [0, 1])
+def test_a_choice_whose_axes_are_then_exchanged(tmp_path, keep):
+    net = Net()
+    y, *_ = net.cell("LSTM", "x")
+    chosen = net.op("ArgMax", net.head(net.flat(y), HIDDEN), axis=2, keepdims=keep)
+    path = net.save(tmp_path / "m.onnx", net.op("Transpose", chosen, perm=[1, 0, 2][: 2 + keep]))
+    x = floats(T, B, WIDTH)
+    wanted = theirs(path, x=x)[0].reshape(B, T).t()
+    assert torch.equal(network(path)(x).y.reshape(T, B, OUT).argmax(-1), wanted)
+
+
 def test_a_choice_that_the_network_itself_reads_stays_one(tmp_path):
     net = Net()
     y, *_ = net.cell("LSTM", "x")

@@ -14,7 +14,7 @@ QUANTISED = (
     *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"),
     *("DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QGemm", "QAttention"),
 )
-PASSING = ("Cast", "Squeeze", "Identity")  # what may stand behind a choice
+PASSING = ("Cast", "Squeeze", "Transpose", "Identity")  # what may stand behind a choice
 
 
 def never_read(graph: Graph) -> str | None:
@@ -49,9 +49,25 @@ def scores(graph: Graph) -> tuple[Graph, list[str]]:
     for output in graph.outputs:
         chain = _choice(output, made, readers)
         if chain:
-            passed |= {id(node): replace(node, op="Identity", inputs=node.inputs[:1], attributes={}) for node in chain}
+            passed |= {id(node): _passing(node, chain[-1]) for node in chain}
             notes.append(f"file: its output {output} is the place of the largest value (ArgMax); here the values themselves")
     return replace(graph, nodes=tuple(passed.get(id(node), node) for node in graph.nodes)), notes
+
+
+def _passing(node: Operation, choice: Operation) -> Operation:
+    """What the node does to the scores, which have an axis behind that the places do not have, unless `choice` keeps it."""
+    if node.op == "Transpose":
+        perm = list(node.attributes["perm"])
+        return node if choice.attributes.get("keepdims", 1) else replace(node, attributes={"perm": [*perm, len(perm)]})
+    return replace(node, op="Identity", inputs=node.inputs[:1], attributes={})
+
+
+def _fits(node: Operation, choice: Operation) -> bool:
+    """Whether a Transpose behind the choice can be said of the scores."""
+    perm = node.attributes.get("perm")
+    if not isinstance(perm, list | tuple):
+        return False
+    return bool(choice.attributes.get("keepdims", 1)) or choice.attributes.get("axis", 0) in (-1, len(perm))
 
 
 def _choice(output: str, made: dict[str, Operation], readers: Counter[str]) -> list[Operation]:
@@ -61,7 +77,7 @@ def _choice(output: str, made: dict[str, Operation], readers: Counter[str]) -> l
     while (node := made.get(name)) is not None and node.domain in STANDARD and readers[name] == bool(chain):
         chain.append(node)
         if node.op == "ArgMax":
-            return chain
+            return chain if all(_fits(one, node) for one in chain if one.op == "Transpose") else []
         if node.op not in PASSING:
             break
         name = node.inputs[0]
