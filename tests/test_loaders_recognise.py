@@ -126,7 +126,7 @@ def test_relu_then_l2_after_the_last_layer(tmp_path: Path) -> None:
     assert load(save(tmp_path, shapes), source=Source.model_validate(hints)).spec.main.head[0].activation == "relu_l2"
     with pytest.raises(UnsupportedError, match="similarity_weight") as caught:
         load(tmp_path / "m.pt")
-    assert len(caught.value.reasons) == 2
+    assert len(caught.value.reasons) == 3  # one for each, and what to do
 
 
 @pytest.mark.parametrize("given", [["relu"], ["relu", "none", "none"]])
@@ -225,7 +225,7 @@ def test_leftovers_are_each_named_with_what_they_look_like(tmp_path: Path) -> No
     with pytest.raises(UnsupportedError) as caught:
         load(save(tmp_path, shapes))
     told = caught.value.reasons
-    assert len(told) == 8
+    assert len(told) == 9  # one for each, and what to do
     for part in ("attention", "normalisation", "convolution", "conditional random field"):
         assert part in str(caught.value)
     ignored = load(tmp_path / "m.pt", source=Source.model_validate({"ignore": ["attn.*", "norm.*", "conv.*", "crf.*"]}))
