@@ -46,17 +46,26 @@ def _gate_list(spec: RnnSpec) -> str:
 
 def of_recipe(teacher: Network, recipe: Recipe) -> Network:
     """The student that a recipe starts with."""
-    gates = recipe.gates.model_copy(update={"copies": recipe.gates.decisions(priced=recipe.budget.counts)})
-    return student(teacher, gates, weights=recipe.pack.weights, output=recipe.output_gate, share=recipe.share)
+    weights, output, share = recipe.pack.weights, recipe.output_gate, recipe.share
+    return student(teacher, recipe.gates, priced=recipe.budget.counts, weights=weights, output=output, share=share)
 
 
-def student(teacher: Network, gates: Gates, *, weights: str = "fp16", output: bool = False, share: int | Literal["auto"] = 1) -> Network:
+def student(
+    teacher: Network,
+    gates: Gates,
+    *,
+    priced: bool = False,
+    weights: str = "fp16",
+    output: bool = False,
+    share: int | Literal["auto"] = 1,
+) -> Network:
     """A trainable copy of the teacher whose gates are binary by `gates`; levels start strict, so that soft gates at temperature and slope 1
     compute exactly the teacher, with any number of copies (with `weights: int8` but for their rounding).
 
-    `output` gives GRUs an output gate that is open: as bits, and as nothing else, they compute the same as without. Where units `share`
-    rows of gates, these are the nearest few to the teacher's, and the student is another network from the start."""
-    spec = with_copies(with_outputs(teacher.spec) if output else teacher.spec, gates.decisions(priced=False))
+    `priced`: weights have a price, which `gates.copies: auto` goes by. `output` gives GRUs an output gate that is open: as bits, and as
+    nothing else, they compute the same as without. Where units `share` rows of gates, these are the nearest few to the teacher's, and the
+    student is another network from the start."""
+    spec = with_copies(with_outputs(teacher.spec) if output else teacher.spec, gates.decisions(priced=priced))
     spec = sharing.with_shared_rows(spec, share)
     network = Network(spec, plan(spec, gates), levels=gates.levels).to(next(teacher.parameters()).device)
     state = dict(teacher.state_dict())

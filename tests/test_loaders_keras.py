@@ -358,6 +358,25 @@ def test_no_merge_of_the_directions_is_refused(tmp_path: Path) -> None:
     assert "merge mode None" in refused(path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "says"),
+    [
+        ("Normalization", {"mean": [0.1] * I, "variance": [-1.0] * I}, "negative"),
+        ("Normalization", {"mean": [float("inf")] * I, "variance": [1.0] * I}, "not finite"),
+        ("Normalization", {"mean": [0.1] * 2, "variance": [1.0] * 2}, f"not of {I} values"),
+        ("Normalization", {"mean": [0.1] * I, "variance": [1.0] * I, "invert": True}, "inverted"),
+        ("Normalization", {"axis": 1, "mean": 0.0, "variance": 1.0}, "axis 1"),
+        ("UnitNormalization", {"axis": 1}, "axis 1"),
+        ("LayerNormalization", {"axis": 1}, "axis 1"),
+        ("BatchNormalization", {"axis": 1}, "axis 1"),
+    ],
+)
+def test_normalisations_that_are_not_read_say_why(tmp_path: Path, kind: str, options: dict[str, Any], says: str) -> None:
+    weights = {"LayerNormalization": 2, "BatchNormalization": 4}.get(kind, 0)
+    layers = [(kind, {**INPUT, **options}, [numbers(I) for _ in range(weights)]), ("LSTM", {**SIGMOID, "units": U}, lstm_weights())]
+    assert says in refused(legacy(tmp_path / "m.h5", layers))
+
+
 def branched(path: Path) -> Path:
     layers = [
         ("InputLayer", {"name": "x", "batch_input_shape": [None, None, I]}, []),

@@ -320,7 +320,7 @@ def _window(attributes: dict[str, Any], *, ceil: bool = False) -> tuple[list[int
     kernel = attributes["kernel_shape"]
     padded = any(attributes.get("pads") or []) or attributes.get("auto_pad", "NOTSET") != "NOTSET"
     if (attributes.get("ceil_mode") and (padded or not ceil)) or any(d != 1 for d in attributes.get("dilations") or []):
-        raise UnsupportedError("pools with ceil_mode or dilations are not run")
+        raise UnsupportedError("pools with dilations, or with ceil_mode unless they are MaxPool without pads, are not run")
     return kernel, attributes.get("strides") or [1] * len(kernel)
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rnn2bin.errors import UnsupportedError
-from rnn2bin.loaders import keras_container, keras_layers
+from rnn2bin.loaders import keras_container, keras_context, keras_layers
 from rnn2bin.loaders.assemble import Assembly
 from rnn2bin.loaders.graph import GraphBuilder
 from rnn2bin.loaders.keras_config import Call, Layer, Model, Ref, layer, model, word
 from rnn2bin.loaders.keras_container import KerasFile
+from rnn2bin.loaders.keras_context import Context, Value
 from rnn2bin.loaders.keras_draft import draft
-from rnn2bin.loaders.keras_layers import Context, Value
 from rnn2bin.loaders.keras_weights import CELLS, KERNELS, Weights
 from rnn2bin.recipe import KerasLayer, Source
 
@@ -295,7 +295,7 @@ def _masked(call: Call, values: list[Value]) -> list[Value]:
 
 def _call(ctx: Context, each: Layer, inputs: list[Value]) -> list[Value]:
     if each.model is None:
-        return keras_layers.call(ctx, each, inputs)
+        return keras_context.call(ctx, each, inputs)
     if len(inputs) != len(each.model.inputs):
         raise each.refuse(f"reads {len(inputs)} values, wanted {len(each.model.inputs)}")
     given = {ref.layer: replace(value) for ref, value in zip(each.model.inputs, inputs, strict=True)}

@@ -1,135 +1,25 @@
 """Keras's layers -> nodes of a graph. A layer that is not in `LAYERS` is refused by name; no code of a file is ever run.
 
-Values are (batch, …) as in Keras. Source: keras-team/keras, `layers/` and `activations`.
+Values are (batch, …) as in Keras. Layers that only move values: `keras_shapes.py`. Source: keras-team/keras, `layers/` and `activations`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from rnn2bin.loaders import keras_recurrent
-from rnn2bin.loaders.graph import GraphBuilder
+from rnn2bin.loaders import keras_shapes as _entered  # noqa: F401  its layers are known then
 from rnn2bin.loaders.keras_config import Layer, word
+from rnn2bin.loaders.keras_context import LAYERS, TRAINING_ONLY, Context, Value, last_axis, layer_kind, wants_axes, weight
 from rnn2bin.loaders.keras_weights import CELLS
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-MOST_REPEATS = 65536
 EPSILON = 1e-7  # keras.backend.epsilon()
-
-
-@dataclass(frozen=True)
-class Value:
-    """A value of the graph: `shape` without the batch axis, None where any size may come; `mask`: a value (B,T), "" where there is none.
-
-    `tokens`: the network's own input as whole numbers.
-    """
-
-    name: str
-    shape: tuple[int | None, ...]
-    mask: str = ""
-    tokens: bool = False
-
-
-@dataclass
-class Context:
-    """The graph as it is being made, and what the file's generation of Keras means by its words.
-
-    `hard_sigmoid`: the slope of LayerSpec; `zeroes_masked`: whether Bidirectional makes masked steps zero; `table`: the input's embedding.
-    """
-
-    g: GraphBuilder
-    hard_sigmoid: float
-    zeroes_masked: bool
-    flips_kernels: bool = False  # Theano's convolutions run the kernel backwards
-    table: Tensor | None = None
-    _differing: dict[tuple[str, float], str] = field(default_factory=dict)
-
-    def value(self, name: str, shape: Sequence[int | None], mask: str = "") -> Value:
-        return Value(name, tuple(shape), mask)
-
-    def tensor(self, values: Any) -> Tensor:
-        """An array in float32; what is too large becomes infinite, which the builder refuses."""
-        import numpy as np
-        import torch
-
-        with np.errstate(over="ignore"):
-            return torch.from_numpy(np.array(values, np.float32, order="C"))
-
-    def not_equal(self, name: str, value: float) -> str:
-        """Where x is not `value`; one value for the same question, so that masks of one origin are seen to be the same."""
-        key = (name, float(value))
-        if key not in self._differing:
-            self._differing[key] = self.g.add("Not", self.g.add("Equal", name, self.g.literal(value)))
-        return self._differing[key]
-
-    def flipped(self, name: str, *, axis: int) -> str:
-        """Reversed along an axis."""
-        first, last, step = self.g.literal([-1]), self.g.literal([-(2**31)]), self.g.literal([-1])
-        return self.g.add("Slice", name, first, last, self.g.literal([axis]), step)
-
-    def zeroed(self, name: str, mask: str) -> str:
-        """x (B,T,F) with zeros where the mask (B,T) is false, whatever stood there."""
-        return self.g.add("Where", self.g.add("Unsqueeze", mask, self.g.literal([-1])), name, self.g.literal(0.0))
-
-
-Handler = Callable[[Context, Layer, list[Value]], list[Value]]
-LAYERS: dict[str, Handler] = {}
-_DROPOUTS = ("Dropout", "SpatialDropout1D", "SpatialDropout2D", "AlphaDropout", "GaussianDropout", "GaussianNoise")
-_TRAINING_ONLY = (*_DROPOUTS, "ActivityRegularization", "Identity")
-_NORMS = ("BatchNormalization", "LayerNormalization", "UnitNormalization", "Normalization", "Rescaling")
-_ONE_TO_ONE = ("Activation", "ReLU", "LeakyReLU", "PReLU", "ELU", *_NORMS)
-PASS_MASKS = ("Dense", *_ONE_TO_ONE, *_TRAINING_ONLY)
-
-
-def call(ctx: Context, layer: Layer, inputs: list[Value]) -> list[Value]:
-    """What a layer makes of its inputs; masks go on as Keras lets them. UnsupportedError names the layer."""
-    handler = LAYERS.get(layer.kind)
-    if handler is None:
-        raise layer.refuse("rnn2bin does not convert it here")
-    if layer.config.get("data_format") not in (None, "channels_last"):
-        raise layer.refuse(f"data_format {layer.config['data_format']!r}; channels_last is read")
-    if any(value.tokens for value in inputs) and layer.kind not in ("Embedding", "ops.NotEqual"):
-        inputs = [_as_floats(ctx, value) for value in inputs]
-    outputs = handler(ctx, layer, inputs)
-    if layer.kind in PASS_MASKS and inputs[0].mask:
-        outputs = [replace(value, mask=inputs[0].mask) for value in outputs]
-    return outputs
-
-
-def _as_floats(ctx: Context, value: Value) -> Value:
-    return replace(value, name=ctx.g.add("Cast", value.name, to="float32"), tokens=False) if value.tokens else value
-
-
-def layer_kind(*names: str) -> Callable[[Callable[[Context, Layer, Value], Value]], Callable[[Context, Layer, Value], Value]]:
-    """Enter a function of one value under the classes it is for."""
-
-    def enter(function: Callable[[Context, Layer, Value], Value]) -> Callable[[Context, Layer, Value], Value]:
-        def handler(ctx: Context, layer: Layer, inputs: list[Value]) -> list[Value]:
-            if len(inputs) != 1:
-                raise layer.refuse(f"reads {len(inputs)} values; one is read")
-            return [function(ctx, layer, inputs[0])]
-
-        LAYERS.update(dict.fromkeys(names, handler))
-        return function
-
-    return enter
-
 
 LAYERS.update({kind: keras_recurrent.recurrent for kind in (*CELLS, "RNN") if not kind.endswith("Cell")})
 LAYERS["Bidirectional"] = keras_recurrent.bidirectional
-
-
-def weight(ctx: Context, layer: Layer, name: str, shape: Sequence[int | None]) -> Tensor:
-    """A layer's array as float32; its shape must be the one wanted (None: any size)."""
-    values = layer.weights[name]
-    if len(values.shape) != len(shape) or any(b is not None and a != b for a, b in zip(values.shape, shape, strict=True)):
-        raise layer.refuse(f"its {name} has shape {values.shape}, wanted ({', '.join('any' if n is None else str(n) for n in shape)})")
-    return ctx.tensor(values)
 
 
 # --- activations ---------------------------------------------------------------------------------------------------------------
@@ -171,7 +61,7 @@ def _activation(ctx: Context, layer: Layer, x: Value) -> Value:
     return replace(x, name=activated(ctx, layer, x.name, layer.text("activation", "linear")))
 
 
-@layer_kind(*_TRAINING_ONLY)
+@layer_kind(*TRAINING_ONLY)
 def _identity(ctx: Context, layer: Layer, x: Value) -> Value:
     return x
 
@@ -246,7 +136,7 @@ def _embedding(ctx: Context, layer: Layer, x: Value) -> Value:
 def _convolution(ctx: Context, layer: Layer, x: Value) -> Value:
     """Kernel (k…, C/groups, F); the steps are the axes between batch and channels."""
     axes = 1 if layer.kind == "Conv1D" else 2
-    _axes(layer, x, axes + 1)
+    wants_axes(layer, x, axes + 1)
     groups = layer.whole("groups", 1)
     channels = x.shape[-1]
     kernel = layer.weights["kernel"]
@@ -270,18 +160,13 @@ def _convolution(ctx: Context, layer: Layer, x: Value) -> Value:
 @layer_kind("MaxPooling1D", "MaxPooling2D", "AveragePooling1D", "AveragePooling2D")
 def _pooling(ctx: Context, layer: Layer, x: Value) -> Value:
     axes = int(layer.kind[-2])
-    _axes(layer, x, axes + 1)
+    wants_axes(layer, x, axes + 1)
     sizes = layer.wholes("pool_size", axes, 2)
     strides = layer.wholes("strides", axes, 0) if layer.get("strides") is not None else sizes
     op = "MaxPool" if layer.kind.startswith("Max") else "AveragePool"
     y = ctx.g.add(op, _channels_first(ctx, x), kernel_shape=sizes, strides=strides, **_padding(layer, [0] * axes))
     shape = [_length(layer, n, k, s) for n, k, s in zip(x.shape, sizes, strides, strict=False)]
     return ctx.value(_channels_last(ctx, y, axes), (*shape, x.shape[-1]))
-
-
-def _axes(layer: Layer, x: Value, wanted: int) -> None:
-    if len(x.shape) != wanted:
-        raise layer.refuse(f"reads {len(x.shape) + 1} axes, wanted {wanted + 1} with the batch")
 
 
 def _padding(layer: Layer, before: list[int]) -> dict[str, Any]:
@@ -313,7 +198,7 @@ def _channels_last(ctx: Context, name: str, axes: int) -> str:
 
 @layer_kind("GlobalMaxPooling1D", "GlobalAveragePooling1D")
 def _global_pooling(ctx: Context, layer: Layer, x: Value) -> Value:
-    _axes(layer, x, 2)
+    wants_axes(layer, x, 2)
     keep, axis = layer.flag("keepdims"), ctx.g.literal([1])
     shape = (1, x.shape[1]) if keep else (x.shape[1],)
     if layer.kind == "GlobalMaxPooling1D":
@@ -328,7 +213,7 @@ def _global_pooling(ctx: Context, layer: Layer, x: Value) -> Value:
 @layer_kind("WeightedAverage")
 def _weighted_average(ctx: Context, layer: Layer, x: Value) -> Value:
     """Σ a_t x_t with a = softmax over the steps of x_t · w: a recipe may say that a layer is this (DeepMoji: AttentionWeightedAverage)."""
-    _axes(layer, x, 2)
+    wants_axes(layer, x, 2)
     if layer.flag("return_attention"):
         raise layer.refuse("returns its attention too")
     kernel = ctx.g.constant(weight(ctx, layer, "kernel", (x.shape[-1], 1)), f"{layer.name}_kernel")
@@ -349,10 +234,7 @@ def _batch_norm(ctx: Context, layer: Layer, x: Value) -> Value:
     """As it runs after training: x · scale + shift, folded in float64."""
     import numpy as np
 
-    axis = layer.get("axis", -1)
-    axis = axis[0] if isinstance(axis, list) and len(axis) == 1 else axis
-    if axis not in (-1, len(x.shape)):
-        raise layer.refuse(f"axis {axis}; the last one is read")
+    last_axis(layer, x)
     width = x.shape[-1]
     values = {name: weight(ctx, layer, name, (width,)).double().numpy() for name in layer.weights}
     variance = values["moving_variance"] + layer.number("epsilon", 1e-3)
@@ -368,10 +250,9 @@ def _batch_norm(ctx: Context, layer: Layer, x: Value) -> Value:
 def _layer_norm(ctx: Context, layer: Layer, x: Value) -> Value:
     import torch
 
-    axis = layer.get("axis", -1)
-    axis = axis[0] if isinstance(axis, list) and len(axis) == 1 else axis
-    if axis not in (-1, len(x.shape)) or layer.flag("rms_scaling") or x.shape[-1] is None:
-        raise layer.refuse(f"axis {axis} or RMS scaling; the last axis is read, with its mean")
+    last_axis(layer, x)
+    if layer.flag("rms_scaling") or x.shape[-1] is None:
+        raise layer.refuse("RMS scaling, or an open last axis; the mean is taken off, of as many values as the file says")
     width = x.shape[-1]
     scale = weight(ctx, layer, "gamma", (width,)) if "gamma" in layer.weights else torch.ones(width)
     operands = [ctx.g.constant(scale, f"{layer.name}_gamma")]
@@ -383,7 +264,7 @@ def _layer_norm(ctx: Context, layer: Layer, x: Value) -> Value:
 @layer_kind("Masking")
 def _masking(ctx: Context, layer: Layer, x: Value) -> Value:
     """A step is masked where all its values are `mask_value`; they are zero from here on."""
-    _axes(layer, x, 2)
+    wants_axes(layer, x, 2)
     differs = ctx.not_equal(x.name, float(layer.number("mask_value", 0.0)))
     mask = ctx.g.add("ReduceMax", differs, ctx.g.literal([-1]), keepdims=0)
     return replace(x, name=ctx.zeroed(x.name, mask), mask=mask)
@@ -392,10 +273,7 @@ def _masking(ctx: Context, layer: Layer, x: Value) -> Value:
 @layer_kind("UnitNormalization")
 def _unit_norm(ctx: Context, layer: Layer, x: Value) -> Value:
     """x / √max(Σx², ε): to length 1 along the last axis."""
-    axis = layer.get("axis", -1)
-    axis = axis[0] if isinstance(axis, list) and len(axis) == 1 else axis
-    if axis not in (-1, len(x.shape)):
-        raise layer.refuse(f"axis {axis}; the last one is read")
+    last_axis(layer, x)
     squares = ctx.g.add("ReduceSum", ctx.g.add("Mul", x.name, x.name), ctx.g.literal([-1]), keepdims=1)
     return replace(x, name=ctx.g.add("Div", x.name, ctx.g.add("Sqrt", ctx.g.add("Max", squares, ctx.g.literal(1e-12)))))
 
@@ -411,137 +289,23 @@ def _normalization(ctx: Context, layer: Layer, x: Value) -> Value:
     """(x − mean) / √variance, as `adapt` found them or as the config states them."""
     import numpy as np
 
-    axis, width = layer.get("axis", -1), x.shape[-1]
-    axis = axis[0] if isinstance(axis, list) and len(axis) == 1 else axis
-    if axis not in (-1, len(x.shape)) or layer.flag("invert"):
-        raise layer.refuse(f"axis {axis}, or inverted; the last axis is read")
+    last_axis(layer, x)
+    if layer.flag("invert"):
+        raise layer.refuse("it is inverted, which is not read")
+    width = x.shape[-1]
     stated = {name: layer.get(name) for name in ("mean", "variance")}
     found = {name: layer.weights.get(name, value) for name, value in stated.items()}
     try:
         mean, variance = (np.asarray(found[name], np.float64).reshape(-1) for name in ("mean", "variance"))
     except (TypeError, ValueError):
         raise layer.refuse("its mean and variance are not numbers") from None
-    if not np.isfinite(variance).all() or any(len(values) not in (1, width) for values in (mean, variance)):
+    if any(len(values) not in (1, width) for values in (mean, variance)):
         raise layer.refuse(f"its mean and variance are not of {width} values")
+    if not (np.isfinite(mean).all() and np.isfinite(variance).all() and (variance >= 0).all()):
+        raise layer.refuse("its mean or variance is not finite, or a variance is negative")
     scale = 1 / np.maximum(np.sqrt(variance), EPSILON)
     y = ctx.g.add("Mul", x.name, ctx.g.constant(ctx.tensor(scale), f"{layer.name}_scale"))
     return replace(x, name=ctx.g.add("Add", y, ctx.g.constant(ctx.tensor(-mean * scale), f"{layer.name}_shift")))
-
-
-# --- shapes ----------------------------------------------------------------------------------------------------------------------
-
-
-@layer_kind("Flatten")
-def _flatten(ctx: Context, layer: Layer, x: Value) -> Value:
-    known = [n for n in x.shape if n is not None]
-    return ctx.value(ctx.g.add("Flatten", x.name, axis=1), (math.prod(known) if len(known) == len(x.shape) else None,))
-
-
-@layer_kind("Reshape")
-def _reshape(ctx: Context, layer: Layer, x: Value) -> Value:
-    target: Any = layer.get("target_shape", [])
-    target = target.get("items") if isinstance(target, dict) else target
-    fits = isinstance(target, list) and all(isinstance(n, int) and (n == -1 or 0 < n < 2**31) for n in target)
-    if not fits or target.count(-1) > 1:
-        raise layer.refuse("its target shape is not one")
-    shape: list[int | None] = [None if n == -1 else n for n in target]
-    known = [n for n in x.shape if n is not None]
-    if len(known) == len(x.shape) and -1 in target:
-        rest = math.prod(n for n in target if n != -1)
-        shape[target.index(-1)] = math.prod(known) // rest
-    return ctx.value(ctx.g.add("Reshape", x.name, ctx.g.literal([0, *target])), shape)
-
-
-@layer_kind("Permute")
-def _permute(ctx: Context, layer: Layer, x: Value) -> Value:
-    dims = layer.get("dims", [])
-    dims = dims.get("items") if isinstance(dims, dict) else dims
-    if not isinstance(dims, list) or not all(isinstance(n, int) for n in dims) or sorted(dims) != list(range(1, len(x.shape) + 1)):
-        raise layer.refuse("its dims are no order of the axes")
-    return ctx.value(ctx.g.add("Transpose", x.name, perm=[0, *dims]), [x.shape[n - 1] for n in dims])
-
-
-@layer_kind("ZeroPadding1D", "ZeroPadding2D")
-def _zero_padding(ctx: Context, layer: Layer, x: Value) -> Value:
-    sides = _sides(layer, x, "padding")
-    flat = [before for before, _ in sides] + [after for _, after in sides]
-    axes = ctx.g.literal([k + 1 for k in range(len(sides))])
-    y = ctx.g.add("Pad", x.name, ctx.g.literal(flat), ctx.g.literal(0.0), axes)
-    shape = [None if n is None else n + a + b for n, (a, b) in zip(x.shape, sides, strict=False)]
-    return ctx.value(y, (*shape, x.shape[-1]))
-
-
-@layer_kind("Cropping1D", "Cropping2D")
-def _cropping(ctx: Context, layer: Layer, x: Value) -> Value:
-    sides = _sides(layer, x, "cropping")
-    if any(n is not None and n <= a + b for n, (a, b) in zip(x.shape, sides, strict=False)):
-        raise layer.refuse(f"crops more than the {x.shape[0]} steps there are")
-    first = ctx.g.literal([before for before, _ in sides])
-    last = ctx.g.literal([-after if after else 2**31 for _, after in sides])
-    y = ctx.g.add("Slice", x.name, first, last, ctx.g.literal([k + 1 for k in range(len(sides))]))
-    shape = [None if n is None else n - a - b for n, (a, b) in zip(x.shape, sides, strict=False)]
-    return ctx.value(y, (*shape, x.shape[-1]))
-
-
-def _sides(layer: Layer, x: Value, option: str) -> list[tuple[int, int]]:
-    """What an axis gets or loses before and behind: one number, one an axis, or a pair an axis."""
-    axes = int(layer.kind[-2])
-    _axes(layer, x, axes + 1)
-    given: Any = layer.get(option, 1)
-    given = given.get("items") if isinstance(given, dict) else given
-    if isinstance(given, int):
-        given = [given] * axes
-    if axes == 1 and isinstance(given, list) and len(given) == 2:
-        given = [given]
-    pairs = [[one, one] if isinstance(one, int) else one for one in given] if isinstance(given, list) else []
-    fits = len(pairs) == axes and all(isinstance(p, list) and len(p) == 2 and all(type(n) is int for n in p) for p in pairs)
-    if not fits or any(not 0 <= n <= MOST_REPEATS for pair in pairs for n in pair):
-        raise layer.refuse(f"its {option} is not one or two whole numbers an axis")
-    return [(a, b) for a, b in pairs]
-
-
-@layer_kind("UpSampling1D")
-def _up_sampling(ctx: Context, layer: Layer, x: Value) -> Value:
-    """Every step `size` times, one after another."""
-    size = layer.whole("size", 2)
-    _axes(layer, x, 2)
-    if not 0 < size <= MOST_REPEATS or x.shape[1] is None:
-        raise layer.refuse(f"repeats steps {size} times; up to {MOST_REPEATS} are read")
-    wide = ctx.g.add("Tile", x.name, ctx.g.literal([1, 1, size]))
-    y = ctx.g.add("Reshape", wide, ctx.g.literal([0, -1, x.shape[1]]))
-    return ctx.value(y, (None if x.shape[0] is None else x.shape[0] * size, x.shape[1]))
-
-
-@layer_kind("RepeatVector")
-def _repeat(ctx: Context, layer: Layer, x: Value) -> Value:
-    count = layer.whole("n")
-    _axes(layer, x, 1)
-    if not 0 < count <= MOST_REPEATS:
-        raise layer.refuse(f"repeats {count} times; up to {MOST_REPEATS} are read")
-    wide = ctx.g.add("Unsqueeze", x.name, ctx.g.literal([1]))
-    return ctx.value(ctx.g.add("Tile", wide, ctx.g.literal([1, count, 1])), (count, *x.shape))
-
-
-def _time_distributed(ctx: Context, layer: Layer, inputs: list[Value]) -> list[Value]:
-    """The inner layer on every step: as it is where it looks at the last axis only, else on steps and batch in one axis."""
-    inner, x = layer.parts["layer"], inputs[0]
-    if inner.kind in PASS_MASKS:
-        return call(ctx, inner, inputs)
-    if len(inputs) != 1 or len(x.shape) < 2 or x.mask or inner.kind in (*CELLS, "RNN", "Bidirectional", "TimeDistributed", "Embedding"):
-        raise layer.refuse(f"{inner} on every step, or with a mask; rnn2bin does not read that")
-    sizes = x.shape[1:]
-    if None in sizes:
-        raise layer.refuse("its inner shape is open")
-    flat = ctx.g.add("Reshape", x.name, ctx.g.literal([-1, *(int(n or 0) for n in sizes)]))
-    (y,) = call(ctx, inner, [ctx.value(flat, sizes)])
-    if None in y.shape:
-        raise layer.refuse("its inner output's shape is open")
-    lead = ctx.g.add("Shape", x.name, start=0, end=2)
-    shape = ctx.g.add("Concat", lead, ctx.g.literal([int(n or 0) for n in y.shape]), axis=0)
-    return [ctx.value(ctx.g.add("Reshape", y.name, shape), (x.shape[0], *y.shape))]
-
-
-LAYERS["TimeDistributed"] = _time_distributed
 
 
 # --- operations: Keras 3 writes into functional models how masks come about ---------------------------------------------------------

@@ -18,7 +18,7 @@ from rnn2bin.spec import CELL_ACTIVATIONS
 if TYPE_CHECKING:
     from numpy import ndarray
 
-    from rnn2bin.loaders.keras_layers import Context, Value
+    from rnn2bin.loaders.keras_context import Context, Value
 
 MERGES = ("concat", "sum", "mul", "ave")
 GATES = {"lstm": 4, "gru": 3, "plain": 1}

@@ -91,15 +91,19 @@ def source_yaml(draft: Mapping[str, Any] | None, reasons: Sequence[str], ignore:
     tensors that the draft leaves over, which the file alone does not place."""
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
-    # What is left over stands by name in what is printed to be uncommented.
-    comments = "".join(f"# open: {_plain(line)}\n" for line in reasons if not line.endswith(LEFT_OVER))
     if draft is None:
-        return comments + BY_HAND
+        return _open(reasons) + BY_HAND
+    # What is left over stands by name in what is printed behind the draft, to be uncommented.
+    comments = _open([line for line in reasons if not line.endswith(LEFT_OVER)])
     data = {"source": {**draft, **({"ignore": list(ignore)} if ignore else {})}}
     body = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, allow_unicode=True, width=1000)
     notes = "# where it applies, add to a section: `readout: last` (or final, mean, max); `one_hot: true` for tokens without a table\n"
     notes = notes if {"main", "encoder"} & draft.keys() and not draft.get("main", {}).get("graph") else ""
     return comments + notes + str(body) + _left(unused, ignore)
+
+
+def _open(reasons: Sequence[str]) -> str:
+    return "".join(f"# open: {_plain(line)}\n" for line in reasons)
 
 
 def _left(unused: Sequence[str], ignore: Sequence[str]) -> str:
