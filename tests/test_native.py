@@ -25,13 +25,17 @@ MODES = {
 }
 
 
-def cell_of(kind: str, hidden: int, *, copies: int = 1, scale: float = 0.4) -> Cell:
+def cell_of(kind: str, hidden: int, *, copies: int = 1, scale: float = 0.4, shared: tuple[int, int] = (1, 1)) -> Cell:
+    """`shared`: units that read one row of recurrent weights, and of the input's."""
     torch.manual_seed(0)
-    layer = LayerSpec(kind, 6, hidden, copies=copies)
+    layer = LayerSpec(kind, 6, hidden, copies=copies, shared=shared[0], shared_inputs=shared[1])
     cell = Cell(layer, (True,) * len(layer.kind.gates), levels="learned")
     with torch.no_grad():
         for name, p in cell.named_parameters():
             p.copy_(torch.rand_like(p) * 0.5 + 0.25 if "levels" in name else torch.randn_like(p) * scale)
+        if layer.shared > 1:
+            rows = cell.tensor("gates.row")
+            rows.copy_(torch.randint(layer.gate_rows(layer.shared), rows.shape))
     return cell
 
 
@@ -82,6 +86,33 @@ def test_float32_equals_the_torch_kernels(kind, copies, size, mode, isa, monkeyp
     cell, x = cell_of(kind, hidden, copies=copies), torch.randn(steps, batch, 6, generator=torch.Generator().manual_seed(3))
     assert native.takes(cell, x, cell.modes(MODES[mode]))
     assert_same(everything(cell, x, MODES[mode]), in_torch(monkeypatch, cell, x, MODES[mode]), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("isa", ["generic", "best"])
+@pytest.mark.parametrize("mode", ["float", "gumbel", "straight-through-sigmoid"])
+@pytest.mark.parametrize("shared", [(2, 1), (3, 3), (40, 40)])
+@pytest.mark.parametrize("hidden", [5, 40])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "gru_output"])
+def test_rows_that_units_share_are_computed_once(kind, hidden, shared, mode, isa, monkeypatch):
+    """The torch kernels write them out for every unit."""
+    if isa != "best":
+        monkeypatch.setenv("RNN2BIN_ISA", isa)
+    cell, x = cell_of(kind, hidden, copies=3, shared=shared), torch.randn(4, 9, 6, generator=torch.Generator().manual_seed(3))
+    assert native.takes(cell, x, cell.modes(MODES[mode]))
+    found = everything(cell, x, MODES[mode])
+    assert {"gates.scale", "gates.weight_hh", "gates.weight_ih"} <= found.keys()
+    assert_same(found, in_torch(monkeypatch, cell, x, MODES[mode]), tolerance=2e-5)
+    with torch.no_grad():  # and one that does not learn
+        trace = window.run_cell(cell, x, zero_state(cell.layer, 9, x), MODES["straight-through-sigmoid"])
+    torch.testing.assert_close(trace.states[0], window.run_cell(cell, x, zero_state(cell.layer, 9, x), BINARY).states[0])
+
+
+def test_a_row_that_is_not_there_is_refused():
+    """C would read beyond the product."""
+    cell = cell_of("lstm", 10, shared=(2, 1))
+    cell.tensor("gates.row")[-1] = 5
+    with pytest.raises(ValueError, match="do not read 5 rows a gate"):
+        window.run_cell(cell, torch.randn(2, 3, 6), zero_state(cell.layer, 3, cell.part("gates").bias), BINARY)
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "gru_output"])

@@ -40,6 +40,18 @@ PHI = {
 
 
 @dataclass(frozen=True)
+class SharedRows:
+    """Which of all gates' rows (G·R) each unit reads (G·H), and what its product is multiplied by (G·H)."""
+
+    index: Tensor
+    scale: Tensor
+
+    def every(self, rows: Tensor) -> Tensor:
+        """(G·R,·) -> a row for every unit (G·H,·)."""
+        return rows.index_select(0, self.index) * self.scale[:, None]
+
+
+@dataclass(frozen=True)
 class CellWeights:
     """Plain tensors of one cell; shapes in `LayerSpec.tensors`. One that its kind does not have is empty; `all` has every one by name."""
 
@@ -178,8 +190,12 @@ class Cell(nn.Module):
                 rest = [name for name in rest if name not in both]
         return rows + [[name] for name in rest]
 
-    def weights(self) -> CellWeights:
-        tensors = self._every_row({name: self.tensor(name) for name in self.layer.tensors()} | self.matrices())
+    def weights(self, *, every_row: bool = True) -> CellWeights:
+        """With `every_row` gates have a row for every unit, also where units share them (`shared_rows`)."""
+        tensors = {name: self.tensor(name) for name in self.layer.tensors()} | self.matrices()
+        if every_row and (shared := self.shared_rows()):
+            names = ["gates.weight_hh", *(["gates.weight_ih"] if self.layer.shared_inputs > 1 else [])]
+            tensors |= {name: shared.every(tensors[name]) for name in names}
         none = tensors["candidate.bias"].new_zeros(0)
         return CellWeights(
             tensors.get("gates.weight_ih", none),
@@ -199,15 +215,14 @@ class Cell(nn.Module):
             self.layer.depth,
         )
 
-    def _every_row(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same with a row of gates for every unit, where units share them: their shared one times their own scale."""
-        layer, gates = self.layer, len(self.binary)
+    def shared_rows(self) -> SharedRows | None:
+        """None where every unit has rows of its own."""
+        layer = self.layer
         if layer.shared == 1:
-            return tensors
-        first = torch.arange(gates, device=tensors["gates.row"].device).repeat_interleave(layer.hidden_size)
-        row = tensors["gates.row"].long() + layer.gate_rows(layer.shared) * first
-        names = ["gates.weight_hh", *(["gates.weight_ih"] if layer.shared_inputs > 1 else [])]
-        return tensors | {name: tensors[name].index_select(0, row) * tensors["gates.scale"][:, None] for name in names}
+            return None
+        row = self.tensor("gates.row")
+        first = torch.arange(len(self.binary), device=row.device).repeat_interleave(layer.hidden_size)
+        return SharedRows(row.long() + layer.gate_rows(layer.shared) * first, self.tensor("gates.scale"))
 
     def level_values(self) -> tuple[Tensor, Tensor]:
         """(lo, hi), each (G,n·H); what is not learned is exactly 0 and exactly 1."""

@@ -23,14 +23,15 @@ from rnn2bin.gates.estimators import Discretize
 
 PRECISIONS = {"float32": 0, "bfloat16": 1}
 _CELLS = {"lstm": 0, "gru": 1, "gru_output": 2}
+_GATES = {"lstm": 3, "gru": 2, "gru_output": 3}
 _EQUAL = {"pseudo_123": "lstm"}  # all differences between them make it one
 _ESTIMATORS = {"float", "binary", "gumbel", "gumbel-hard", "sigmoid", "straight-through"}
 _SOFT, _BIT = 0, 1
 _BY = {"sigmoid": 0, "hard-sigmoid": 1, "identity": 2}
 _POINTERS = (
-    *("weight", "gates_bias", "bias", "bias_hh", "lo", "hi", "x_pre", "h0", "c0", "h", "c", "products", "candidate", "inner", "h_before"),
-    *("grad_h", "grad_c", "grad_gates", "grad_x", "grad_inner", "grad_h0", "grad_c0", "grad_gates_bias", "grad_bias", "grad_bias_hh"),
-    *("grad_lo", "grad_hi"),
+    *("weight", "row", "row_scale", "gates_bias", "bias", "bias_hh", "lo", "hi", "x_pre", "h0", "c0", "h", "c", "products", "row_products"),
+    *("candidate", "inner", "h_before", "grad_h", "grad_c", "grad_gates", "grad_x", "grad_rows", "grad_inner", "grad_h0", "grad_c0"),
+    *("grad_gates_bias", "grad_bias", "grad_bias_hh", "grad_row_scale", "grad_lo", "grad_hi"),
 )
 
 
@@ -58,7 +59,7 @@ class _Window(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("share", ctypes.c_float),
         ("noisy", ctypes.c_int32),
-        *((name, ctypes.c_int32) for name in ("cell", "precision", "threads", "steps", "batch", "hidden", "copies")),
+        *((name, ctypes.c_int32) for name in ("cell", "precision", "threads", "steps", "batch", "hidden", "copies", "rows", "x_rows")),
         ("modes", _Mode * 3),
         *((name, ctypes.c_void_p) for name in _POINTERS),
     )
@@ -101,6 +102,7 @@ def takes(cell: Cell, x: Tensor, modes: tuple[Discretize, ...]) -> bool:
         and equal_to(cell.layer.cell) in _CELLS
         and not (cell.layer.proj_size or cell.layer.clip or cell.layer.cell_clip)
         and cell.layer.activation == "tanh"
+        and (cell.layer.shared == 1 or cell.layer.gate_rows(cell.layer.shared) < cell.layer.hidden_size)
         and all(m.estimator in _ESTIMATORS for m in modes)
         and library() is not None
     )
@@ -183,11 +185,14 @@ def add_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
 def _window(
     kind: str, precision: str, modes: tuple[Discretize, ...], noise: Noise | None, x_pre: Tensor, tensors: dict[str, Tensor | None]
 ) -> _Window:
-    steps, batch, _, hidden = x_pre.shape
-    lo = tensors["lo"]
+    steps, batch, wide = x_pre.shape
+    lo, weight = tensors["lo"], tensors["weight"]
     assert lo is not None
+    assert weight is not None
+    gates, hidden = lo.shape[0], weight.shape[1]
     draw = (noise.seed, noise.share, 1) if noise else (0, 1.0, 0)
-    head = (_CELLS[kind], PRECISIONS[precision], torch.get_num_threads(), steps, batch, hidden, lo.shape[1] // hidden)
+    rows = ((weight.shape[0] - hidden) // gates, (wide - hidden) // gates)
+    head = (_CELLS[kind], PRECISIONS[precision], torch.get_num_threads(), steps, batch, hidden, lo.shape[1] // hidden, *rows)
     return _Window(*draw, *head, (_Mode * 3)(*map(_mode, modes)), *(_address(tensors.get(name)) for name in _POINTERS))
 
 
@@ -196,12 +201,15 @@ def _call(function: Any, *arguments: Any) -> None:
         raise MemoryError("the training kernels ran out of memory; lower train.batch_size or train.window")
 
 
-def _check_shapes(kind: str, x_pre: Tensor, gates_bias: Tensor, tensors: dict[str, Tensor | None]) -> None:
+def _check_shapes(kind: str, x_pre: Tensor, bias: Tensor, gates_bias: Tensor, tensors: dict[str, Tensor | None]) -> None:
     """C trusts what it is told: every size and dtype is checked here. Raises ValueError."""
-    (steps, batch, blocks, hidden), (gates, width) = x_pre.shape, gates_bias.shape
+    (steps, batch, wide), (hidden,), (gates, width) = x_pre.shape, bias.shape, gates_bias.shape
+    weight, row = tensors["weight"], tensors["row"]
+    rows = hidden if row is None or weight is None else (len(weight) - hidden) // gates
     wanted: dict[str, tuple[int, ...]] = {
-        "x_pre": (steps, batch, blocks, hidden),
-        "weight": (blocks * hidden, hidden),
+        "x_pre": (steps, batch, gates * (rows if wide < (gates + 1) * hidden else hidden) + hidden),
+        "weight": (gates * rows + hidden, hidden),
+        "row_scale": (gates * hidden,),
         "gates_bias": (gates, width),
         "bias": (hidden,),
         "bias_hh": (hidden,),
@@ -211,12 +219,20 @@ def _check_shapes(kind: str, x_pre: Tensor, gates_bias: Tensor, tensors: dict[st
         "hi": (gates, width),
     }
     split, lstm = kind != "gru", kind == "lstm"
-    if blocks != gates + 1 or width % hidden or split != (tensors["c0"] is not None) or lstm == (tensors["bias_hh"] is not None):
+    if gates != _GATES[kind] or width % hidden or split != (tensors["c0"] is not None) or lstm == (tensors["bias_hh"] is not None):
         raise ValueError(f"{kind}: x_pre {tuple(x_pre.shape)} and gates_bias {tuple(gates_bias.shape)} do not belong together")
+    if (row is None) != (tensors["row_scale"] is None) or (row is not None and not _within(row, gates, rows=rows, hidden=hidden)):
+        raise ValueError(f"{kind}: units do not read {rows} rows a gate")
     for name, shape in wanted.items():
         tensor = tensors[name]
         if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != torch.float32):
             raise ValueError(f"{kind}: {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; wanted {shape}, float32")
+
+
+def _within(row: Tensor, gates: int, *, rows: int, hidden: int) -> bool:
+    """Whether every unit (G·H) reads one of its own gate's fewer rows."""
+    fits = 0 < rows < hidden and row.shape == (gates * hidden,) and row.dtype == torch.int32
+    return fits and 0 <= int(row.min()) <= int(row.max()) < rows
 
 
 def _weight_grad(grad: Tensor, h0: Tensor, h: Tensor, precision: str, *, shifted: bool) -> Tensor:
@@ -228,11 +244,12 @@ def _weight_grad(grad: Tensor, h0: Tensor, h: Tensor, precision: str, *, shifted
 
 
 class NativeWindow(torch.autograd.Function):
-    """x_pre (T,B,G+1,H), products without a bias -> h (T,B,H), (T,B,n·H) of a GRU without an output gate, c (T,B,n·H) (nothing of such a
-    GRU), the gates' products (T,B,G,H): pre-activations but for `gates_bias`, input included.
+    """x_pre (T,B,(G+1)·H), products without a bias -> h (T,B,H), (T,B,n·H) of a GRU without an output gate, c (T,B,n·H) (nothing of such
+    a GRU), the gates' products (T,B,G,H): pre-activations but for `gates_bias`, input included.
 
     `weight` ((G+1)·H,H); `gates_bias`, levels (G,n·H); `bias` (H) of the candidate, `bias_hh` (H) of the GRU's recurrent candidate; states
-    as wide as their traces.
+    as wide as their traces. Where units share R rows of a gate, `weight` is (G·R+H,H), so may x_pre be (T,B,G·R+H), `row` (G·H) says which of
+    all rows a unit reads, `row_scale` (G·H) what their product is multiplied by.
     """
 
     @staticmethod
@@ -243,6 +260,8 @@ class NativeWindow(torch.autograd.Function):
         gates_bias: Tensor,
         bias: Tensor,
         bias_hh: Tensor | None,
+        row: Tensor | None,
+        row_scale: Tensor | None,
         h0: Tensor,
         c0: Tensor | None,
         lo: Tensor,
@@ -252,17 +271,27 @@ class NativeWindow(torch.autograd.Function):
         modes: tuple[Discretize, ...],
         precision: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        steps, batch, blocks, hidden = x_pre.shape
-        width = gates_bias.shape[1]
-        given = {"x_pre": x_pre, "weight": weight, "gates_bias": gates_bias, "bias": bias, "bias_hh": bias_hh}
+        steps, batch, _ = x_pre.shape
+        (gates, width), hidden = gates_bias.shape, bias.shape[0]
+        if row is not None:  # each gate's own from 0, as C counts them
+            rows = (len(weight) - hidden) // gates
+            row = (row.view(gates, hidden) - rows * torch.arange(gates)[:, None]).flatten().int()
+        given = {"row": row, "row_scale": row_scale} | {
+            "x_pre": x_pre,
+            "weight": weight,
+            "gates_bias": gates_bias,
+            "bias": bias,
+            "bias_hh": bias_hh,
+        }
         given |= {"h0": h0, "c0": c0, "lo": lo, "hi": hi}
-        _check_shapes(kind, x_pre, gates_bias, given)
+        _check_shapes(kind, x_pre, bias, gates_bias, given)
         lstm, split, learning = kind == "lstm", kind != "gru", any(ctx.needs_input_grad)
         new = lambda *shape: x_pre.new_empty(*shape)
         t: dict[str, Tensor | None] = {name: None if tensor is None else tensor.contiguous() for name, tensor in given.items()} | {
             "h": new(steps, batch, h0.shape[1]),
             "c": new(steps, batch, width) if split else None,
-            "products": new(steps, batch, blocks - 1, hidden),
+            "products": new(steps, batch, gates, hidden),
+            "row_products": new(steps, batch, len(weight) - hidden) if learning and row is not None else None,
             "candidate": new(steps, batch, hidden if lstm else width) if learning else None,
             "inner": new(steps, batch, hidden) if learning and not lstm else None,
             "h_before": new(steps, batch, hidden) if learning and not split and width > hidden else None,
@@ -271,6 +300,7 @@ class NativeWindow(torch.autograd.Function):
         if learning:
             names = [name for name, tensor in t.items() if tensor is not None and name != "x_pre"]
             ctx.save_for_backward(*(t[name] for name in names))
+            ctx.wide = x_pre.shape[2]
             ctx.names, ctx.kind, ctx.modes, ctx.noise, ctx.precision = names, kind, modes, noise, precision
             ctx.set_materialize_grads(False)
         h, c, products = t["h"], t["c"], t["products"]
@@ -286,13 +316,15 @@ class NativeWindow(torch.autograd.Function):
         h, h0, lo, weight = saved["h"], saved["h0"], saved["lo"], saved["weight"]
         lstm, split = ctx.kind == "lstm", ctx.kind != "gru"
         steps, batch, hidden = *h.shape[:2], weight.shape[1]
-        learns_levels = ctx.needs_input_grad[7] or ctx.needs_input_grad[8]
+        learns_levels, few = ctx.needs_input_grad[9] or ctx.needs_input_grad[10], len(weight) - hidden
         zeros = lambda name: torch.zeros_like(saved[name]) if name in saved else None
         t |= {
             "grad_h": None if grad_h is None else grad_h.contiguous(),
             "grad_c": None if grad_c is None or not split else grad_c.contiguous(),
             "grad_gates": None if grad_gates is None else grad_gates.contiguous(),
-            "grad_x": (grad_x := h.new_empty(steps, batch, lo.shape[0] + 1, hidden)),
+            "grad_x": (grad_x := h.new_empty(steps, batch, ctx.wide)),
+            "grad_rows": h.new_empty(steps, batch, few) if "row" in saved else None,
+            "grad_row_scale": zeros("row_scale"),
             "grad_inner": None if lstm else h.new_empty(steps, batch, hidden),
             "grad_h0": torch.empty_like(h0),
             "grad_c0": torch.empty_like(saved["c0"]) if split else None,
@@ -303,13 +335,22 @@ class NativeWindow(torch.autograd.Function):
             "grad_hi": torch.zeros_like(lo) if learns_levels else None,
         }
         _call(_kernels().r2b_backward, ctypes.byref(_window(ctx.kind, ctx.precision, ctx.modes, ctx.noise, grad_x, t)))
-        recurrent = grad_x.flatten(2)
-        parts = [recurrent] if t["grad_inner"] is None else [recurrent[:, :, :-hidden], t["grad_inner"]]
+        parts = _recurrent_grads(t, hidden)
         d_weight = torch.cat(
             [_weight_grad(part, h0, saved.get("h_before", h), ctx.precision, shifted="h_before" not in saved) for part in parts]
         )
-        states = (t["grad_h0"], t["grad_c0"])
-        return grad_x, d_weight, t["grad_gates_bias"], t["grad_bias"], t["grad_bias_hh"], *states, t["grad_lo"], t["grad_hi"], *(None,) * 4
+        names = ("grad_h0", "grad_c0", "grad_lo", "grad_hi")
+        biases = (t["grad_gates_bias"], t["grad_bias"], t["grad_bias_hh"])
+        return grad_x, d_weight, *biases, None, t["grad_row_scale"], *(t[name] for name in names), *(None,) * 4
+
+
+def _recurrent_grads(t: dict[str, Tensor | None], hidden: int) -> list[Tensor]:
+    """The gradients of recurrent products (T,B,·), in the order of the weights' rows; in as few pieces as lie side by side."""
+    grad_x, rows, inner = t["grad_x"], t["grad_rows"], t["grad_inner"]
+    assert grad_x is not None
+    if rows is None and inner is None:
+        return [grad_x]
+    return [grad_x[:, :, :-hidden] if rows is None else rows, grad_x[:, :, -hidden:] if inner is None else inner]
 
 
 class Product(torch.autograd.Function):

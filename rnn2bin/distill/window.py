@@ -76,14 +76,15 @@ def run_cell(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize,
 
 def _run_in_c(cell: Cell, x: Tensor | Lookup, state: CellState, mode: Discretize, *, precision: str) -> Trace:
     """The same by the native kernels."""
-    w, (lo, hi), kind = cell.weights(), cell.level_values(), cell.layer.kind
-    gates, hidden = len(kind.gates), cell.layer.hidden_size
+    w, (lo, hi), kind = cell.weights(every_row=False), cell.level_values(), cell.layer.kind
     precision = precision if native.has_bfloat16() else "float32"
     c0 = state[1] if kind.has_cell else None
     drawn = native.Noise.of(mode) if mode.draws and any(cell.binary) else None
-    gates_bias = w.gates_bias.view(gates, -1)
-    x_pre = input_product(x, torch.cat([w.gates_ih, w.candidate_ih]), precision=precision).unflatten(2, (gates + 1, hidden))
+    gates_bias = w.gates_bias.view(len(kind.gates), -1)
+    x_pre = input_product(x, torch.cat([w.gates_ih, w.candidate_ih]), precision=precision)
+    shared = cell.shared_rows()
+    rows = (shared.index, shared.scale) if shared else (None, None)
     weights = (torch.cat([w.gates_hh, w.candidate_hh]), gates_bias, w.candidate_bias, w.candidate_bias_hh)
     how = (native.equal_to(kind.name), cell.modes(mode), precision)
-    h, c, products = native.NativeWindow.apply(x_pre, *weights, state[0], c0, lo, hi, drawn, *how)
+    h, c, products = native.NativeWindow.apply(x_pre, *weights, *rows, state[0], c0, lo, hi, drawn, *how)
     return Trace((h,) if c0 is None else (h, c), products, gates_bias)

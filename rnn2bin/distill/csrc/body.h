@@ -405,7 +405,7 @@ static inline __attribute__((always_inline)) void gate(const r2b_window *w, int 
 #undef GATE
 }
 
-static inline void add(const float *restrict x, const float *restrict product, float *restrict sum, int n) {
+static inline void add(const float *x, const float *product, float *sum, int n) {
   for (int j = 0; j < n; j++) sum[j] = x[j] + product[j];
 }
 
@@ -437,15 +437,31 @@ static void gate_values(const r2b_window *w, int gates, size_t at, const float *
   for (int g = 0; g < gates; g++) gate(w, 0, g, at, products + g * H, values + gates * W, values + g * W, values, values);
 }
 
-/* h: what is read (H), with an output gate; else null. */
-static void gru_row(const r2b_window *w, int gates, size_t at, const float *x, const float *product, const float *before, float *products,
+/* products (G*H): of every unit's row, or of those that units share, whose sums (G*R) are left in `few`. */
+static void gate_products(const r2b_window *w, int gates, const float *x, const float *product, float *restrict few, float *restrict products) {
+  int H = w->hidden, R = w->rows, shared = w->row != NULL, whole = w->x_rows == R;
+  if (!shared) {
+    add(x, product, products, gates * H);
+    return;
+  }
+  for (int j = 0; j < gates * R; j++) few[j] = product[j] + (whole ? x[j] : 0.0f);
+  for (int g = 0; g < gates; g++) {
+    const int32_t *restrict row = w->row + g * H;
+    const float *restrict scale = w->row_scale + g * H, *restrict from = few + g * R;
+    float *restrict to = products + g * H;
+    for (int j = 0; j < H; j++) to[j] = scale[j] * from[row[j]];
+    if (!whole) add(x + g * H, to, to, H);
+  }
+}
+
+/* x and product: the candidate's parts. h: what is read (H), with an output gate; else null. */
+static void gru_row(const r2b_window *w, int gates, size_t at, const float *x, const float *product, const float *before, const float *products,
                     float *candidate, float *inner, float *c, float *h, float *values) {
   int H = w->hidden, W = H * w->copies;
   float *asked = values + (gates + 1) * W; /* W_n x + b */
-  add(x, product, products, gates * H);
   gate_values(w, gates, at, products, values);
-  add(w->bias_hh, product + gates * H, inner, H);
-  add(w->bias, x + gates * H, asked, H);
+  add(w->bias_hh, product, inner, H);
+  add(w->bias, x, asked, H);
   if (h) memset(h, 0, (size_t)H * 4);
   for (int k = 0; k < w->copies; k++) {
     gru_copy(H, asked, inner, values + k * H, values + W + k * H, before + k * H, candidate + k * H, c + k * H);
@@ -466,12 +482,12 @@ static inline void lstm_candidate(int H, const float *restrict x, const float *r
   for (int j = 0; j < H; j++) g[j] = tanh_(x[j] + product[j] + bias[j]);
 }
 
-static void lstm_row(const r2b_window *w, size_t at, const float *x, const float *product, const float *before, float *products, float *candidate,
-                     float *c, float *h, float *values) {
+/* x and product: the candidate's parts. */
+static void lstm_row(const r2b_window *w, size_t at, const float *x, const float *product, const float *before, const float *products,
+                     float *candidate, float *c, float *h, float *values) {
   int H = w->hidden, W = H * w->copies;
-  add(x, product, products, 3 * H);
   gate_values(w, 3, at, products, values);
-  lstm_candidate(H, x + 3 * H, product + 3 * H, w->bias, candidate);
+  lstm_candidate(H, x, product, w->bias, candidate);
   memset(h, 0, (size_t)H * 4);
   for (int k = 0; k < w->copies; k++)
     lstm_copy(H, candidate, values + k * H, values + W + k * H, values + 2 * W + k * H, 1.0f / (float)w->copies, before + k * H, c + k * H, h);
@@ -480,15 +496,16 @@ static void lstm_row(const r2b_window *w, size_t at, const float *x, const float
 /* Rows first … first + count through the whole window. */
 int NAME(forward)(const r2b_window *w, const void *packed, int first, int count) {
   size_t H = (size_t)w->hidden, W = H * (size_t)w->copies, lstm = w->cell == R2B_LSTM, split = w->cell != R2B_GRU, gates = split ? 3 : 2;
-  size_t blocks = gates + 1, B = (size_t)w->batch, state = split ? H : W, candidates = lstm ? H : W; /* widths of h and of the candidate */
-  size_t depth = up(H, 2), lda = apart(depth), rows = up((size_t)count, MR), width = up(blocks * H, NR), size = w->precision == R2B_BFLOAT16 ? 2 : 4;
+  size_t B = (size_t)w->batch, state = split ? H : W, candidates = lstm ? H : W; /* widths of h and of the candidate */
+  size_t few = gates * (size_t)w->rows, M = few + H, X = gates * (size_t)w->x_rows + H;
+  size_t depth = up(H, 2), lda = apart(depth), rows = up((size_t)count, MR), width = up(M, NR), size = w->precision == R2B_BFLOAT16 ? 2 : 4;
   void *a = calloc(rows * lda, size);
-  float *out = malloc(rows * width * 4), *spare = malloc((6 * W + 4 * H) * 4);
+  float *out = malloc(rows * width * 4), *spare = malloc((6 * W + 4 * H + few) * 4);
   if (!a || !out || !spare) {
     free(a), free(out), free(spare);
     return -1;
   }
-  float *values = spare, *n_spare = spare + 4 * W + H, *u_spare = n_spare + W, *mean = u_spare + H;
+  float *values = spare, *n_spare = spare + 4 * W + H, *u_spare = n_spare + W, *mean = u_spare + H, *few_spare = mean + H;
   for (int t = 0; t < w->steps; t++) {
     for (size_t r = 0; r < (size_t)count; r++) {
       size_t b = (size_t)first + r;
@@ -500,18 +517,21 @@ int NAME(forward)(const r2b_window *w, const void *packed, int first, int count)
       }
       operand(before, (char *)a + r * lda * size, (int)H, depth, w->precision);
     }
-    step_product(a, lda, packed, depth, (int)(blocks * H), rows, out, width, w->precision);
+    step_product(a, lda, packed, depth, (int)M, rows, out, width, w->precision);
     for (size_t r = 0; r < (size_t)count; r++) {
       size_t b = (size_t)first + r, at = (size_t)t * B + b;
-      const float *x = w->x_pre + at * blocks * H;
+      const float *x = w->x_pre + at * X, *product = out + r * width;
+      float *products = w->products + at * gates * H;
+      gate_products(w, (int)gates, x, product, w->row_products ? w->row_products + at * few : few_spare, products);
+      x += X - H, product += M - H;
       float *candidate = w->candidate ? w->candidate + at * candidates : n_spare;
       if (lstm) {
         const float *c_before = t ? w->c + (at - B) * W : w->c0 + b * W;
-        lstm_row(w, at, x, out + r * width, c_before, w->products + at * gates * H, candidate, w->c + at * W, w->h + at * H, values);
+        lstm_row(w, at, x, product, c_before, products, candidate, w->c + at * W, w->h + at * H, values);
       } else {
         float *c = split ? w->c : w->h;
         const float *before = t ? c + (at - B) * W : (split ? w->c0 : w->h0) + b * W;
-        gru_row(w, (int)gates, at, x, out + r * width, before, w->products + at * gates * H, candidate, w->inner ? w->inner + at * H : u_spare,
+        gru_row(w, (int)gates, at, x, product, before, products, candidate, w->inner ? w->inner + at * H : u_spare,
                 c + at * W, split ? w->h + at * H : NULL, values);
       }
     }
@@ -576,36 +596,49 @@ static inline void lstm_copy_back(int H, const float *restrict g, const float *r
   }
 }
 
-/* Rows first … first + count from the window's end to its start; sums (3, G, W) for the gates' bias, lo and hi, and (2, H) for the candidate's
- * biases, are added to. */
+/* The gradient of every unit's product (G*H) -> that of the shared rows' (G*R); d_scale (G*H) is added to. */
+static void rows_back(const r2b_window *w, int gates, const float *grad, const float *few, float *restrict grad_few, float *restrict d_scale) {
+  int H = w->hidden, R = w->rows;
+  memset(grad_few, 0, (size_t)(gates * R) * 4);
+  for (int g = 0; g < gates; g++) {
+    const int32_t *restrict row = w->row + g * H;
+    const float *restrict scale = w->row_scale + g * H, *restrict from = few + g * R, *restrict d = grad + g * H;
+    for (int j = 0; j < H; j++) d_scale[g * H + j] += d[j] * from[row[j]];
+    for (int j = 0; j < H; j++) grad_few[g * R + row[j]] += d[j] * scale[j];
+  }
+}
+
+/* Rows first … first + count from the window's end to its start; sums (3, G, W) for the gates' bias, lo and hi, (2, H) for the candidate's
+ * biases and (G, H) for the scales of shared rows are added to. */
 int NAME(backward)(const r2b_window *w, const void *packed, int first, int count, float *sums) {
   size_t H = (size_t)w->hidden, W = H * (size_t)w->copies, lstm = w->cell == R2B_LSTM, split = w->cell != R2B_GRU, gates = split ? 3 : 2;
-  size_t blocks = gates + 1, B = (size_t)w->batch, K = blocks * H, state = split ? H : W;
+  size_t B = (size_t)w->batch, few = gates * (size_t)w->rows, K = few + H, X = gates * (size_t)w->x_rows + H, state = split ? H : W;
   size_t depth = up(K, 2), lda = apart(depth), rows = up((size_t)count, MR), width = up(H, NR), size = w->precision == R2B_BFLOAT16 ? 2 : 4;
   void *a = calloc(rows * lda, size);
-  float *out = malloc(rows * width * 4), *dh = calloc(rows * state, 4), *dc = calloc(rows * W, 4), *spare = malloc(((4 * gates + 1) * W + K) * 4);
+  float *out = malloc(rows * width * 4), *dh = calloc(rows * state, 4), *dc = calloc(rows * W, 4), *spare = malloc(((4 * gates + 1) * W + K + gates * H) * 4);
   if (!a || !out || !dh || !dc || !spare) {
     free(a), free(out), free(dh), free(dc), free(spare);
     return -1;
   }
   float *sample = spare, *through = spare + gates * W, *value = spare + 2 * gates * W, *received = spare + 3 * gates * W;
-  float *noise = spare + 4 * gates * W, *back = noise + W; /* back (K): the gradient of the recurrent product */
-  float *d_bias = sums, *d_lo = sums + gates * W, *d_hi = sums + 2 * gates * W, *d_candidate = sums + 3 * gates * W;
+  float *noise = spare + 4 * gates * W, *back = noise + W, *grad_spare = back + K; /* back (K): the gradient of the recurrent product */
+  float *d_bias = sums, *d_lo = sums + gates * W, *d_hi = sums + 2 * gates * W, *d_candidate = sums + 3 * gates * W, *d_scale = d_candidate + 2 * H;
   float share = 1.0f / (float)w->copies;
   for (int t = w->steps - 1; t >= 0; t--) {
     for (size_t r = 0; r < (size_t)count; r++) {
       size_t b = (size_t)first + r, at = (size_t)t * B + b;
-      float *d = dh + r * state, *grad = w->grad_x + at * K, *dc_row = dc + r * W;
+      float *d = dh + r * state, *grad_x = w->grad_x + at * X, *grad_n = grad_x + X - H, *dc_row = dc + r * W;
+      float *grad = (size_t)w->x_rows == H ? grad_x : grad_spare; /* of every unit's product */
       if (w->grad_h) add_to(d, w->grad_h + at * state, state);
       for (size_t g = 0; g < gates; g++)
         gate(w, 1, (int)g, at, w->products + (at * gates + g) * H, noise, value + g * W, sample + g * W, through + g * W);
-      memset(grad + gates * H, 0, H * 4);
+      memset(grad_n, 0, H * 4);
       if (lstm) {
         const float *before = t ? w->c + (at - B) * W : w->c0 + b * W;
         if (w->grad_c) add_to(dc_row, w->grad_c + at * W, W);
         for (size_t k = 0; k < (size_t)w->copies; k++)
           lstm_copy_back((int)H, w->candidate + at * H, value + k * H, value + W + k * H, value + 2 * W + k * H, w->c + at * W + k * H, before + k * H,
-                         d, share, dc_row + k * H, received + k * H, received + W + k * H, received + 2 * W + k * H, grad + 3 * H);
+                         d, share, dc_row + k * H, received + k * H, received + W + k * H, received + 2 * W + k * H, grad_n);
         memset(d, 0, H * 4);
       } else {
         const float *c = split ? w->c : w->h, *before = t ? c + (at - B) * W : (split ? w->c0 : w->h0) + b * W;
@@ -615,19 +648,24 @@ int NAME(backward)(const r2b_window *w, const void *packed, int first, int count
         for (size_t k = 0; k < (size_t)w->copies; k++) {
           if (split) opened_back((int)H, value + 2 * W + k * H, c + at * W + k * H, d, share, dc_row + k * H, received + 2 * W + k * H);
           gru_copy_back((int)H, w->inner + at * H, w->candidate + at * W + k * H, value + k * H, value + W + k * H, before + k * H, d_memory + k * H,
-                        received + k * H, received + W + k * H, grad + gates * H, inner);
+                        received + k * H, received + W + k * H, grad_n, inner);
         }
         if (split) memset(d, 0, H * 4);
         add_to(d_candidate + H, inner, H);
       }
-      add_to(d_candidate, grad + gates * H, H);
+      add_to(d_candidate, grad_n, H);
       for (size_t g = 0; g < gates; g++)
         gate_back(received + g * W, sample + g * W, through + g * W, grad + g * H, d_bias + g * W, d_lo + g * W, d_hi + g * W, (int)H, w->copies);
       if (w->grad_gates) add_to(grad, w->grad_gates + at * gates * H, gates * H);
       const float *read = grad;
-      if (!lstm) {
-        memcpy(back, grad, gates * H * 4);
-        memcpy(back + gates * H, w->grad_inner + at * H, H * 4);
+      if (w->row) {
+        float *grad_few = w->grad_rows + at * few;
+        rows_back(w, (int)gates, grad, w->row_products + at * few, grad_few, d_scale);
+        if (grad != grad_x) memcpy(grad_x, grad_few, few * 4);
+      }
+      if (w->row || !lstm) {
+        memcpy(back, w->row ? w->grad_rows + at * few : grad, few * 4);
+        memcpy(back + few, lstm ? grad_n : w->grad_inner + at * H, H * 4);
         read = back;
       }
       operand(read, (char *)a + r * lda * size, (int)K, depth, w->precision);

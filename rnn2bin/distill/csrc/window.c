@@ -118,13 +118,14 @@ static int run_all(void *(*run)(void *), job *jobs, int n) {
 }
 
 static int gates_of(const r2b_window *w) { return w->cell == R2B_GRU ? 2 : 3; }
+static int product_width(const r2b_window *w) { return gates_of(w) * w->rows + w->hidden; }
 
 int r2b_forward(const r2b_window *w) {
   const isa_kernels *kernels = chosen().kernels;
-  int blocks = (gates_of(w) + 1) * w->hidden, first[MOST_THREADS], count[MOST_THREADS];
-  void *packed = malloc(kernels->packed_bytes(w->hidden, blocks, w->precision));
+  int wide = product_width(w), first[MOST_THREADS], count[MOST_THREADS];
+  void *packed = malloc(kernels->packed_bytes(w->hidden, wide, w->precision));
   if (!packed) return -1;
-  kernels->pack(w->weight, 1, (size_t)w->hidden, w->hidden, blocks, w->precision, packed);
+  kernels->pack(w->weight, 1, (size_t)w->hidden, w->hidden, wide, w->precision, packed);
   int n = shares(w->batch, w->threads, kernels->block, first, count);
   job jobs[MOST_THREADS];
   for (int k = 0; k < n; k++)
@@ -140,16 +141,16 @@ static void add_to(float *sum, const float *x, size_t n) {
 
 int r2b_backward(const r2b_window *w) {
   const isa_kernels *kernels = chosen().kernels;
-  int gates = gates_of(w), blocks = (gates + 1) * w->hidden, first[MOST_THREADS], count[MOST_THREADS];
-  size_t hidden = (size_t)w->hidden, third = (size_t)(gates * w->hidden * w->copies), all = 3 * third + 2 * hidden;
+  int gates = gates_of(w), wide = product_width(w), first[MOST_THREADS], count[MOST_THREADS];
+  size_t hidden = (size_t)w->hidden, units = (size_t)gates * hidden, third = units * (size_t)w->copies, all = 3 * third + 2 * hidden + units;
   int n = shares(w->batch, w->threads, kernels->block, first, count);
-  void *packed = malloc(kernels->packed_bytes(blocks, w->hidden, w->precision));
+  void *packed = malloc(kernels->packed_bytes(wide, w->hidden, w->precision));
   float *sums = calloc(all * (size_t)n, 4);
   if (!packed || !sums) {
     free(packed), free(sums);
     return -1;
   }
-  kernels->pack(w->weight, hidden, 1, blocks, w->hidden, w->precision, packed);
+  kernels->pack(w->weight, hidden, 1, wide, w->hidden, w->precision, packed);
   job jobs[MOST_THREADS];
   for (int k = 0; k < n; k++)
     jobs[k] = (job){.kernels = kernels, .window = w, .packed = packed, .first = first[k], .count = count[k], .sums = sums + all * (size_t)k};
@@ -161,6 +162,7 @@ int r2b_backward(const r2b_window *w) {
     add_to(w->grad_hi, found + 2 * third, third);
     add_to(w->grad_bias, found + 3 * third, hidden);
     add_to(w->grad_bias_hh, found + 3 * third + hidden, hidden);
+    add_to(w->grad_row_scale, found + 3 * third + 2 * hidden, units);
   }
   free(packed), free(sums);
   return failed;

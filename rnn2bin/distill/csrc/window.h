@@ -1,7 +1,8 @@
 /* Training kernels: a window of a gated layer, forward and backward, step by step for many sequences side by side.
  *
  * Plain C11, knows no Python. All arrays are dense and row-major, time first; shapes stand beside the fields: T steps, B rows (sequences),
- * H hidden, n copies of every unit, W = n*H, G gates (LSTM 3: i,f,o; GRU 2: r,z; with an output gate 3: r,z,o), P = G + 1 blocks of pre-activations (the candidate's last).
+ * H hidden, n copies of every unit, W = n*H, G gates (LSTM 3: i,f,o; GRU 2: r,z; with an output gate 3: r,z,o). R rows of weights a gate: H, or fewer
+ * that units share; a product is M = G*R + H wide, the candidate's part last.
  * Rows never meet, so each thread walks through time with its own rows and nobody waits.
  */
 #ifndef RNN2BIN_WINDOW_H
@@ -30,25 +31,32 @@ typedef struct {
   int32_t noisy; /* whether noise is drawn */
   int32_t cell, precision, threads;
   int32_t steps, batch, hidden, copies;
+  int32_t rows;            /* R */
+  int32_t x_rows;          /* of x_pre: R, or H where every unit has an input of its own; X = G*x_rows + H */
   r2b_mode modes[3];
-  const float *weight;    /* (P*H, H) recurrent */
+  const float *weight;     /* (M, H) recurrent */
+  const int32_t *row;      /* (G*H) which row of its gate a unit reads, each below R; null where R = H */
+  const float *row_scale;  /* (G*H) what that row's product is multiplied by; null with it */
   const float *gates_bias; /* (G, W) */
   const float *bias;       /* (H) the candidate's */
   const float *bias_hh;    /* GRU: (H) of the recurrent candidate; else null */
   const float *lo, *hi;   /* (G, W) */
-  const float *x_pre;     /* (T, B, P, H) input products, without a bias */
+  const float *x_pre;     /* (T, B, X) input products, without a bias */
   const float *h0, *c0;   /* as wide as h and c */
   float *h, *c;           /* (T, B, H) the mean over copies, and (T, B, W); GRU without an output gate: (T, B, W), and null */
   float *products;        /* (T, B, G, H) the gates' products, input included: pre-activations but for gates_bias */
+  float *row_products;    /* (T, B, G*R) where units share rows: their products, and may be null where no backward follows; else null */
   float *candidate;       /* LSTM: (T, B, H) g; GRU: (T, B, W) n; may be null where no backward follows */
   float *inner;           /* GRU: (T, B, H) U_n h + b; may be null where no backward follows */
   float *h_before;        /* GRU of many copies: (T, B, H) the mean each step reads of the state before it; may be null where no backward follows */
   /* backward */
   const float *grad_h, *grad_c, *grad_gates; /* as wide as h, c and products; each may be null */
-  float *grad_x;                           /* (T, B, P, H) */
-  float *grad_inner;                       /* GRU: (T, B, H) of `inner`; the gates' recurrent products have the gradient of x_pre */
+  float *grad_x;                           /* (T, B, X) */
+  float *grad_rows;                        /* (T, B, G*R) of `row_products`; null where every unit has a row: the gates' have the gradient of x_pre */
+  float *grad_inner;                       /* GRU: (T, B, H) of `inner` */
   float *grad_h0, *grad_c0;                /* as h0 and c0 */
   float *grad_gates_bias, *grad_bias, *grad_bias_hh; /* as the biases, added to; the last null for the LSTM */
+  float *grad_row_scale;                   /* (G*H), added to; null with row_scale */
   float *grad_lo, *grad_hi;                /* (G, W), added to; may be null */
 } r2b_window;
 
