@@ -248,8 +248,8 @@ class NativeWindow(torch.autograd.Function):
     a GRU), the gates' products (T,B,G,H): pre-activations but for `gates_bias`, input included.
 
     `weight` ((G+1)·H,H); `gates_bias`, levels (G,n·H); `bias` (H) of the candidate, `bias_hh` (H) of the GRU's recurrent candidate; states
-    as wide as their traces. Where units share R rows of a gate, `weight` is (G·R+H,H), so may x_pre be (T,B,G·R+H), `row` (G·H) says which of
-    all rows a unit reads, `row_scale` (G·H) what their product is multiplied by.
+    as wide as their traces. Where units share R rows of a gate, `weight` is (G·R+H,H), and x_pre may be (T,B,G·R+H): `row` (G·H) says which
+    of all rows a unit reads, `row_scale` (G·H) what their product is multiplied by.
     """
 
     @staticmethod
@@ -276,14 +276,8 @@ class NativeWindow(torch.autograd.Function):
         if row is not None:  # each gate's own from 0, as C counts them
             rows = (len(weight) - hidden) // gates
             row = (row.view(gates, hidden) - rows * torch.arange(gates)[:, None]).flatten().int()
-        given = {"row": row, "row_scale": row_scale} | {
-            "x_pre": x_pre,
-            "weight": weight,
-            "gates_bias": gates_bias,
-            "bias": bias,
-            "bias_hh": bias_hh,
-        }
-        given |= {"h0": h0, "c0": c0, "lo": lo, "hi": hi}
+        given = {"x_pre": x_pre, "weight": weight, "row": row, "row_scale": row_scale, "gates_bias": gates_bias, "bias": bias}
+        given |= {"bias_hh": bias_hh, "h0": h0, "c0": c0, "lo": lo, "hi": hi}
         _check_shapes(kind, x_pre, bias, gates_bias, given)
         lstm, split, learning = kind == "lstm", kind != "gru", any(ctx.needs_input_grad)
         new = lambda *shape: x_pre.new_empty(*shape)
