@@ -40,7 +40,8 @@ class DensityCounter:
 
     def add_cell(self, read: Read) -> None:
         _accumulate(self.cells, read.name, cost.count(read))
-        mask, open_now = read.mask, cost.bits(read.trace.pre).double().mean(-1)
+        mask, pre = read.mask, read.trace.pre
+        open_now = cost.bits(pre).sum(-1).double() / pre.shape[-1]  # a sum of bits is exact in float32
         opened = (open_now * mask[..., None]).sum((0, 1)).cpu()
         self.opened[read.name] = self.opened.get(read.name, torch.zeros_like(opened)) + opened
         self.steps[read.name] = self.steps.get(read.name, 0.0) + float(mask.sum())

@@ -253,7 +253,7 @@ class Watch:
             self.density.add_cell(Read(name, call.cell, call.trace, inputs, call.lengths, rested=True))
         real = pre[mask[..., 0, 0] > 0]  # (N,G,H)
         for k, gate in enumerate(call.cell.layer.kind.gate_names):
-            counts = torch.histc(sample(call.cell.modes(self.mode)[k], real[:, k]).float().cpu(), watching.BINS, 0.0, 1.0)
+            counts = watching.histogram(sample(call.cell.modes(self.mode)[k], real[:, k]).float().cpu())
             self.histograms[name, gate] = self.histograms.get((name, gate), torch.zeros(watching.BINS)) + counts
 
     def rates(self) -> dict[str, list[float]]:
