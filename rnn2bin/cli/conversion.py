@@ -53,6 +53,8 @@ def convert(model: Path, recipe: str, source: str | None, data: tuple[str, ...],
     if only_plan:
         from rnn2bin import plan
 
+        if not json_out:
+            click.echo("rnn2bin: trying a few steps to time them; with a large network that takes a minute or two", err=True)
         found = plan.plan(model, chosen, data or None, out)
         return as_json(found) if json_out else click.echo(plan.render(found))
     from rnn2bin import pipeline as job
