@@ -225,6 +225,15 @@ def test_everything_of_a_full_report_is_on_the_page() -> None:
     assert places == sorted(places)
 
 
+def test_decisions_and_shared_rows_of_a_gate_are_on_the_page() -> None:
+    report = copy.deepcopy(FULL)
+    assert "units a row" not in render(report)
+    report["gates"][0] |= {"copies": 4, "shared": 8}
+    page = render(report)
+    assert "× 4, 8 units a row" in page
+    assert "so many read one row of the gate's weights" in page
+
+
 def test_what_was_not_measured_is_left_out() -> None:
     page = render(MINIMAL, Figures())
     for heading in ("Training</h2>", "What a step reads", "Gates</h2>", "along one sequence", "Worst", "Provenance", "soft student"):

@@ -29,6 +29,7 @@ def gates(report: Report) -> list[dict[str, Any]]:
             "gate": gate_name(str(gate.get("gate", ""))),
             "binary": bool(gate.get("binary")),
             "copies": int(gate.get("copies") or 1),
+            "shared": int(gate.get("shared") or 1),
             "open": percent(gate.get("open_rate")),
             "width": round(100 * gate["open_rate"], 1) if finite(gate.get("open_rate")) else None,
             "lo": _level(get(gate, "levels", "lo")),

@@ -54,6 +54,8 @@ class _View:
     n: str  # sequences of the interval
     sizes: bool  # whether the networks were measured on different amounts of data
     updates: bool  # whether a gate is an update gate, whose "open" is its bit 0
+    many_decisions: bool  # whether units take several decisions a gate
+    shared_rows: bool  # and whether they read rows of weights together
     frame: dict[str, int] = field(default_factory=lambda: dict(FRAME))
 
 
@@ -64,6 +66,7 @@ def render(report: Report, figures: Figures | None = None) -> str:
     """
     scale = Scale.of(report)
     figures = Figures.from_dict(report.get("figures")) if figures is None else figures
+    table = gates(report)
     view = _View(
         title=title(report),
         sentence=sentence(report),
@@ -78,7 +81,7 @@ def render(report: Report, figures: Figures | None = None) -> str:
         charts=charts(report),
         density=density(report),
         layers=layers(report),
-        gates=gates(report),
+        gates=table,
         histograms=[histogram(one) for one in figures.histograms],
         heatmaps=[drawn for one in figures.heatmaps if (drawn := heatmap(one))],
         speed=speed(report),
@@ -90,6 +93,8 @@ def render(report: Report, figures: Figures | None = None) -> str:
         n=whole(get(report, "drop", "n")),
         sizes=len({network.get("n") for network in networks_of(report).values()}) > 1,
         updates=any(gate.get("gate") == "z" for gate in report.get("gates") or []),
+        many_decisions=any(gate["copies"] > 1 for gate in table),
+        shared_rows=any(gate["shared"] > 1 for gate in table),
     )
     return template("page.html.j2", view=view)
 
