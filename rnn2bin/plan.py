@@ -105,6 +105,7 @@ def sections(network: Network) -> dict[str, Plan]:
                     "input_size": layer.input_size,
                     "hidden_size": layer.hidden_size,
                     "proj_size": layer.proj_size,
+                    "copies": layer.copies,
                     "shared": layer.shared,
                     "directions": layer.directions,
                     "gates": {g: "binary" if b else "soft" for g, b in zip(layer.kind.gate_names, binary, strict=True)},
@@ -415,9 +416,10 @@ def _section_lines(section: Plan) -> list[str]:
 def _layer_line(index: int, layer: Plan) -> str:
     ways = "both directions" if layer["directions"] == 2 else "one direction"
     projected = f" (projected to {layer['proj_size']})" if layer["proj_size"] else ""
-    rows = f"; {layer['shared']} units read one row of a gate" if layer["shared"] > 1 else ""
+    more = f"; {layer['copies']} decisions a gate" if layer["copies"] > 1 else ""
+    more += f"; {layer['shared']} units read one row of a gate" if layer["shared"] > 1 else ""
     kinds = [f"{kind}: {', '.join(of)}" for kind in ("binary", "soft") if (of := [g for g, k in layer["gates"].items() if k == kind])]
-    return f"layer {index}: {layer['cell']} {layer['input_size']} -> {layer['hidden_size']}{projected}, {ways}; {'; '.join(kinds)}{rows}"
+    return f"layer {index}: {layer['cell']} {layer['input_size']} -> {layer['hidden_size']}{projected}, {ways}; {'; '.join(kinds)}{more}"
 
 
 def size(count: float) -> str:

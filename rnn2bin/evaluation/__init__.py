@@ -90,8 +90,8 @@ def drop(task: tasks.Task, teacher: tasks.Measurement, binary: tasks.Measurement
 
 
 def gate_table(network: Network, rates: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """`open_rate` of z is the share of updated units (bit 0): what costs. `copies`: decisions a unit takes; `shared`: units that read one row
-    of the gate's weights."""
+    """`open_rate` of z is the share of updated units (bit 0): what costs. `copies`: decisions a unit takes; `shared`: units that read one
+    row of the gate's weights."""
     levels = student.level_summary(network)
     return [
         {
