@@ -19,7 +19,7 @@ import torch
 
 from rnn2bin import data, student, tasks
 from rnn2bin.cells.network import Network, State
-from rnn2bin.distill import calibrate, checkpoints, losses, rate, states
+from rnn2bin.distill import calibrate, checkpoints, losses, native, rate, states
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import ResourceError
@@ -27,6 +27,7 @@ from rnn2bin.gates.estimators import BINARY, FLOAT
 from rnn2bin.loaders import render as render_spec
 from rnn2bin.measure import Candidate, compare
 from rnn2bin.recipe import Recipe
+from rnn2bin.spec import LayerSpec
 
 WARM_UP, PROBE_STEPS = 2, 6
 CALIBRATION_PROBE = 2
@@ -234,9 +235,8 @@ def memory(job: Any, network: Network) -> int:
     """Estimate of what training adds to the process: weights of both networks, the best ones so far, their average if any,
     gradients, Adam, the data, and a window's activations.
 
-    distill/windows/ keep, for each step and row of a cell, about four values a gate and unit, four a unit and its input until the
-    backward pass, which needs six a gate and unit more for the cell it is at; logits are held about six times. Cells that
-    declare their equations keep 0.7 to 2.6 times as much by decision 035's figures, which is not told apart here.
+    What a cell keeps of each step and row until the backward pass, and what that needs beside it for the cell it is at: `_kept`,
+    `_working`; logits are held about six times.
     """
     recipe, part = job.recipe, job.parts.train
     trained = sum(p.numel() for p in network.parameters())
@@ -244,13 +244,32 @@ def memory(job: Any, network: Network) -> int:
     windowed = part.stream or job.task.windowed
     steps = min(part.inputs.shape[1], recipe.train.window) if windowed else part.inputs.shape[1]
     rows = recipe.train.batch_size if part.stream else min(recipe.train.batch_size, len(part))
-    layers = [layer for _, layer in network.spec.cell_names()]
-    kept = sum((4 * len(layer.kind.gates) + 4) * layer.width + layer.input_size for layer in layers)
-    working = max(6 * (len(layer.kind.gates) + 1) * layer.width for layer in layers)
+    cells, mode = network.cells().values(), distiller.mode_at(recipe.gates, 1.0)
+    in_c = {cell: native.takes(cell, cell.part("candidate").bias, cell.modes(mode)) for cell in cells}
+    kept = sum(_kept(cell.layer, in_c=in_c[cell]) for cell in cells)
+    working = max(_working(cell.layer, in_c=in_c[cell]) for cell in cells)
     activations = steps * rows * (kept + working + 6 * network.spec.main.output_size)
     held = sum(t.numel() * t.element_size() for p in _each(job) for t in (p.inputs, p.targets) if t is not None)
     copies = 6 if recipe.train.averaging else 5
     return 4 * (fixed + copies * trained + activations) + held
+
+
+def _kept(layer: LayerSpec, *, in_c: bool) -> int:
+    """Values of one step and row. The kernels in C keep products, the candidate and the states, and work the rest out again; windows in
+    torch about four values a gate and decision, and four a decision (0.7 to 2.6 times that where cells declare their equations, decision
+    035). Both keep their input and its product."""
+    gates, hidden = len(layer.kind.gates), layer.hidden_size
+    of_input = layer.input_size + (gates + 1) * hidden
+    if in_c:
+        memories = 1 if layer.kind.is_lstm else 2  # a GRU's candidate differs from decision to decision
+        return of_input + (gates + 2) * hidden + memories * layer.width
+    return of_input + (4 * gates + 4) * layer.width
+
+
+def _working(layer: LayerSpec, *, in_c: bool) -> int:
+    """The same of the backward pass while it is at this cell."""
+    blocks = len(layer.kind.gates) + 1
+    return 2 * blocks * layer.hidden_size + layer.width if in_c else 6 * blocks * layer.width
 
 
 def _each(job: Any) -> Iterator[data.Part]:

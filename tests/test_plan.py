@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import CLASSES, VOCABULARY
+from conftest import CLASSES, VOCABULARY, WIDTH
 
 from rnn2bin import cli, pack, pipeline, plan, recipe_yaml
+from rnn2bin.distill import native
 from rnn2bin.errors import RecipeError, ResourceError, UsageError
 
 KNOBS = ["train.steps=6", "train.max_steps=6", "train.evaluate_every=3"]
@@ -49,6 +50,17 @@ def test_how_the_task_was_decided(save_model, save_data, network, data, how):
     assert how in found["task"]["how"]
     assert found["time"]["basis"] == f"estimated from {plan.PROBE_STEPS} probe steps on this machine"
     assert 0 < found["time"]["seconds"] <= found["time"]["seconds_at_most"] < 60
+
+
+@pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
+def test_memory_is_that_of_the_kernels_that_run(tmp_path, save_data, monkeypatch):
+    """The estimate was that of windows in torch, ten times what the kernels in C keep of sixteen decisions."""
+    model, data = tmp_path / "m.pt", save_data()
+    torch.save(torch.nn.ModuleDict({"rnn": torch.nn.LSTM(WIDTH, 40), "head": torch.nn.Linear(40, CLASSES)}).state_dict(), model)
+    memory = lambda: plan.plan(model, smoke("gates.copies=16"), data)["memory"]["training_bytes"]
+    in_c = memory()
+    monkeypatch.setattr(native, "takes", lambda *_: False)
+    assert memory() > 3 * in_c
 
 
 def test_a_named_task_is_said_to_be_named(save_model, save_data):
