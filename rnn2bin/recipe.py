@@ -445,16 +445,18 @@ class Loss(Closed):
     temperature: Positive = Field(1.0, description="softens the teacher's distribution")
     hidden: NotNegative | Literal["auto"] = Field(
         "auto",
-        description="match of every layer's output with the teacher's (mean squared error); auto: 20 for match, 5 for transduce, else 0",
+        description="match of every layer's output with the teacher's (mean squared error); auto: 20 for match, 5 for transduce without "
+        "a density budget, else 0",
     )
     gate: NotNegative = Field(0.0, description="match of gate values with the teacher's (mean squared error)")
 
-    def hidden_weight(self, task: str | None = None) -> float:
-        """`hidden` for a task. Where nothing but the outputs would teach, or an encoder hears of its errors through its decoder alone, the
-        layers below learn faster with it (docs/decisions/005-anneal.md, 033-hidden-match.md)."""
+    def hidden_weight(self, task: str | None = None, *, priced: bool = False) -> float:
+        """`hidden` for a task; `priced`: weights have a price. Where nothing but the outputs would teach, or an encoder hears of its errors
+        through its decoder alone, the layers below learn faster with it; an encoder that may read little has to find states of its own
+        (docs/decisions/005-anneal.md, 033-hidden-match.md)."""
         if self.hidden != "auto":
             return self.hidden
-        return {"match": 20.0, "transduce": 5.0}.get(task or "", 0.0)
+        return {"match": 20.0, "transduce": 0.0 if priced else 5.0}.get(task or "", 0.0)
 
 
 class Train(Closed):

@@ -381,6 +381,11 @@ def test_hidden_match_is_on_where_only_outputs_would_teach(given, task, weight):
     assert recipe_of(loss={"hidden": given}).loss.hidden_weight(task) == weight
 
 
+@pytest.mark.parametrize(("given", "task", "weight"), [("auto", "match", 20.0), ("auto", "transduce", 0.0), (5.0, "transduce", 5.0)])
+def test_an_encoder_with_a_budget_is_not_held_to_the_teachers_states(given, task, weight):
+    assert recipe_of(loss={"hidden": given}).loss.hidden_weight(task, priced=True) == weight
+
+
 def test_gate_match_is_zero_for_equal_gates_and_skips_pads():
     teacher = teacher_of("gru")
     lengths = torch.tensor([2, 5])

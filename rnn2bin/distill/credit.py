@@ -30,7 +30,7 @@ def sequence_losses(task: tasks.Task, recipe: Recipe, prepared: tasks.Prepared, 
     """What a sequence costs (B,), without gradient: the loss on its outputs and the match of its hidden states, as a reward where asked."""
     with torch.no_grad():
         found = tasks.sequence_losses(task, recipe.loss, prepared, output.y, target.y)
-        hidden = recipe.loss.hidden_weight(task.name)
+        hidden = recipe.loss.hidden_weight(task.name, priced=recipe.budget.counts)
         if hidden:
             found = found + hidden * hidden_rows(task, output, target)
     chosen = recipe.gates.reinforce

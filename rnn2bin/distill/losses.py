@@ -21,7 +21,7 @@ def total(
     """The whole loss of a batch. `output` and `target` are student's and teacher's."""
     weights = recipe.loss
     value = tasks.loss(task, weights, prepared, output.y, target.y)
-    hidden = weights.hidden_weight(task.name)
+    hidden = weights.hidden_weight(task.name, priced=recipe.budget.counts)
     if hidden:
         value = value + hidden * hidden_match(task, output, target)
     if weights.gate and mode.estimator != "float":
