@@ -271,7 +271,7 @@ def run(
     if not resume:
         processes.lead(lambda: check_out(out, force=force))
     job = processes.first(lambda: prepare(source, recipe, given))
-    network = processes.first(lambda: student.of_recipe(job.teacher, recipe))
+    network = processes.first(lambda: student.of_recipe(job.teacher, recipe, task=job.task.name))
     done, work = processes.lead(lambda: _begin(job, network, out, resume=resume, force=force))
     if done:
         return Result(out, done)
@@ -376,7 +376,7 @@ def distil(
     stage: Stage = unwatched,
 ) -> tuple[Network, distiller.Trained]:
     """The student, calibrated and trained by the job's recipe; checkpoints lie in `work`."""
-    network = student.of_recipe(job.teacher, job.recipe) if network is None else network
+    network = student.of_recipe(job.teacher, job.recipe, task=job.task.name) if network is None else network
     recipe, tried = job.recipe, tuple[distiller.Tried, ...]()
     stage("calibrate")
     check_budget(job, network)

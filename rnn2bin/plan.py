@@ -52,7 +52,7 @@ def _plan(model: str | Path, recipe: Recipe, given: str | Path | Sequence[str] |
     folder = Path(out) if out is not None else Path(Path(model).name + ".rnn2bin")
     began = time.perf_counter()
     job = pipeline.prepare(model, recipe, given)
-    network = student.of_recipe(job.teacher, recipe)
+    network = student.of_recipe(job.teacher, recipe, task=job.task.name)
     pipeline.check_budget(job, network)
     disk = disk_of(job, network, folder)
     preparing = time.perf_counter() - began
@@ -310,7 +310,7 @@ def probe_training(job: Any, network: Network) -> tuple[int, float]:
     """(timed steps, seconds of one): real batches forward and backward through both networks and an optimizer, half of them annealing and
     half straight-through. The student is not changed: its copy is trained."""
     recipe, task = job.recipe, job.task
-    trained = student.of_recipe(job.teacher, recipe)
+    trained = student.of_recipe(job.teacher, recipe, task=task.name)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=recipe.learning_rate, fused=True)
     train = recipe.train
     feed = data.Batches(

@@ -366,7 +366,8 @@ class Gates(Closed):
     share: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
         "auto",
         description="units that read one row of a gate's weights together, each times a scale and against its own thresholds: gates read "
-        "so many times fewer weights. auto: 8, fewer in layers of less than 128 units, with a density budget or a price; else 1",
+        "so many times fewer weights. auto: 8, fewer in layers of less than 128 units, with a density budget or a price where loss.hidden "
+        "is 0; else 1",
     )
     output: bool | Literal["auto"] = Field(
         "auto",
@@ -539,10 +540,12 @@ class Recipe(Closed):
         """Whether GRUs get an output gate; docs/decisions/027-output-gate.md."""
         return self.budget.counts if self.gates.output == "auto" else self.gates.output
 
-    @property
-    def share(self) -> int | Literal["auto"]:
-        """How many units share a row of a gate's weights, "auto" as many as their layer bears; docs/decisions/032-shared-rows.md."""
-        return 1 if self.gates.share == "auto" and not self.budget.counts else self.gates.share
+    def share(self, task: str | None = None) -> int | Literal["auto"]:
+        """How many units share a row of a gate's weights, "auto" as many as their layer bears; units that are held to the teacher's states,
+        one by one, need rows of their own. docs/decisions/032-shared-rows.md."""
+        if self.gates.share != "auto":
+            return self.gates.share
+        return "auto" if self.budget.counts and not self.loss.hidden_weight(task, priced=True) else 1
 
     @property
     def max_steps(self) -> int:

@@ -44,9 +44,9 @@ def _gate_list(spec: RnnSpec) -> str:
     return ", ".join(f"{prefix.rpartition('.')[0]}.{gate}" for prefix, layer in spec.cell_names() for gate in layer.kind.gate_names)
 
 
-def of_recipe(teacher: Network, recipe: Recipe) -> Network:
-    """The student that a recipe starts with."""
-    weights, output, share = recipe.pack.weights, recipe.output_gate, recipe.share
+def of_recipe(teacher: Network, recipe: Recipe, *, task: str | None = None) -> Network:
+    """The student that a recipe starts with; `task`: its name, where the recipe leaves that to the data."""
+    weights, output, share = recipe.pack.weights, recipe.output_gate, recipe.share(task or recipe.task)
     return student(teacher, recipe.gates, priced=recipe.budget.counts, weights=weights, output=output, share=share)
 
 

@@ -17,7 +17,7 @@ from rnn2bin.cells.network import Network, teacher_network, walk
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import RecipeError, UnsupportedError
 from rnn2bin.gates.estimators import Discretize
-from rnn2bin.recipe import Budget, Gates, Recipe
+from rnn2bin.recipe import Budget, Gates, Loss, Recipe
 from rnn2bin.spec import EmbeddingSpec, GraphSpec, LayerSpec, LinearSpec, Node, RnnSpec, SectionSpec, check
 
 CELLS = ("lstm", "gru", "gru_reset_before", "lstm_peephole", "lstm_coupled")
@@ -110,9 +110,11 @@ def test_which_row_a_unit_reads_is_not_trained():
 
 
 def test_by_itself_with_a_budget_and_not_in_small_layers():
-    assert Recipe().share == 1
-    assert Recipe(budget=Budget(density=0.2)).share == "auto"
-    assert Recipe(gates=Gates(share=2)).share == 2
+    assert Recipe().share() == 1
+    assert Recipe(budget=Budget(density=0.2)).share("classify") == "auto"
+    assert Recipe(gates=Gates(share=2)).share("match") == 2
+    assert Recipe(budget=Budget(density=0.2)).share("match") == 1  # each unit is held to the teacher's own
+    assert Recipe(budget=Budget(density=0.2), loss=Loss(hidden=0.0)).share("match") == "auto"
     units = lambda hidden, share="auto": sharing.units_of(LayerSpec("lstm", 4, hidden), share)
     assert [units(hidden) for hidden in (8, 16, 31, 32, 64, 128, 512)] == [1, 1, 1, 2, 4, 8, 8]
     assert units(4, 8) == 4  # all units of a layer at most
