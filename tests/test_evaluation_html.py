@@ -230,7 +230,7 @@ def test_decisions_and_shared_rows_of_a_gate_are_on_the_page() -> None:
     assert "units a row" not in render(report)
     report["gates"][0] |= {"copies": 4, "shared": 8}
     page = render(report)
-    assert "× 4, 8 units a row" in page
+    assert "× 4<br><small>8 units a row</small>" in page
     assert "so many read one row of the gate's weights" in page
 
 
