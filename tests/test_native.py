@@ -111,7 +111,7 @@ def test_a_row_that_is_not_there_is_refused():
     """C would read beyond the product."""
     cell = cell_of("lstm", 10, shared=(2, 1))
     cell.tensor("gates.row")[-1] = 5
-    with pytest.raises(ValueError, match="do not read 5 rows a gate"):
+    with pytest.raises(ValueError, match=r"gates\.row does not give each unit one of the 5 rows"):
         window.run_cell(cell, torch.randn(2, 3, 6), zero_state(cell.layer, 3, cell.part("gates").bias), BINARY)
 
 

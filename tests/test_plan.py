@@ -63,6 +63,18 @@ def test_memory_is_that_of_the_kernels_that_run(tmp_path, save_data, monkeypatch
     assert memory() > 3 * in_c
 
 
+def test_units_share_rows_where_weights_have_a_price_and_nothing_holds_them_to_the_teacher(tmp_path, save_data):
+    """The task is the data's: without targets a network is matched, each unit with its teacher's."""
+    model = tmp_path / "m.pt"
+    torch.save(torch.nn.ModuleDict({"rnn": torch.nn.LSTM(WIDTH, 40), "head": torch.nn.Linear(40, CLASSES)}).state_dict(), model)
+    shared = lambda data, *knobs: plan.plan(model, smoke(*knobs), data)["sections"]["main"]["layers"][0]["shared"]
+    labelled, priced = save_data("l.npz", targets=np.zeros((40, 9), int)), "budget.density=0.6"
+    assert shared(labelled, priced) == 2
+    assert shared(labelled) == 1
+    assert shared(save_data(), priced) == 1
+    assert shared(save_data(), priced, "loss.hidden=0") == 2
+
+
 def test_a_named_task_is_said_to_be_named(save_model, save_data):
     found = plan.plan(save_model(), smoke("task=match", "metric=mse"), save_data())
     assert found["task"]["how"] == found["task"]["metric_how"] == "named in the recipe"

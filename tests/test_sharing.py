@@ -174,10 +174,11 @@ def test_converts_with_a_budget_and_runs_everywhere(cell, tmp_path):
     torch_model, native_model = (rnn2bin.load(tmp_path / "out", backend=backend) for backend in ("torch", "native"))
     theirs, ours = torch_model(torch.from_numpy(x[:3].swapaxes(0, 1)))[0], native_model(torch.from_numpy(x[:3].swapaxes(0, 1)))[0]
     np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), atol=1e-4)
-    plain = rnn2bin.convert(
+    plain = rnn2bin.convert(  # by itself, with a task that the data decide: no targets, so units are held to the teacher's
         tmp_path / "model.pt",
-        recipe=recipe.model_copy(update={"gates": Gates(share=1)}),
+        recipe=recipe.model_copy(update={"gates": Gates(), "task": "auto"}),
         data=tmp_path / "data.npz",
         out=tmp_path / "plain",
     )
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["spec"]["sections"]["main"]["layers"][0].get("shared", 1) == 1
     assert result.report["size"]["packed_bytes"] < plain.report["size"]["packed_bytes"]

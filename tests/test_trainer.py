@@ -386,6 +386,15 @@ def test_an_encoder_with_a_budget_is_not_held_to_the_teachers_states(given, task
     assert recipe_of(loss={"hidden": given}).loss.hidden_weight(task, priced=True) == weight
 
 
+@pytest.mark.parametrize(("more", "wanted"), [({}, 5.0), ({"budget": {"density": 0.2}}, 0.0), ({"budget": {"price": 0.1}}, 0.0)])
+def test_the_loss_asks_whether_weights_have_a_price(more, wanted, monkeypatch):
+    monkeypatch.setattr(losses, "hidden_match", lambda *_: torch.ones(()))
+    monkeypatch.setattr(losses.tasks, "loss", lambda *_: torch.zeros(()))
+    nothing = SimpleNamespace(name="transduce", y=None)
+    found = losses.total(nothing, recipe_of(**more), nothing, nothing, nothing, student=nothing, mode=FLOAT)
+    assert float(found) == wanted
+
+
 def test_gate_match_is_zero_for_equal_gates_and_skips_pads():
     teacher = teacher_of("gru")
     lengths = torch.tensor([2, 5])

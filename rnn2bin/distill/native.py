@@ -222,7 +222,7 @@ def _check_shapes(kind: str, x_pre: Tensor, bias: Tensor, gates_bias: Tensor, te
     if gates != _GATES[kind] or width % hidden or split != (tensors["c0"] is not None) or lstm == (tensors["bias_hh"] is not None):
         raise ValueError(f"{kind}: x_pre {tuple(x_pre.shape)} and gates_bias {tuple(gates_bias.shape)} do not belong together")
     if (row is None) != (tensors["row_scale"] is None) or (row is not None and not _within(row, gates, rows=rows, hidden=hidden)):
-        raise ValueError(f"{kind}: units do not read {rows} rows a gate")
+        raise ValueError(f"{kind}: gates.row does not give each unit one of the {rows} rows of its gate, fewer than units")
     for name, shape in wanted.items():
         tensor = tensors[name]
         if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != torch.float32):
