@@ -21,6 +21,7 @@ from rnn2bin.spec import DIRECTIONS, LayerSpec, SectionSpec
 from rnn2bin.tasks import Prepared
 
 Bits = Callable[[Tensor], Tensor]  # pre-activations -> 1[pre > 0]
+Units = Callable[[Trace, int, int | None, int | None], Tensor | None]  # `Read.units` in one go; None where it cannot
 _NEVER = -1e9  # a pre-activation that opens nothing
 _LEAST = torch.finfo(torch.float32).tiny
 
@@ -51,7 +52,7 @@ class Count:
 @dataclass(frozen=True)
 class Read:
     """One cell over one batch, its trace and `inputs` in the cell's own order of time; `inputs` (T,B) counts non-zero values of x,
-    None for tokens. `rested`: the state before the first step is zero."""
+    None for tokens. `rested`: the state before the first step is zero. `counts`: a quicker way to `units`, with the bits of who asks."""
 
     name: str
     cell: Cell
@@ -60,6 +61,7 @@ class Read:
     lengths: Tensor | None
     rested: bool
     start: int = 0  # steps before it are not counted
+    counts: Units | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -72,10 +74,18 @@ class Read:
         mask[: self.start] = 0
         return mask
 
-    def opened(self, gate: int, bit: Bits) -> Tensor:
-        """Units (T,B) of which any copy opens this gate: their row or column is read, once for all copies. Float64: sums over a whole
-        part stay exact."""
-        return bit(self.trace.highest(gate, self.cell.layer.copies)).sum(-1).double()
+    def units(self, bit: Bits, *, closed: int | None = None, opened: int | None = None) -> Tensor:
+        """Units (T,B) of which any copy closes the one gate, opens the other, or does both: their row or column is read, once for all
+        copies. Float64: sums over a whole part stay exact."""
+        copies = self.cell.layer.copies
+        found = self.counts(self.trace, copies, closed, opened) if self.counts else None
+        if found is not None:
+            return found.double()
+        if closed is None:
+            assert opened is not None
+            return bit(self.trace.highest(opened, copies)).sum(-1).double()
+        each = self.closed(closed, bit) if opened is None else self.closed_and_open(closed, opened, bit)
+        return each.sum(-1).double()
 
     def closed(self, gate: int, bit: Bits) -> Tensor:
         """1 (T,B,H) where any copy of a unit closes this gate: for z, the units that are updated."""
@@ -93,7 +103,7 @@ class Read:
         return (1 - bit(pre(gate, best))) * bit(pre(other, best))
 
 
-def cells(network: Network, prepared: Prepared, output: Output, *, bit: Bits = bits) -> Iterator[Read]:
+def cells(network: Network, prepared: Prepared, output: Output, *, bit: Bits = bits, counts: Units | None = None) -> Iterator[Read]:
     """Every cell of the network on this batch."""
     traces, reads, real = iter(output.traces), iter(output.inputs), iter(output.lengths)
     for section, spec in network.spec.sections.items():
@@ -101,13 +111,14 @@ def cells(network: Network, prepared: Prepared, output: Output, *, bit: Bits = b
         for index, layer in enumerate(spec.layers):
             rested = prepared.batch.first and section != "decoder" and index not in _started(spec)
             x, opened = next(reads), []
+            read_above = not spec.graph and index + 1 < len(spec.layers)
             for direction in DIRECTIONS[: layer.directions]:
                 name, backward, lengths = f"{section}.layers.{index}.{direction}", direction == "bwd", next(real)
                 cell = network.cells()[name]
-                read = Read(name, cell, next(traces), _inputs(x, below, lengths, backward), lengths, rested)
-                opened.append(_emitted(read, bit, backward=backward))
+                read = Read(name, cell, next(traces), _inputs(x, below, lengths, backward), lengths, rested, counts=counts)
+                opened.append(_emitted(read, bit, backward=backward) if read_above else None)
                 yield read
-            below = None if spec.graph or any(o is None for o in opened) else torch.stack([o for o in opened if o is not None]).sum(0)
+            below = None if any(o is None for o in opened) else torch.stack([o for o in opened if o is not None]).sum(0)
 
 
 def _started(spec: SectionSpec) -> set[int]:
@@ -130,7 +141,7 @@ def _emitted(read: Read, bit: Bits, *, backward: bool) -> Tensor | None:
     layer = read.cell.layer
     if not layer.kind.closes or layer.proj_size or not read.cell.binary[-1]:
         return None
-    count = read.opened(-1, bit)
+    count = read.units(bit, opened=len(layer.kind.gates) - 1)
     return reverse(count, read.lengths) if backward else count
 
 
@@ -174,8 +185,8 @@ def _lstm(read: Read, bit: Bits) -> Count:
     hidden, steps = layer.hidden_size, mask.sum()
     full, blocks = torch.full_like(mask, hidden), len(layer.kind.gates) * hidden
     own, asked = _gate_rows(layer)
-    reads = read.opened(-1, bit) if read.cell.binary[-1] else full
-    rows = read.opened(0, bit) if read.cell.binary[0] else full
+    reads = read.units(bit, opened=len(layer.kind.gates) - 1) if read.cell.binary[-1] else full
+    rows = read.units(bit, opened=0) if read.cell.binary[0] else full
     recurrent_size = layer.recurrent_size
     columns = _before(torch.full_like(mask, recurrent_size) if layer.proj_size else reads, 0 if read.rested else recurrent_size)
     recurrent = ((own + rows) * columns * mask).sum()
@@ -203,11 +214,11 @@ def _gru(read: Read, bit: Bits) -> Count:
     binary_r, binary_z = read.cell.binary
     own, asked = _gate_rows(layer)
     full = torch.full_like(mask, hidden)
-    rows = read.closed(1, bit).sum(-1).double() if binary_z else full
-    reads = read.opened(0, bit) if binary_r else full
+    rows = read.units(bit, closed=1) if binary_z else full
+    reads = read.units(bit, opened=0) if binary_r else full
     state = _before(torch.ones_like(mask), 0 if read.rested else 1)  # 0 where the state before the step is zero
     if layer.cell == "gru":
-        both = read.closed_and_open(1, 0, bit).sum(-1).double() if binary_r and binary_z else rows if binary_z else reads
+        both = read.units(bit, closed=1, opened=0) if binary_r and binary_z else rows if binary_z else reads
         candidate = both * hidden * state
     else:
         candidate = rows * reads * state
@@ -231,12 +242,9 @@ def _gru_output(read: Read, bit: Bits) -> Count:
     binary_r, binary_z, binary_o = read.cell.binary
     own, asked = _gate_rows(layer)
     full = torch.full_like(mask, hidden)
-    rows = read.closed(1, bit).sum(-1).double() if binary_z else full
-    if binary_r:
-        both = (read.closed_and_open(1, 0, bit).sum(-1) if binary_z else read.opened(0, bit)).double()
-    else:
-        both = rows
-    columns = _before(read.opened(-1, bit) if binary_o else full, 0 if read.rested else hidden)
+    rows = read.units(bit, closed=1) if binary_z else full
+    both = read.units(bit, closed=1 if binary_z else None, opened=0) if binary_r else rows
+    columns = _before(read.units(bit, opened=2) if binary_o else full, 0 if read.rested else hidden)
     recurrent = ((own + both) * columns * mask).sum()
     recurrent_dense = 3 * hidden * hidden * steps
     touched, dense = recurrent, recurrent_dense

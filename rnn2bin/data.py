@@ -30,6 +30,8 @@ class Part:
 
     `stream` marks text cut into N long rows: state carries along a row, and targets are the next tokens.
     `per_sequence` marks targets without a time axis, (N,) or (N,O): their second axis is never time, even where O equals T.
+    `answers`: the teacher's outputs where training keeps them, (N,T,O) or (N,O); of a stream along the rows that it is trained in
+    (distill/answers.py).
     """
 
     inputs: Tensor
@@ -38,6 +40,7 @@ class Part:
     target_lengths: Tensor | None = None
     stream: bool = False
     per_sequence: bool = False
+    answers: Tensor | None = None
 
     def __len__(self) -> int:
         return self.inputs.shape[0]
@@ -54,12 +57,13 @@ class Part:
             lengths=pick(self.lengths),
             targets=pick(self.targets),
             target_lengths=pick(self.target_lengths),
+            answers=pick(self.answers),
         )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Time-major slice: inputs (T,B[,I]); lengths (B); targets as in `Part`, time-major where they have time;
+    """Time-major slice: inputs (T,B[,I]); lengths (B); targets and answers as in `Part`, time-major where they have time;
     `first`: states start at zero."""
 
     inputs: Tensor
@@ -67,10 +71,12 @@ class Batch:
     targets: Tensor | None
     target_lengths: Tensor | None
     first: bool = True
+    answers: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         move = lambda t: None if t is None else t.to(device)
-        return replace(self, **{name: move(getattr(self, name)) for name in ("inputs", "lengths", "targets", "target_lengths")})  # type: ignore[arg-type]
+        names = ("inputs", "lengths", "targets", "target_lengths", "answers")
+        return replace(self, **{name: move(getattr(self, name)) for name in names})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -403,7 +409,10 @@ class Batches:
     def _stream(self, k: int, process: int) -> Batch:
         at = k % self.per_pass
         cut = share(self.rows, process, self.processes)[:, at * self.window : (at + 1) * self.window + 1].t()
-        return Batch(cut[:-1], None, cut[1:], None, first=at == 0)
+        answers = self.part.answers
+        if answers is not None:
+            answers = share(answers, process, self.processes)[:, at * self.window :][:, : len(cut) - 1].transpose(0, 1)
+        return Batch(cut[:-1], None, cut[1:], None, first=at == 0, answers=answers)
 
     def _sequences(self, k: int, process: int) -> Batch:
         which, at = divmod(k, self.windows)
@@ -438,7 +447,11 @@ def collate(part: Part, *, first: bool = True) -> Batch:
     if targets is not None and targets.ndim > 1 and not part.per_sequence:
         longest_target = int(part.target_lengths.max()) if part.target_lengths is not None else longest
         targets = targets[:, :longest_target].transpose(0, 1)
-    return Batch(inputs.contiguous(), part.lengths, targets, part.target_lengths, first=first)
+    answers = part.answers
+    if answers is not None and answers.ndim > 2:
+        steps = longest if part.target_lengths is None or targets is None else len(targets)
+        answers = answers[:, :steps].transpose(0, 1)
+    return Batch(inputs.contiguous(), part.lengths, targets, part.target_lengths, first=first, answers=answers)
 
 
 def cut_window(batch: Batch, start: int, window: int) -> Batch:
@@ -448,8 +461,8 @@ def cut_window(batch: Batch, start: int, window: int) -> Batch:
     left = (lengths - start).clamp(0, window)
     # Behind the batch's end stands its last step again, which no sequence counts.
     cut = slice(min(start, steps - 1), min(start + window, steps))
-    targets = batch.targets[cut] if batch.targets is not None else None
-    return Batch(batch.inputs[cut], left, targets, None, first=start == 0)
+    of = lambda values: None if values is None else values[cut]
+    return Batch(batch.inputs[cut], left, of(batch.targets), None, first=start == 0, answers=of(batch.answers))
 
 
 def evaluation_batches(part: Part, *, batch_size: int = 256) -> Iterator[Batch]:

@@ -31,7 +31,7 @@ from rnn2bin import (
     tokenizer,
 )
 from rnn2bin.cells.network import Network, teacher_network
-from rnn2bin.distill import budget, calibrate, checkpoints, rate, sampling
+from rnn2bin.distill import answers, budget, calibrate, checkpoints, rate, sampling
 from rnn2bin.distill import callbacks as watching
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
@@ -381,7 +381,8 @@ def distil(
     stage("calibrate")
     check_budget(job, network)
     calibrate.calibrate(network, job.teacher, job.task, distiller.calibration_batches(job.parts.train, recipe, job.task))
-    given: dict[str, Any] = {"task": job.task, "train": job.parts.train, "valid": job.parts.valid, "resume": resume, "report": progress}
+    train = answers.with_answers(job.parts.train, job.teacher, task=job.task, recipe=recipe)
+    given: dict[str, Any] = {"task": job.task, "train": train, "valid": job.parts.valid, "resume": resume, "report": progress}
     stage("distill")
     if rate.wanted(recipe):
         recipe, tried = rate.find(network, job.teacher, recipe=recipe, out=work, **given)
@@ -416,7 +417,7 @@ def _float_control(job: Job, work: Path, *, trained: distiller.Trained, resume: 
         job.teacher,
         task=job.task,
         recipe=recipe,
-        train=job.parts.train,
+        train=answers.with_answers(job.parts.train, job.teacher, task=job.task, recipe=recipe),
         valid=job.parts.valid,
         out=folder,
         resume=resume,

@@ -19,7 +19,7 @@ import torch
 
 from rnn2bin import data, student, tasks
 from rnn2bin.cells.network import Network, State
-from rnn2bin.distill import calibrate, checkpoints, losses, native, rate, states
+from rnn2bin.distill import answers, calibrate, checkpoints, losses, native, rate, states
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import ResourceError
@@ -251,7 +251,8 @@ def memory(job: Any, network: Network) -> int:
     activations = steps * rows * (kept + working + 6 * network.spec.main.output_size)
     held = sum(t.numel() * t.element_size() for p in _each(job) for t in (p.inputs, p.targets) if t is not None)
     copies = 6 if recipe.train.averaging else 5
-    return 4 * (fixed + copies * trained + activations) + held
+    known = answers.size(part, job.teacher) if answers.wanted(part, job.teacher, task=job.task, recipe=recipe) else 0
+    return 4 * (fixed + copies * trained + activations) + held + known
 
 
 def _kept(layer: LayerSpec, *, in_c: bool) -> int:
@@ -282,10 +283,15 @@ def _each(job: Any) -> Iterator[data.Part]:
 def time_of(job: Any, network: Network, preparing: float) -> Plan:
     """Seconds of the whole conversion: `seconds` when gates binarize within train.steps, `seconds_at_most` at the hard stop."""
     recipe = job.recipe
-    probed, per_step = probe_training(job, network)
+    probed, per_step, asking = probe_training(job, network)
     per_measurement, report = probe_measurements(job, network)
-    per_update = per_step * recipe.train.accumulation
     once = preparing + probe_calibration(job, network) + report
+    if answers.wanted(job.parts.train, job.teacher, task=job.task, recipe=recipe):
+        per_step, once = (
+            per_step - asking,
+            once + asking * recipe.train.steps / answers.passes(job.parts.train, task=job.task, recipe=recipe),
+        )
+    per_update = per_step * recipe.train.accumulation
 
     def total(steps: int) -> float:
         return steps * per_update + math.ceil(steps / recipe.train.evaluate_every) * per_measurement
@@ -306,9 +312,9 @@ def time_of(job: Any, network: Network, preparing: float) -> Plan:
     }
 
 
-def probe_training(job: Any, network: Network) -> tuple[int, float]:
-    """(timed steps, seconds of one): real batches forward and backward through both networks and an optimizer, half of them annealing and
-    half straight-through. The student is not changed: its copy is trained."""
+def probe_training(job: Any, network: Network) -> tuple[int, float, float]:
+    """(timed steps, seconds of one, of these the teacher's): real batches forward and backward through both networks and an optimizer,
+    half of them annealing and half straight-through. The student is not changed: its copy is trained."""
     recipe, task = job.recipe, job.task
     trained = student.of_recipe(job.teacher, recipe, task=task.name)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=recipe.learning_rate, fused=True)
@@ -324,6 +330,7 @@ def probe_training(job: Any, network: Network) -> tuple[int, float]:
     walk = distiller.training_walk(recipe)
     carried: tuple[State | None, State | None] = (None, None)
     seconds: list[float] = []
+    asking: list[float] = []
     for k in range(WARM_UP + PROBE_STEPS):
         mode = distiller.mode_at(recipe.gates, k % 2)
         began = time.perf_counter()
@@ -331,8 +338,9 @@ def probe_training(job: Any, network: Network) -> tuple[int, float]:
         prepared = tasks.prepare(task, batch, job.teacher, walk=walk)
         if batch.first or not task.windowed:
             carried = (None, None)
-        with torch.no_grad():
-            target = prepared.forward(job.teacher, mode=FLOAT, walk=walk, state=carried[0])
+        asks = time.perf_counter()
+        target = distiller.asked(job.teacher, prepared, walk=walk, state=carried[0])
+        asking += [time.perf_counter() - asks] if k >= WARM_UP else []
         output = prepared.forward(trained, mode=mode, walk=walk, state=carried[1])
         carried = (target.state, states.detached(output)) if task.windowed else (None, None)
         losses.total(task, recipe, prepared, output, target, student=trained, mode=mode).backward()
@@ -342,7 +350,7 @@ def probe_training(job: Any, network: Network) -> tuple[int, float]:
         seconds += [time.perf_counter() - began] if k >= WARM_UP else []
         if len(seconds) >= 2 and sum(seconds) > PROBE_SECONDS:
             break
-    return len(seconds), sum(seconds) / len(seconds)
+    return len(seconds), sum(seconds) / len(seconds), sum(asking) / len(asking)
 
 
 def probe_calibration(job: Any, network: Network) -> float:

@@ -237,10 +237,10 @@ def test_the_float_control_is_trained_without_the_budget_and_its_rate(tmp_path, 
     """A float network has no gates to close: at the budget's rate it would only be harmed, and the control would say nothing."""
     seen = []
     monkeypatch.setattr(distiller, "train", lambda *_, recipe, **__: seen.append(recipe))
-    parts = SimpleNamespace(train=None, valid=None)
+    teacher, parts = teacher_of("lstm"), SimpleNamespace(train=stream(), valid=None)
     recipe = recipe_of(budget={"density": 0.2}, train={"steps": 7})
     pipeline._float_control(
-        SimpleNamespace(teacher=teacher_of("lstm"), task=None, recipe=recipe, parts=parts),
+        SimpleNamespace(teacher=teacher, task=tasks.resolve(recipe, teacher.spec, parts.train), recipe=recipe, parts=parts),
         tmp_path,
         trained=SimpleNamespace(steps=7, tried=(distiller.Tried(0.016, None),), rate=0.005),  # which diverged once
         resume=False,

@@ -1,13 +1,16 @@
 """The C kernels against the torch kernels, which the oracle's autograd checks: every instruction set at hand, odd sizes, all modes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from rnn2bin.cells.network import Lookup, zero_state
+from rnn2bin import cost
+from rnn2bin.cells.network import Lookup, Trace, zero_state
 from rnn2bin.cells.weights import Cell
 from rnn2bin.distill import native, window
 from rnn2bin.distill.windows import inputs
-from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
+from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize, Sample
 from rnn2bin.spec import LayerSpec
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
@@ -105,6 +108,33 @@ def test_rows_that_units_share_are_computed_once(kind, hidden, shared, mode, isa
     with torch.no_grad():  # and one that does not learn
         trace = window.run_cell(cell, x, zero_state(cell.layer, 9, x), MODES["straight-through-sigmoid"])
     torch.testing.assert_close(trace.states[0], window.run_cell(cell, x, zero_state(cell.layer, 9, x), BINARY).states[0])
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "best"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("copies", [1, 2, 5])
+@pytest.mark.parametrize("gates", [(1, 0), (None, 2), (1, None)], ids=["both", "opened", "closed"])
+def test_units_are_counted_as_in_torch(gates, copies, size, isa, monkeypatch):
+    """And their gradients; small whole numbers, so that pre-activations of exactly 0 and copies as good as each other are common."""
+    if isa != "best":
+        monkeypatch.setenv("RNN2BIN_ISA", isa)
+        if native.isa() != isa:
+            pytest.skip(f"this processor has no {isa}")
+    (steps, batch, hidden), generator = SIZES[size], torch.Generator().manual_seed(5)
+    read = SimpleNamespace(layer=SimpleNamespace(copies=copies))
+    bit = lambda pre: Sample.apply(pre, None, Discretize("straight-through", slope=1.0, backward="sigmoid"))
+    weights, found = torch.randn(steps, batch, generator=generator), {}
+    products = torch.randint(-2, 3, (steps, batch, 3, hidden), generator=generator).float()
+    biases = torch.randint(-2, 3, (3, copies * hidden), generator=generator).float()
+    for counts in (None, native.units):
+        leaves = [products.clone().requires_grad_(), biases.clone().requires_grad_()]
+        one = cost.Read("gru", read, Trace((), *leaves), None, None, True, counts=counts)
+        count = one.units(bit, closed=gates[0], opened=gates[1])
+        (count * weights).sum().backward()
+        found[counts] = (count.detach(), *(leaf.grad for leaf in leaves))
+    assert torch.equal(found[None][0], found[native.units][0])
+    for ours, wanted in zip(found[native.units][1:], found[None][1:], strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_that_is_not_there_is_refused():

@@ -16,6 +16,7 @@ from torch import Tensor
 from rnn2bin import cost, tasks
 from rnn2bin.cells.network import EQUATIONS, Network, Output
 from rnn2bin.data import Batch
+from rnn2bin.distill import native
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import UnreachableError
 from rnn2bin.gates.estimators import BINARY, Discretize, Sample
@@ -36,8 +37,9 @@ _COUNT = Discretize("straight-through", slope=1.0, backward="sigmoid")
 def density(student: Network, prepared: tasks.Prepared, output: Output, *, learn: bool = True) -> Tensor:
     """Share of the recurrent and input weights that these steps read (a GRU's by its changed units alone), differentiable with `learn`."""
     bit = (lambda pre: Sample.apply(pre, None, _COUNT)) if learn else cost.bits
+    found = cost.cells(student, prepared, output, bit=bit, counts=native.units if learn else None)
     # In a window that carries a state, what its first step reads lies before it.
-    reads = (read if read.rested else replace(read, start=1) for read in cost.cells(student, prepared, output, bit=bit))
+    reads = (read if read.rested else replace(read, start=1) for read in found)
     counts = [cost.count(read, bit=bit) for read in reads]
     return torch.stack([c.incremental for c in counts]).sum() / torch.stack([c.dense for c in counts]).sum()
 

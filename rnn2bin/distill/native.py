@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rnn2bin.cells.network import Trace
 from rnn2bin.cells.weights import Cell
 from rnn2bin.gates.estimators import Discretize
 
@@ -62,6 +63,17 @@ class _Window(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("cell", "precision", "threads", "steps", "batch", "hidden", "copies", "rows", "x_rows")),
         ("modes", _Mode * 3),
         *((name, ctypes.c_void_p) for name in _POINTERS),
+    )
+
+
+class _Count(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("products", "closed", "open", "best", "count", "grad", "grad_products", "grad_closed", "grad_open")
+        ),
+        ("least", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("closed_gate", "open_gate", "rows", "gates", "hidden", "copies", "threads")),
     )
 
 
@@ -362,3 +374,53 @@ class Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         d_x = multiply(grad, weight, ctx.precision) if ctx.needs_input_grad[0] else None
         return d_x, multiply(grad.t(), x, ctx.precision), None
+
+
+class _Units(torch.autograd.Function):
+    """products (T,B,G,H), thresholds (n,H) of the gate that is to be closed and of the one to be open, None of one that is not asked for
+    (n is 1 then) -> units (T,B) that do so in one copy. The gradient is that of σ(pre) for each bit, of the copy that does both most
+    clearly."""
+
+    @staticmethod
+    def forward(ctx: Any, products: Tensor, closed: Tensor | None, opened: Tensor | None, gates: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        products = products.contiguous()
+        biases = [None if bias is None else bias.contiguous() for bias in (closed, opened)]
+        count, best = (
+            products.new_empty(products.shape[:2]),
+            products.new_empty((*products.shape[:2], products.shape[3]), dtype=torch.int32),
+        )
+        ctx.gates, ctx.given = gates, {"products": products, "closed": biases[0], "open": biases[1], "best": best}
+        _call(_kernels().r2b_count_units, ctypes.byref(_count(gates, **ctx.given, count=count)))
+        return count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        names = ("products", "closed", "open")
+        found = {f"grad_{name}": None if ctx.given[name] is None else torch.zeros_like(ctx.given[name]) for name in names}
+        _call(_kernels().r2b_count_units, ctypes.byref(_count(ctx.gates, **ctx.given, grad=grad.contiguous(), **found)))
+        return *found.values(), None
+
+
+def _count(gates: tuple[int, int], **tensors: Tensor | None) -> _Count:
+    """`gates`: the one to be closed and the one to be open."""
+    products, thresholds = tensors["products"], tensors["open"] if tensors["closed"] is None else tensors["closed"]
+    assert products is not None
+    assert thresholds is not None
+    steps, batch, every, hidden = products.shape
+    sizes = {"rows": steps * batch, "gates": every, "hidden": hidden, "copies": len(thresholds), "threads": torch.get_num_threads()}
+    addresses = {name: _address(tensor) for name, tensor in tensors.items()}
+    return _Count(**addresses, **sizes, least=torch.finfo(torch.float32).tiny, closed_gate=gates[0], open_gate=gates[1])
+
+
+def units(trace: Trace, copies: int, closed: int | None, opened: int | None) -> Tensor | None:
+    """`cost.Read.units` in C, with bits whose gradient is that of σ(pre); None where these kernels do not run. Of one gate the copy that
+    closes or opens it most clearly says it for all."""
+    products, biases = trace.products, trace.biases
+    if biases is None or products.device.type != "cpu" or products.dtype != torch.float32 or library() is None:
+        return None
+    of = lambda gate: None if gate is None else biases[gate].view(copies, -1)
+    z, r = of(closed), of(opened)
+    if z is None or r is None:
+        z, r = z if z is None else z.amin(0, keepdim=True), r if r is None else r.amax(0, keepdim=True)
+    return _Units.apply(products, z, r, (closed or 0, opened or 0))

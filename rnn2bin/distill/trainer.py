@@ -362,12 +362,11 @@ class DistillTrainer(AnnealTrainer):
         prepared = tasks.prepare(self.task, batch, self.teacher, walk=self.walk)
         if batch.first or not self.task.windowed:
             self.carried = (None, None)
-        with torch.no_grad():
-            target = prepared.forward(self.teacher, mode=FLOAT, walk=self.walk, state=self.carried[0])
+        target = asked(self.teacher, prepared, walk=self.walk, state=self.carried[0])
         mode = self.training_mode()
         output = prepared.forward(model, mode=mode, walk=self.walk, state=self.carried[1])
         if self.task.windowed:
-            self.carried = (target.state, states.detached(output))
+            self.carried = (target.state or None, states.detached(output))
         total = losses.total(self.task, self.recipe, prepared, output, target, student=self.student(), mode=mode)
         if mode.estimator in SCORE:
             given = (self.task, self.recipe, prepared, output, target)
@@ -439,6 +438,15 @@ class DistillTrainer(AnnealTrainer):
         rows = load_file(folder / "carried.safetensors", device=str(self.args.device))
         rows = {name: share(tensor, processes.rank(), processes.count()) for name, tensor in rows.items()}
         self.carried = states.unflattened(rows, self.teacher.spec.entry.layers, self.student().spec.entry.layers)
+
+
+@torch.no_grad()
+def asked(teacher: Network, prepared: tasks.Prepared, *, walk: Walk, state: State | None) -> Output:
+    """What the teacher makes of a batch: of its answers the outputs alone are known, and no state."""
+    known = prepared.batch.answers
+    if known is not None:
+        return Output(known, [], [], [], [], [])
+    return prepared.forward(teacher, mode=FLOAT, walk=walk, state=state)
 
 
 def training_walk(recipe: Recipe) -> Walk:

@@ -17,6 +17,7 @@ from rnn2bin import processes
 from rnn2bin.cells.network import Network
 from rnn2bin.distill import rate
 from rnn2bin.distill import trainer as distiller
+from rnn2bin.distill.answers import with_answers
 from rnn2bin.distill.trainer import Trained
 from rnn2bin.errors import BudgetError
 from rnn2bin.recipe import Recipe
@@ -114,12 +115,13 @@ def _train(
     wanted = before.wanted * RATIO if kind == LOWER else before.wanted
     network, path = copy.deepcopy(before.network), (*before.path, kind)
     rung = Rung(path, wanted, before.found, network, before.trained)
+    recipe = recipe_of(rate.with_rate(job.recipe, before.trained.rate), wanted)
     trained = distiller.train(
         network,
         job.teacher,
         task=job.task,
-        recipe=recipe_of(rate.with_rate(job.recipe, before.trained.rate), wanted),
-        train=job.parts.train,
+        recipe=recipe,
+        train=with_answers(job.parts.train, job.teacher, task=job.task, recipe=recipe),
         valid=job.parts.valid,
         out=work / rung.folder,
         resume=resume,

@@ -681,4 +681,7 @@ int NAME(backward)(const r2b_window *w, const void *packed, int first, int count
   return 0;
 }
 
-const isa_kernels NAME(kernels) = {NAME(packed_bytes), NAME(pack), NAME(forward), NAME(backward), NAME(product), NAME(noise), HAS_BF16, MR};
+#include "count.h"
+
+const isa_kernels NAME(kernels) = {NAME(packed_bytes), NAME(pack),       NAME(forward),    NAME(backward), NAME(product),
+                                   NAME(noise),        NAME(count),      NAME(count_back), HAS_BF16,       MR};

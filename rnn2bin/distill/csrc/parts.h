@@ -13,6 +13,8 @@ typedef struct {
   int (*backward)(const r2b_window *window, const void *packed, int first, int count, float *sums);
   int (*product)(const r2b_product *product, int first, int count);
   int (*noise)(uint64_t seed, float share, float *noise, int gates, int width, int first, int count);
+  int (*count)(const r2b_count *count, int first, int rows);
+  int (*count_back)(const r2b_count *count, int first, int units);
   int bfloat16, block; /* whether bfloat16 products are there; rows of a block */
 } isa_kernels;
 

@@ -52,6 +52,7 @@ typedef struct {
   const r2b_window *window;
   const void *packed;
   const r2b_product *product;
+  const r2b_count *units;
   const float *x; /* rows to add, and to where */
   const int64_t *index;
   float *sums;  /* of a backward pass, or the table that rows are added to */
@@ -79,6 +80,12 @@ static void *run_product(void *given) {
 static void *run_noise(void *given) {
   job *j = given;
   j->failed = j->kernels->noise(j->seed, j->share, j->noise, j->gates, j->width, j->first, j->count);
+  return NULL;
+}
+
+static void *run_count(void *given) {
+  job *j = given;
+  j->failed = (j->units->grad ? j->kernels->count_back : j->kernels->count)(j->units, j->first, j->count);
   return NULL;
 }
 
@@ -203,4 +210,11 @@ int r2b_noise(uint64_t seed, float share, float *noise, int32_t rows, int32_t ga
   for (int k = 0; k < n; k++)
     jobs[k] = (job){.kernels = kernels, .noise = noise, .seed = seed, .share = share, .gates = gates, .width = width, .first = first[k], .count = count[k]};
   return run_all(run_noise, jobs, n);
+}
+
+int r2b_count_units(const r2b_count *units) {
+  int first[MOST_THREADS], count[MOST_THREADS], n = shares(units->grad ? units->hidden : units->rows, units->threads, 64, first, count);
+  job jobs[MOST_THREADS];
+  for (int k = 0; k < n; k++) jobs[k] = (job){.kernels = chosen().kernels, .units = units, .first = first[k], .count = count[k]};
+  return run_all(run_count, jobs, n);
 }

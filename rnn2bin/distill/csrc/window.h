@@ -68,6 +68,18 @@ typedef struct {
   int32_t m, n, k, precision, add, threads;
 } r2b_product;
 
+/* Units whose `closed_gate` is 0 and whose `open_gate` is 1 in one of their copies; N rows (of steps and sequences). */
+typedef struct {
+  const float *products;      /* (N, G, H) */
+  const float *closed, *open; /* (n, H) thresholds of the two gates; null where one is not asked for, and n is 1 then */
+  int32_t *best;              /* (N, H) the copy that counts: written, and read again by the backward pass */
+  float *count;               /* (N) */
+  const float *grad;          /* (N) backward: what follows is added to; of a gate that is not asked for nothing */
+  float *grad_products, *grad_closed, *grad_open;
+  float least; /* an open gate is above 0: what tells 0 from it */
+  int32_t closed_gate, open_gate, rows, gates, hidden, copies, threads;
+} r2b_count;
+
 #define R2B_API __attribute__((visibility("default")))
 
 /* Each returns 0, or -1 where memory ran out. */
@@ -78,6 +90,8 @@ R2B_API int r2b_multiply(const r2b_product *product);
 R2B_API int r2b_noise(uint64_t seed, float share, float *noise, int32_t rows, int32_t gates, int32_t width, int32_t threads);
 /* table (any, width): row index[n] += rows (count, width)[n]; every index is within the table. */
 R2B_API int r2b_add_rows(const float *rows, const int64_t *index, float *table, int32_t count, int32_t width, int32_t threads);
+/* The count, or with `grad` its gradient. */
+R2B_API int r2b_count_units(const r2b_count *units);
 /* Whether this processor multiplies bfloat16 natively, and the name of the instruction set in use. */
 R2B_API int r2b_has_bfloat16(void);
 R2B_API const char *r2b_isa(void);
