@@ -446,18 +446,18 @@ class Loss(Closed):
     temperature: Positive = Field(1.0, description="softens the teacher's distribution")
     hidden: NotNegative | Literal["auto"] = Field(
         "auto",
-        description="match of every layer's output with the teacher's (mean squared error); auto: 20 for match, 5 for transduce without "
-        "a density budget, else 0",
+        description="match of every layer's output with the teacher's (mean squared error); auto: 0 with a density budget, else 20 for "
+        "match, 5 for transduce, 0 for other tasks",
     )
     gate: NotNegative = Field(0.0, description="match of gate values with the teacher's (mean squared error)")
 
     def hidden_weight(self, task: str | None = None, *, priced: bool = False) -> float:
         """`hidden` for a task; `priced`: weights have a price. Where nothing but the outputs would teach, or an encoder hears of its errors
-        through its decoder alone, the layers below learn faster with it; an encoder that may read little has to find states of its own
+        through its decoder alone, the layers below learn faster with it; layers that may read little have to find states of their own
         (docs/decisions/005-anneal.md, 033-hidden-match.md)."""
         if self.hidden != "auto":
             return self.hidden
-        return {"match": 20.0, "transduce": 0.0 if priced else 5.0}.get(task or "", 0.0)
+        return 0.0 if priced else {"match": 20.0, "transduce": 5.0}.get(task or "", 0.0)
 
 
 class Train(Closed):
@@ -541,11 +541,12 @@ class Recipe(Closed):
         return self.budget.counts if self.gates.output == "auto" else self.gates.output
 
     def share(self, task: str | None = None) -> int | Literal["auto"]:
-        """How many units share a row of a gate's weights, "auto" as many as their layer bears; units that are held to the teacher's states,
-        one by one, need rows of their own. docs/decisions/032-shared-rows.md."""
+        """How many units share a row of a gate's weights, "auto" as many as their layer bears. Outputs that are values, each to be met, and
+        units that are held to the teacher's states one by one need rows of their own. docs/decisions/032-shared-rows.md."""
         if self.gates.share != "auto":
             return self.gates.share
-        return "auto" if self.budget.counts and not self.loss.hidden_weight(task, priced=True) else 1
+        matched = task == "match" or self.loss.hidden_weight(task, priced=True) > 0
+        return "auto" if self.budget.counts and not matched else 1
 
     @property
     def max_steps(self) -> int:

@@ -113,8 +113,8 @@ def test_by_itself_with_a_budget_and_not_in_small_layers():
     assert Recipe().share() == 1
     assert Recipe(budget=Budget(density=0.2)).share("classify") == "auto"
     assert Recipe(gates=Gates(share=2)).share("match") == 2
-    assert Recipe(budget=Budget(density=0.2)).share("match") == 1  # each unit is held to the teacher's own
-    assert Recipe(budget=Budget(density=0.2), loss=Loss(hidden=0.0)).share("match") == "auto"
+    assert Recipe(budget=Budget(density=0.2)).share("match") == 1  # each output is held to the teacher's own
+    assert Recipe(budget=Budget(density=0.2), loss=Loss(hidden=5.0)).share("transduce") == 1  # each unit is
     units = lambda hidden, share="auto": sharing.units_of(LayerSpec("lstm", 4, hidden), share)
     assert [units(hidden) for hidden in (8, 16, 31, 32, 64, 128, 512)] == [1, 1, 1, 2, 4, 8, 8]
     assert units(4, 8) == 4  # all units of a layer at most
