@@ -21,7 +21,7 @@ from rnn2bin.spec import DIRECTIONS, LayerSpec, SectionSpec
 from rnn2bin.tasks import Prepared
 
 Bits = Callable[[Tensor], Tensor]  # pre-activations -> 1[pre > 0]
-Units = Callable[[Trace, int, int | None, int | None], Tensor | None]  # `Read.units` in one go; None where it cannot
+Pairs = Callable[[Trace, int, int, int], Tensor | None]  # trace, copies, two gates -> units (T,B) of `Read.closed_and_open`; None: cannot
 _NEVER = -1e9  # a pre-activation that opens nothing
 _LEAST = torch.finfo(torch.float32).tiny
 
@@ -52,7 +52,8 @@ class Count:
 @dataclass(frozen=True)
 class Read:
     """One cell over one batch, its trace and `inputs` in the cell's own order of time; `inputs` (T,B) counts non-zero values of x,
-    None for tokens. `rested`: the state before the first step is zero. `counts`: a quicker way to `units`, with the bits of who asks."""
+    None for tokens. `rested`: the state before the first step is zero. `pairs`: a quicker way to count
+    `closed_and_open`, with the bits of who asks."""
 
     name: str
     cell: Cell
@@ -61,7 +62,7 @@ class Read:
     lengths: Tensor | None
     rested: bool
     start: int = 0  # steps before it are not counted
-    counts: Units | None = None
+    pairs: Pairs | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -78,14 +79,13 @@ class Read:
         """Units (T,B) of which any copy closes the one gate, opens the other, or does both: their row or column is read, once for all
         copies. Float64: sums over a whole part stay exact."""
         copies = self.cell.layer.copies
-        found = self.counts(self.trace, copies, closed, opened) if self.counts else None
-        if found is not None:
-            return found.double()
         if closed is None:
             assert opened is not None
             return bit(self.trace.highest(opened, copies)).sum(-1).double()
-        each = self.closed(closed, bit) if opened is None else self.closed_and_open(closed, opened, bit)
-        return each.sum(-1).double()
+        if opened is None:
+            return self.closed(closed, bit).sum(-1).double()
+        found = self.pairs(self.trace, copies, closed, opened) if self.pairs else None
+        return (self.closed_and_open(closed, opened, bit).sum(-1) if found is None else found).double()
 
     def closed(self, gate: int, bit: Bits) -> Tensor:
         """1 (T,B,H) where any copy of a unit closes this gate: for z, the units that are updated."""
@@ -103,7 +103,7 @@ class Read:
         return (1 - bit(pre(gate, best))) * bit(pre(other, best))
 
 
-def cells(network: Network, prepared: Prepared, output: Output, *, bit: Bits = bits, counts: Units | None = None) -> Iterator[Read]:
+def cells(network: Network, prepared: Prepared, output: Output, *, bit: Bits = bits, pairs: Pairs | None = None) -> Iterator[Read]:
     """Every cell of the network on this batch."""
     traces, reads, real = iter(output.traces), iter(output.inputs), iter(output.lengths)
     for section, spec in network.spec.sections.items():
@@ -115,7 +115,7 @@ def cells(network: Network, prepared: Prepared, output: Output, *, bit: Bits = b
             for direction in DIRECTIONS[: layer.directions]:
                 name, backward, lengths = f"{section}.layers.{index}.{direction}", direction == "bwd", next(real)
                 cell = network.cells()[name]
-                read = Read(name, cell, next(traces), _inputs(x, below, lengths, backward), lengths, rested, counts=counts)
+                read = Read(name, cell, next(traces), _inputs(x, below, lengths, backward), lengths, rested, pairs=pairs)
                 opened.append(_emitted(read, bit, backward=backward) if read_above else None)
                 yield read
             below = None if any(o is None for o in opened) else torch.stack([o for o in opened if o is not None]).sum(0)

@@ -37,7 +37,7 @@ _COUNT = Discretize("straight-through", slope=1.0, backward="sigmoid")
 def density(student: Network, prepared: tasks.Prepared, output: Output, *, learn: bool = True) -> Tensor:
     """Share of the recurrent and input weights that these steps read (a GRU's by its changed units alone), differentiable with `learn`."""
     bit = (lambda pre: Sample.apply(pre, None, _COUNT)) if learn else cost.bits
-    found = cost.cells(student, prepared, output, bit=bit, counts=native.units if learn else None)
+    found = cost.cells(student, prepared, output, bit=bit, pairs=native.closed_and_open if learn else None)
     # In a window that carries a state, what its first step reads lies before it.
     reads = (read if read.rested else replace(read, start=1) for read in found)
     counts = [cost.count(read, bit=bit) for read in reads]

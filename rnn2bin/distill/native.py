@@ -377,50 +377,39 @@ class Product(torch.autograd.Function):
 
 
 class _Units(torch.autograd.Function):
-    """products (T,B,G,H), thresholds (n,H) of the gate that is to be closed and of the one to be open, None of one that is not asked for
-    (n is 1 then) -> units (T,B) that do so in one copy. The gradient is that of σ(pre) for each bit, of the copy that does both most
-    clearly."""
+    """products (T,B,G,H), thresholds (n,H) of the gate that is to be closed and of the one to be open -> units (T,B) that do so in one
+    copy. The gradient is that of σ(pre) for each bit, of the copy that does both most clearly."""
 
     @staticmethod
-    def forward(ctx: Any, products: Tensor, closed: Tensor | None, opened: Tensor | None, gates: tuple[int, int]) -> Tensor:  # type: ignore[override]
-        products = products.contiguous()
-        biases = [None if bias is None else bias.contiguous() for bias in (closed, opened)]
-        count, best = (
-            products.new_empty(products.shape[:2]),
-            products.new_empty((*products.shape[:2], products.shape[3]), dtype=torch.int32),
+    def forward(ctx: Any, products: Tensor, closed: Tensor, opened: Tensor, gates: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        steps, batch, _, hidden = products.shape
+        count, best = products.new_empty(steps, batch), products.new_empty(steps, batch, hidden, dtype=torch.int32)
+        ctx.gates, ctx.given = (
+            gates,
+            {"products": products.contiguous(), "closed": closed.contiguous(), "open": opened.contiguous(), "best": best},
         )
-        ctx.gates, ctx.given = gates, {"products": products, "closed": biases[0], "open": biases[1], "best": best}
         _call(_kernels().r2b_count_units, ctypes.byref(_count(gates, **ctx.given, count=count)))
         return count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        names = ("products", "closed", "open")
-        found = {f"grad_{name}": None if ctx.given[name] is None else torch.zeros_like(ctx.given[name]) for name in names}
+        found = {f"grad_{name}": torch.zeros_like(ctx.given[name]) for name in ("products", "closed", "open")}
         _call(_kernels().r2b_count_units, ctypes.byref(_count(ctx.gates, **ctx.given, grad=grad.contiguous(), **found)))
         return *found.values(), None
 
 
-def _count(gates: tuple[int, int], **tensors: Tensor | None) -> _Count:
+def _count(gates: tuple[int, int], **tensors: Tensor) -> _Count:
     """`gates`: the one to be closed and the one to be open."""
-    products, thresholds = tensors["products"], tensors["open"] if tensors["closed"] is None else tensors["closed"]
-    assert products is not None
-    assert thresholds is not None
-    steps, batch, every, hidden = products.shape
-    sizes = {"rows": steps * batch, "gates": every, "hidden": hidden, "copies": len(thresholds), "threads": torch.get_num_threads()}
+    steps, batch, every, hidden = tensors["products"].shape
+    sizes = {"rows": steps * batch, "gates": every, "hidden": hidden, "copies": len(tensors["closed"]), "threads": torch.get_num_threads()}
     addresses = {name: _address(tensor) for name, tensor in tensors.items()}
     return _Count(**addresses, **sizes, least=torch.finfo(torch.float32).tiny, closed_gate=gates[0], open_gate=gates[1])
 
 
-def units(trace: Trace, copies: int, closed: int | None, opened: int | None) -> Tensor | None:
-    """`cost.Read.units` in C, with bits whose gradient is that of σ(pre); None where these kernels do not run. Of one gate the copy that
-    closes or opens it most clearly says it for all."""
+def closed_and_open(trace: Trace, copies: int, closed: int, opened: int) -> Tensor | None:
+    """Units (T,B) of `cost.Read.closed_and_open` in C, with bits whose gradient is that of σ(pre); None where these kernels do not run."""
     products, biases = trace.products, trace.biases
     if biases is None or products.device.type != "cpu" or products.dtype != torch.float32 or library() is None:
         return None
-    of = lambda gate: None if gate is None else biases[gate].view(copies, -1)
-    z, r = of(closed), of(opened)
-    if z is None or r is None:
-        z, r = z if z is None else z.amin(0, keepdim=True), r if r is None else r.amax(0, keepdim=True)
-    return _Units.apply(products, z, r, (closed or 0, opened or 0))
+    return _Units.apply(products, *(biases[gate].view(copies, -1) for gate in (closed, opened)), (closed, opened))

@@ -71,10 +71,10 @@ typedef struct {
 /* Units whose `closed_gate` is 0 and whose `open_gate` is 1 in one of their copies; N rows (of steps and sequences). */
 typedef struct {
   const float *products;      /* (N, G, H) */
-  const float *closed, *open; /* (n, H) thresholds of the two gates; null where one is not asked for, and n is 1 then */
+  const float *closed, *open; /* (n, H) thresholds of the two gates */
   int32_t *best;              /* (N, H) the copy that counts: written, and read again by the backward pass */
   float *count;               /* (N) */
-  const float *grad;          /* (N) backward: what follows is added to; of a gate that is not asked for nothing */
+  const float *grad;          /* (N) backward: what follows is added to */
   float *grad_products, *grad_closed, *grad_open;
   float least; /* an open gate is above 0: what tells 0 from it */
   int32_t closed_gate, open_gate, rows, gates, hidden, copies, threads;
