@@ -31,7 +31,7 @@ from rnn2bin import (
     tokenizer,
 )
 from rnn2bin.cells.network import Network, teacher_network
-from rnn2bin.distill import answers, budget, calibrate, checkpoints, rate, sampling
+from rnn2bin.distill import anneal, answers, budget, calibrate, checkpoints, rate, sampling
 from rnn2bin.distill import callbacks as watching
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
@@ -151,7 +151,7 @@ def convert(
     and optionally `loss(output, batch)`, `metric(module, batches)` and `forward(module, batch)`. `data`: see docs/data.md.
     `max_drop`, `max_density`: what may be lost and read; with both the fastest network that keeps them is searched for (rnn2bin.search).
     `progress`: called with a dict after every step. `callbacks`: transformers' TrainerCallbacks, which may stop the training, or functions
-    called with each measurement, a frozen `rnn2bin.distill.trainer.Point` (see rnn2bin.distill.callbacks).
+    called with each measurement, a frozen `rnn2bin.distill.anneal.Point` (see rnn2bin.distill.callbacks).
     Raises the errors of rnn2bin.errors.
     """
     watchers = watching.checked(callbacks)
@@ -374,10 +374,10 @@ def distil(
     progress: Progress | None = None,
     callbacks: Sequence[watching.Callback] = (),
     stage: Stage = unwatched,
-) -> tuple[Network, distiller.Trained]:
+) -> tuple[Network, anneal.Trained]:
     """The student, calibrated and trained by the job's recipe; checkpoints lie in `work`."""
     network = student.of_recipe(job.teacher, job.recipe, task=job.task.name) if network is None else network
-    recipe, tried = job.recipe, tuple[distiller.Tried, ...]()
+    recipe, tried = job.recipe, tuple[anneal.Tried, ...]()
     stage("calibrate")
     check_budget(job, network)
     calibrate.calibrate(network, job.teacher, job.task, distiller.calibration_batches(job.parts.train, recipe, job.task))
@@ -402,7 +402,7 @@ def made(folder: Path, recipe: Recipe) -> dict[str, Any]:
     return {"model_sha256": storage.sha256(folder / pack.WEIGHTS), "machine": machine.computing(recipe.train.precision)}
 
 
-def _float_control(job: Job, work: Path, *, trained: distiller.Trained, resume: bool) -> Network:
+def _float_control(job: Job, work: Path, *, trained: anneal.Trained, resume: bool) -> Network:
     """The float network, fine-tuned with the same data, losses and steps: what of the student's metric is plain further training."""
     recipe = job.recipe.model_copy(update={"budget": Budget()})  # nor the rate that a budget brings: it would only harm
     if trained.tried and job.recipe.budget.density is None:
@@ -447,7 +447,7 @@ def task_of(job: Job) -> dict[str, Any]:
 def write_report(
     job: Job,
     folder: Path,
-    trained: distiller.Trained,
+    trained: anneal.Trained,
     *,
     provenance: dict[str, Any],
     seconds: float,
@@ -561,7 +561,7 @@ def evaluate_files(source: str | Path, folder: str | Path, *, data: Any = None) 
     job = _evaluation_job(source, recipe, data, read_config(Path(folder)), readout=model.spec.main.readout)
     if job.teacher.spec not in (model.spec.floating, student.with_copies(model.spec, 1)):
         raise UsageError(f"{folder}: was not made from a network of this shape; give the source file it was converted from")
-    soft = distiller.soft_mode_at(recipe.gates, 1.0)
+    soft = anneal.soft_mode_at(recipe.gates, 1.0)
     report = evaluation.evaluate_parts(
         teacher=job.teacher,
         model=model,

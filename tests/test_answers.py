@@ -12,7 +12,7 @@ from tolerances import assert_close
 
 from rnn2bin import student, tasks
 from rnn2bin.data import Batches
-from rnn2bin.distill import answers, trainer
+from rnn2bin.distill import anneal, answers, trainer
 
 
 def labelled(n: int = 12, *, steps: int = 9):
@@ -48,7 +48,7 @@ def prepared(name: str, **recipe):
 def test_answers_are_what_the_teacher_says_at_every_step(name):
     """All batches of two passes over the data, windows, pads and wrapping around among them; of each process its rows."""
     teacher, part, task, recipe = prepared(name, train={"steps": 64, "max_steps": 64})
-    known, walk = answers.with_answers(part, teacher, task=task, recipe=recipe), trainer.training_walk(recipe)
+    known, walk = answers.with_answers(part, teacher, task=task, recipe=recipe), anneal.training_walk(recipe)
     assert known.answers is not None
     for processes in (1, 2):
         make = lambda p: Batches(p, batch_size=2, window=4, seed=3, length=40, windowed=task.windowed, processes=processes)  # noqa: B023

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import rnn2bin
 from rnn2bin import plan, student, tasks
 from rnn2bin.cells.network import Network
-from rnn2bin.distill import trainer
+from rnn2bin.distill import anneal, trainer
 from rnn2bin.distill.averaging import Average
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import InterruptedRunError
@@ -97,7 +97,7 @@ def test_the_average_is_measured_and_shipped_and_training_is_as_without(tmp_path
     assert found == pytest.approx(next(p.hard for p in trained.history if p.step == trained.best_step), rel=1e-6)
 
 
-def whole_run(out: Path, **options: Any) -> tuple[Network, trainer.Trained]:
+def whole_run(out: Path, **options: Any) -> tuple[Network, anneal.Trained]:
     """With a density budget and matrices on eight-bit grids."""
     settings = {"averaging": DECAY, "evaluate_every": 2, "learning_rate": 0.02}
     chosen: Recipe = recipe_of(train=settings, budget={"density": 0.7}, pack={"weights": "int8"})

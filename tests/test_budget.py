@@ -17,7 +17,7 @@ from test_trainer import recipe_of, run, stream, teacher_of
 
 from rnn2bin import cost, pipeline, plan, recipe_yaml, student, tasks
 from rnn2bin.cells.network import EQUATIONS, Trace
-from rnn2bin.distill import budget, checkpoints
+from rnn2bin.distill import anneal, budget, checkpoints
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import UnreachableError
@@ -242,7 +242,7 @@ def test_the_float_control_is_trained_without_the_budget_and_its_rate(tmp_path, 
     pipeline._float_control(
         SimpleNamespace(teacher=teacher, task=tasks.resolve(recipe, teacher.spec, parts.train), recipe=recipe, parts=parts),
         tmp_path,
-        trained=SimpleNamespace(steps=7, tried=(distiller.Tried(0.016, None),), rate=0.005),  # which diverged once
+        trained=SimpleNamespace(steps=7, tried=(anneal.Tried(0.016, None),), rate=0.005),  # which diverged once
         resume=False,
     )
     assert (seen[0].learning_rate, seen[0].budget, seen[0].train.steps) == (0.001, Budget(), 7)

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 import rnn2bin
 from rnn2bin.distill import callbacks
-from rnn2bin.distill.trainer import Point
+from rnn2bin.distill.anneal import Point
 from rnn2bin.errors import UsageError
 
 

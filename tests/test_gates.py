@@ -18,7 +18,7 @@ from rnn2bin import evaluation, student, tasks
 from rnn2bin.cells import weights
 from rnn2bin.cells.network import Network
 from rnn2bin.data import Part
-from rnn2bin.distill import trainer
+from rnn2bin.distill import anneal, trainer
 from rnn2bin.gates import schedules
 from rnn2bin.gates.estimators import (
     BINARY,
@@ -322,9 +322,9 @@ def test_training_sees_the_temperature_and_slope_of_each_step(estimator, tmp_pat
 
 def test_trap_an_annealed_slope_that_reaches_evaluation_only(monkeypatch, tmp_path: Path):
     """The trap put back: training keeps the first values, evaluation sees the annealed ones; the check above tells."""
-    honest = trainer.AnnealTrainer.training_mode
+    honest = anneal.AnnealTrainer.training_mode
     frozen = lambda self: replace(honest(self), slope=SLOPE.start, temperature=TEMPERATURE.start)
-    monkeypatch.setattr(trainer.AnnealTrainer, "training_mode", frozen)
+    monkeypatch.setattr(anneal.AnnealTrainer, "training_mode", frozen)
     assert not follow_the_schedules(training_modes("gumbel", tmp_path))
 
 

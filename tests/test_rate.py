@@ -5,7 +5,7 @@ import torch
 
 from rnn2bin import data, pipeline, student, tasks
 from rnn2bin.cells.network import Network, teacher_network
-from rnn2bin.distill import rate, trainer
+from rnn2bin.distill import anneal, rate, trainer
 from rnn2bin.errors import DivergedError
 from rnn2bin.recipe import Recipe
 from rnn2bin.spec import LayerSpec, LinearSpec, RnnSpec, SectionSpec
@@ -67,8 +67,8 @@ def test_with_a_budget_a_short_run_that_reads_too_much_is_behind_all_that_do_not
 
     def trained(*_, recipe, **__):
         good, density = ends[recipe.learning_rate]
-        point = trainer.Point(250, 0.0, sign * good, sign * good, 1.0, 1.0, 1.0, 1.0, density)
-        return trainer.Trained([point], trainer.FLOAT, 250, 250, 0, True, recipe.learning_rate)
+        point = anneal.Point(250, 0.0, sign * good, sign * good, 1.0, 1.0, 1.0, 1.0, density)
+        return anneal.Trained([point], trainer.FLOAT, 250, 250, 0, True, recipe.learning_rate)
 
     monkeypatch.setattr(trainer, "train", trained)
     recipe, tried = rate.find(given.pop("student"), given.pop("teacher"), **given)
@@ -121,7 +121,7 @@ def test_a_rate_that_diverges_is_out(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "train", diverges)
     recipe, tried = rate.find(given.pop("student"), given.pop("teacher"), **given)
     assert recipe.learning_rate <= 5e-4
-    assert tried[0] == trainer.Tried(1e-3, None)
+    assert tried[0] == anneal.Tried(1e-3, None)
 
 
 def test_a_conversion_finds_and_reports_it(tmp_path):

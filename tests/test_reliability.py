@@ -33,7 +33,7 @@ import rnn2bin
 from rnn2bin import cli, data, machine, pack, pipeline, plan, recipe_yaml, runtime, storage, student, tasks
 from rnn2bin.cells.network import Network
 from rnn2bin.data import Part
-from rnn2bin.distill import calibrate, checkpoints, losses, trainer
+from rnn2bin.distill import anneal, calibrate, checkpoints, losses, trainer
 from rnn2bin.errors import DataError, DivergedError, InterruptedRunError, ResourceError, UsageError
 from rnn2bin.recipe import Recipe, parse
 from rnn2bin.spec import EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
@@ -325,7 +325,7 @@ def test_the_time_of_an_interrupted_run_counts(here, monkeypatch):
     with monkeypatch.context() as patch:
         signalled(patch, "report", signal.SIGINT)
         assert call(*CONVERT).exit_code == 7
-    state = here / "OUT.work" / "checkpoint-6" / trainer.STATE
+    state = here / "OUT.work" / "checkpoint-6" / anneal.STATE
     content = json.loads(state.read_text())
     assert content["seconds"] > 0
     state.write_text(json.dumps(content | {"seconds": 1000.0}))
@@ -428,7 +428,7 @@ GATES = {"gumbel": {"noise": 0.5}, "gumbel-hard": {"noise": 1.0}, "straight-thro
 GATES["reinforce"] = {"noise": 1.0, "straight_through_from": 1.0, "reinforce": {"baseline": "unit"}}
 
 
-def train(cell: str, kind: str, recipe: Recipe, out: Path, **options: Any) -> tuple[Network, trainer.Trained]:
+def train(cell: str, kind: str, recipe: Recipe, out: Path, **options: Any) -> tuple[Network, anneal.Trained]:
     teacher = network_of(cell, KINDS[kind])
     parts = [part_of(kind, seed) for seed in (3, 7)]
     task = tasks.resolve(recipe, teacher.spec, parts[0])
@@ -545,7 +545,7 @@ FILES = ["model.safetensors", "best.safetensors", "optimizer.pt", "rng_state.pth
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Network, trainer.Trained]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Network, anneal.Trained]:
     out = tmp_path_factory.mktemp("trained")
     return out, *train("gru", "stream", recipe_for("gumbel"), out)
 
@@ -599,7 +599,7 @@ def test_the_command_line_passes_the_word_on(here):
 def test_the_best_weights_survive_the_removal_of_their_checkpoint_and_a_move(tmp_path, monkeypatch):
     """They lie in every checkpoint: no other one and no path is needed."""
     monkeypatch.setattr(
-        trainer.DistillTrainer, "measure", lambda self, *_: trainer.Measured(abs(self.state.global_step - 3) + 1.0, 0.0, 0.0)
+        trainer.DistillTrainer, "measure", lambda self, *_: anneal.Measured(abs(self.state.global_step - 3) + 1.0, 0.0, 0.0)
     )
     recipe = recipe_for("gumbel", evaluate_every=1)
     wanted, whole = train("lstm", "stream", recipe, tmp_path / "whole")
@@ -640,7 +640,7 @@ def test_a_gradient_that_is_not_finite_is_caught_in_its_step(value, at, tmp_path
 
 
 def test_a_metric_that_is_not_finite_stops_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.DistillTrainer, "measure", lambda *_: trainer.Measured(math.nan, 1.0, 0.0))
+    monkeypatch.setattr(trainer.DistillTrainer, "measure", lambda *_: anneal.Measured(math.nan, 1.0, 0.0))
     with pytest.raises(DivergedError, match="is nan with hard gates"):
         train("lstm", "stream", recipe_for("gumbel"), tmp_path)
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from rnn2bin import tasks
 from rnn2bin.cells.network import Network, State, Walk
-from rnn2bin.data import Batch, Batches, Part, collate, cut_window
-from rnn2bin.distill.trainer import training_walk
+from rnn2bin.data import Batch, Part, collate, cut_window
+from rnn2bin.distill.anneal import training_walk
+from rnn2bin.distill.trainer import batches
 from rnn2bin.gates.estimators import FLOAT, SCORE
 from rnn2bin.measure import Candidate, rows_at_once
 from rnn2bin.recipe import Recipe
@@ -55,23 +56,17 @@ def wanted(part: Part, teacher: Network, *, task: tasks.Task, recipe: Recipe) ->
 def passes(part: Part, *, task: tasks.Task, recipe: Recipe) -> float:
     """How often training reads the part."""
     train = recipe.train
-    batches = train.steps * train.accumulation
+    updates = train.steps * train.accumulation
     if part.stream:
-        rows = feed(part, recipe, task).rows
-        return batches * train.window / max(1, rows.shape[1] - 1)
+        rows = batches(part, recipe, task, length=1).rows
+        return updates * train.window / max(1, rows.shape[1] - 1)
     windows = -(-part.inputs.shape[1] // train.window) if task.windowed else 1
-    return batches * min(train.batch_size, len(part)) / windows / len(part)
+    return updates * min(train.batch_size, len(part)) / windows / len(part)
 
 
 def size(part: Part, teacher: Network) -> int:
     """Bytes of the answers."""
     return 4 * len(part) * _steps(part, teacher) * _outputs_of(teacher).output_size
-
-
-def feed(part: Part, recipe: Recipe, task: tasks.Task) -> Batches:
-    """The batches of one pass over a stream."""
-    train = recipe.train
-    return Batches(part, batch_size=train.batch_size, window=train.window, seed=recipe.seed, length=1, windowed=task.windowed)
 
 
 def _outputs_of(teacher: Network) -> SectionSpec:
@@ -96,10 +91,10 @@ def _memory() -> int:
 
 def _of_stream(part: Part, teacher: Network, *, task: tasks.Task, recipe: Recipe, walk: Walk) -> Tensor:
     """(rows,T,O) of the rows side by side that training walks along, from zero states."""
-    batches = feed(part, recipe, task)
-    rows, window = batches.rows, recipe.train.window
+    feed = batches(part, recipe, task, length=1)
+    rows, window = feed.rows, recipe.train.window
     answers = torch.zeros(*rows.shape, _outputs_of(teacher).output_size)
-    for at, y in enumerate(_along((batches[k] for k in range(batches.per_pass)), teacher, task=task, walk=walk)):
+    for at, y in enumerate(_along((feed[k] for k in range(feed.per_pass)), teacher, task=task, walk=walk)):
         answers[:, at * window : at * window + len(y)] = y.transpose(0, 1)
     return answers
 
@@ -123,10 +118,10 @@ def _of_sequences(part: Part, teacher: Network, *, task: tasks.Task, recipe: Rec
     return answers
 
 
-def _along(batches: Iterator[Batch], teacher: Network, *, task: tasks.Task, walk: Walk) -> Iterator[Tensor]:
+def _along(windows: Iterator[Batch], teacher: Network, *, task: tasks.Task, walk: Walk) -> Iterator[Tensor]:
     """The teacher's outputs on batches that follow each other, its state carried as training carries it."""
     state: State | None = None
-    for batch in batches:
+    for batch in windows:
         prepared = tasks.prepare(task, batch.to(_device(teacher)), teacher, walk=walk)
         out = prepared.forward(teacher, mode=FLOAT, walk=walk, state=None if batch.first else state)
         state = out.state if task.windowed else None

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rnn2bin.errors import UsageError
 
 if TYPE_CHECKING:
-    from rnn2bin.distill.trainer import AnnealTrainer, Point
+    from rnn2bin.distill.anneal import AnnealTrainer, Point
 
 Callback = TrainerCallback | Callable[["Point"], Any]
 

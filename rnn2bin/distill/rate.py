@@ -16,9 +16,9 @@ from typing import Any
 
 from rnn2bin import tasks
 from rnn2bin.cells.network import Network
+from rnn2bin.distill import anneal, trainer
 from rnn2bin.distill import budget as budgets
-from rnn2bin.distill import trainer
-from rnn2bin.distill.trainer import Tried
+from rnn2bin.distill.anneal import Tried
 from rnn2bin.errors import DivergedError
 from rnn2bin.recipe import Recipe
 
@@ -116,7 +116,7 @@ def find(
     return with_rate(recipe, max(found, key=lambda rate: found[rate])), tuple(Tried(*one) for one in metrics.items())
 
 
-def train(student: Network, *args: Any, recipe: Recipe, out: Path, lower: bool, **given: Any) -> trainer.Trained:
+def train(student: Network, *args: Any, recipe: Recipe, out: Path, lower: bool, **given: Any) -> anneal.Trained:
     """`trainer.train`; with `lower`, where training diverges, again from the same student at a lower rate, at most ATTEMPTS in all."""
     start = {name: t.clone() for name, t in student.state_dict().items()}
     diverged: list[Tried] = []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rnn2bin import evaluation, machine, modules, pack, pipeline, plan, recipe_yaml
 from rnn2bin.cost import Read
-from rnn2bin.distill import trainer as distiller
+from rnn2bin.distill import anneal
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DataError
 from rnn2bin.evaluation import controls as control
@@ -208,13 +208,13 @@ def _train(
     progress: pipeline.Progress | None = None,
     callbacks: Sequence[Any] = (),
     float_student: bool = False,
-) -> distiller.Trained:
+) -> anneal.Trained:
     """In place; checkpoints lie in `work` while it runs."""
     weights = job.recipe.loss
     twin = modules.surgery(job.teacher).requires_grad_(False) if weights.hidden_weight() or weights.gate else None
     torch.manual_seed(job.recipe.seed)
     trainer = ModuleTrainer(student, job=job, twin=twin, train=batches.train, valid=batches.valid, out=work, float_student=float_student)
-    trained = distiller.fit(trainer, resume=resume, report=progress, callbacks=callbacks)
+    trained = anneal.fit(trainer, resume=resume, report=progress, callbacks=callbacks)
     student.eval().cpu()
     job.teacher.cpu()
     return trained
@@ -267,7 +267,7 @@ class Watch:
 
 
 def _report(
-    job: Job, module: nn.Module, folder: Path, test: list[Any], trained: distiller.Trained, *, tuned: nn.Module | None
+    job: Job, module: nn.Module, folder: Path, test: list[Any], trained: anneal.Trained, *, tuned: nn.Module | None
 ) -> pipeline.Report:
     """The measured fields, on the packed module itself: bits by the oracle."""
     packed, twin = modules.load_module(folder, module), modules.surgery(module).eval()
@@ -359,7 +359,7 @@ def _worst(found: dict[str, Measured]) -> list[dict[str, Any]]:
     ]
 
 
-def _cost(trained: distiller.Trained, seconds: float) -> dict[str, Any]:
+def _cost(trained: anneal.Trained, seconds: float) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "steps": trained.steps,

@@ -17,9 +17,8 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from rnn2bin.cells.network import Walk
-from rnn2bin.distill import losses
-from rnn2bin.distill import trainer as distiller
-from rnn2bin.distill.trainer import AnnealTrainer
+from rnn2bin.distill import anneal, losses
+from rnn2bin.distill.anneal import AnnealTrainer
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DataError, UsageError
 from rnn2bin.gates.estimators import FLOAT, Discretize
@@ -300,7 +299,7 @@ class ModuleTrainer(AnnealTrainer):
     def student(self) -> nn.Module:
         return self.pure
 
-    def measure(self, hard_mode: Discretize, soft_mode: Discretize) -> distiller.Measured:
+    def measure(self, hard_mode: Discretize, soft_mode: Discretize) -> anneal.Measured:
         saturated: list[float] = []
 
         def seen(call: Call) -> None:
@@ -314,7 +313,7 @@ class ModuleTrainer(AnnealTrainer):
             {"hard": Gated(self.pure, hard_mode, run_cell), "soft": Gated(self.pure, soft_mode, run_cell, seen)},
         )
         self.pure.train(was_training)
-        return distiller.Measured(found["hard"].metric, found["soft"].metric, sum(saturated) / max(len(saturated), 1))
+        return anneal.Measured(found["hard"].metric, found["soft"].metric, sum(saturated) / max(len(saturated), 1))
 
     # Modules with tied weights need safetensors' own way of saving them once.
 

@@ -17,8 +17,8 @@ from rnn2bin import processes
 from rnn2bin.cells.network import Network
 from rnn2bin.distill import rate
 from rnn2bin.distill import trainer as distiller
+from rnn2bin.distill.anneal import Trained
 from rnn2bin.distill.answers import with_answers
-from rnn2bin.distill.trainer import Trained
 from rnn2bin.errors import BudgetError
 from rnn2bin.recipe import Recipe
 from rnn2bin.search.front import Found, Limits, choose, missed
