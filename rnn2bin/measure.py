@@ -40,10 +40,12 @@ def compare(
     seen: Seen | None = None,
     device: torch.device | str = "cpu",
     batch_size: int = 256,
+    judges_teacher: bool = True,
 ) -> dict[str, tasks.Measurement]:
-    """Name -> measurement, "teacher" included. `seen` is shown every output (of the teacher under the name "teacher")."""
+    """Name -> measurement, "teacher" included but for `judges_teacher=False`: then its own metric, for which an encoder–decoder writes
+    every sequence, is not taken. `seen` is shown every output (of the teacher under the name "teacher")."""
     everyone = {"teacher": teacher, **candidates}
-    found: dict[str, list[tasks.Measurement]] = {name: [] for name in everyone}
+    found: dict[str, list[tasks.Measurement]] = {name: [] for name in everyone if judges_teacher or name != "teacher"}
     states: dict[str, object] = dict.fromkeys(everyone)
     for batch in evaluation_batches(part, batch_size=rows_at_once(teacher, part, batch_size, device)):
         batch = batch.to(device)
@@ -54,7 +56,8 @@ def compare(
             out = prepared.forward(one.network, mode=one.mode, walk=one.walk, state=state)
             states[name] = out.state if part.stream else None
             wanted = out.y if wanted is None else wanted
-            found[name].append(tasks.measure(task, prepared, one.network, wanted, out.y, mode=one.mode, walk=one.walk))
+            if name in found:
+                found[name].append(tasks.measure(task, prepared, one.network, wanted, out.y, mode=one.mode, walk=one.walk))
             if seen:
                 seen(name, prepared, out)
     return {name: tasks.merge(parts) for name, parts in found.items()}

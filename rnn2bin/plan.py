@@ -367,7 +367,7 @@ def probe_measurements(job: Any, network: Network) -> tuple[float, float]:
     teacher, soft = Candidate(job.teacher, FLOAT, run_cell), Candidate(network, anneal.soft_mode_at(job.recipe.gates, 1.0), run_cell)
     hard, oracle = Candidate(network, BINARY, run_cell), Candidate(network, BINARY)
     compare(job.task, small, teacher, {"hard": hard})  # warm-up
-    during = _seconds(lambda: compare(job.task, small, teacher, {"hard": hard, "soft": soft}))
+    during = _seconds(lambda: compare(job.task, small, teacher, {"hard": hard, "soft": soft}, judges_teacher=False))
     report = _seconds(lambda: compare(job.task, small, teacher, {"soft": soft, "hard": oracle}))
     if job.recipe.report.controls:
         report += 4 / 3 * during  # a second pass: the teacher and three controls

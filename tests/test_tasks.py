@@ -263,6 +263,21 @@ def test_the_teachers_own_output_stands_in_for_missing_targets():
     assert found["other"].value < 1
 
 
+def test_a_teacher_that_is_not_judged_writes_nothing(monkeypatch):
+    """Training measures its students every few hundred steps; what the teacher is worth does not change."""
+    part, _ = transduction(given=True)
+    teacher, other = transducer(29), transducer(12)
+    task, wrote = tasks.resolve(parse({}), teacher.spec, part), []
+    monkeypatch.setattr(teacher, "generate", lambda *_, **__: wrote.append(0))
+    given = (task, tasks.settled(task, part), Candidate(teacher, FLOAT), {"other": Candidate(other, FLOAT)})
+    alone = compare(*given, judges_teacher=False)
+    assert (list(alone), wrote) == (["other"], [])
+    monkeypatch.undo()
+    both = compare(*given)
+    assert torch.equal(both["other"].totals, alone["other"].totals)
+    assert both["other"].extra_values() == alone["other"].extra_values()
+
+
 def test_free_running_metrics():
     part, written = transduction(given=True)
     network = transducer(54)

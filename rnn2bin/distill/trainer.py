@@ -151,6 +151,7 @@ class DistillTrainer(AnnealTrainer):
             {"hard": Candidate(student, hard_mode, run_cell), "soft": Candidate(student, soft_mode, run_cell)},
             seen=seen,
             device=self.args.device,
+            judges_teacher=False,
         )
         self.open_rates = {gate: sum(one[gate][0] for one in opened) / sum(one[gate][1] for one in opened) for gate in opened[0]}
         dense = sum(densities) / len(densities) if densities else None

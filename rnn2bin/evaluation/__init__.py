@@ -56,7 +56,8 @@ def evaluate_parts(
     )
     rates = {name: watch.density.open_rate(name) for name in model.network.cells()}
     others = control.controls(teacher, model.network, gates, rates, seed=seed) if with_controls else {}
-    second = compare(task, part, Candidate(teacher, FLOAT, run_cell), {**others, **(extra or {})}) if others or extra else {}
+    more = others | (extra or {})
+    second = compare(task, part, Candidate(teacher, FLOAT, run_cell), more, judges_teacher=False) if more else {}
     report = {
         "schema_version": SCHEMA_VERSION,
         "task": task.name,
@@ -66,7 +67,7 @@ def evaluate_parts(
         "binary": first["binary"].to_dict(),
         "native": first["native"].to_dict() if native else None,
         "drop": drop(task, first["teacher"], first["binary"]),
-        "controls": {name: m.to_dict() for name, m in second.items() if name != "teacher"},
+        "controls": {name: m.to_dict() for name, m in second.items()},
         "gates": gate_table(model.network, rates),
         "density": {**watch.density.result(), "around": around(model.network)},
         "parity": parity(model.network, native, part) if native else None,
