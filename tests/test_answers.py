@@ -119,8 +119,22 @@ def test_answers_that_do_not_fit_are_not_kept(monkeypatch):
     monkeypatch.setattr(answers, "MOST_BYTES", size - 1)
     assert answers.with_answers(part, teacher, task=task, recipe=recipe) is part
     monkeypatch.setattr(answers, "MOST_BYTES", size)
-    monkeypatch.setattr(answers, "_memory", lambda: 4 * size - 1)
+    monkeypatch.setattr(answers, "memory", lambda: 4 * size - 1)
     assert answers.with_answers(part, teacher, task=task, recipe=recipe) is part
+    monkeypatch.setattr(answers, "memory", lambda: None)
+    assert answers.with_answers(part, teacher, task=task, recipe=recipe).answers is not None
+
+
+def test_the_memory_of_this_process_is_the_least_that_machine_container_and_limits_say(tmp_path, monkeypatch):
+    whole = answers.memory(cgroup=tmp_path / "none")
+    assert whole is not None
+    bound = tmp_path / "memory.max"
+    for text, wanted in (("max\n", whole), (f"{whole // 2}\n", whole // 2), (f"{2 * whole}\n", whole)):
+        bound.write_text(text)
+        assert answers.memory(cgroup=bound) == wanted
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (whole // 4, whole))
+    assert answers.memory(cgroup=bound) == whole // 4
 
 
 def test_what_the_teacher_writes_by_itself_is_not_known_before():

@@ -7,9 +7,11 @@ is asked as before.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -50,7 +52,8 @@ def wanted(part: Part, teacher: Network, *, task: tasks.Task, recipe: Recipe) ->
         return False
     if section.graph and section.per_step and teacher.output_steps(part.inputs[:1].transpose(0, 1)) != part.inputs.shape[1]:
         return False
-    return size(part, teacher) <= min(MOST_BYTES, _memory() // 4)
+    there = memory()
+    return size(part, teacher) <= min(MOST_BYTES, MOST_BYTES if there is None else there // 4)
 
 
 def passes(part: Part, *, task: tasks.Task, recipe: Recipe) -> float:
@@ -81,12 +84,19 @@ def _steps(part: Part, teacher: Network) -> int:
     return part.inputs.shape[1] if teacher.spec.main.per_step else 1
 
 
-def _memory() -> int:
-    """Bytes of this machine; where it does not say, as much as answers may ask for."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return 4 * MOST_BYTES
+def memory(*, cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None:
+    """Bytes that this process may have: the machine's, or fewer where a container or a limit of the process says so. None where nobody
+    says."""
+    found = []
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no bound
+        found.append(int(cgroup.read_text()))
+    with contextlib.suppress(ImportError):
+        import resource
+
+        found += [soft for soft, _ in map(resource.getrlimit, (resource.RLIMIT_DATA, resource.RLIMIT_AS)) if soft != resource.RLIM_INFINITY]
+    return min(found, default=None)
 
 
 def _of_stream(part: Part, teacher: Network, *, task: tasks.Task, recipe: Recipe, walk: Walk) -> Tensor:
