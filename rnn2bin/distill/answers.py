@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rnn2bin import tasks
+from rnn2bin import processes, tasks
 from rnn2bin.cells.network import Network, State, Walk
 from rnn2bin.data import Batch, Part, collate, cut_window
 from rnn2bin.distill.anneal import training_walk
@@ -52,8 +52,8 @@ def wanted(part: Part, teacher: Network, *, task: tasks.Task, recipe: Recipe) ->
         return False
     if section.graph and section.per_step and teacher.output_steps(part.inputs[:1].transpose(0, 1)) != part.inputs.shape[1]:
         return False
-    there = memory()
-    return size(part, teacher) <= min(MOST_BYTES, MOST_BYTES if there is None else there // 4)
+    there = memory()  # of which each process, here or elsewhere, holds its own
+    return size(part, teacher) <= min(MOST_BYTES, MOST_BYTES if there is None else there // (4 * processes.count()))
 
 
 def passes(part: Part, *, task: tasks.Task, recipe: Recipe) -> float:
