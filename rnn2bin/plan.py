@@ -287,10 +287,8 @@ def time_of(job: Any, network: Network, preparing: float) -> Plan:
     per_measurement, report = probe_measurements(job, network)
     once = preparing + probe_calibration(job, network) + report
     if answers.wanted(job.parts.train, job.teacher, task=job.task, recipe=recipe):
-        per_step, once = (
-            per_step - asking,
-            once + asking * recipe.train.steps / answers.passes(job.parts.train, task=job.task, recipe=recipe),
-        )
+        batches = recipe.train.steps / answers.passes(job.parts.train, task=job.task, recipe=recipe)  # of one pass
+        per_step, once = per_step - asking, once + asking * batches
     per_update = per_step * recipe.train.accumulation
 
     def total(steps: int) -> float:

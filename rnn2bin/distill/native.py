@@ -384,10 +384,8 @@ class _Units(torch.autograd.Function):
     def forward(ctx: Any, products: Tensor, closed: Tensor, opened: Tensor, gates: tuple[int, int]) -> Tensor:  # type: ignore[override]
         steps, batch, _, hidden = products.shape
         count, best = products.new_empty(steps, batch), products.new_empty(steps, batch, hidden, dtype=torch.int32)
-        ctx.gates, ctx.given = (
-            gates,
-            {"products": products.contiguous(), "closed": closed.contiguous(), "open": opened.contiguous(), "best": best},
-        )
+        ctx.gates = gates
+        ctx.given = {"products": products.contiguous(), "closed": closed.contiguous(), "open": opened.contiguous(), "best": best}
         _call(_kernels().r2b_count_units, ctypes.byref(_count(gates, **ctx.given, count=count)))
         return count
 
