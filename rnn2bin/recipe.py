@@ -366,8 +366,8 @@ class Gates(Closed):
     share: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
         "auto",
         description="units that read one row of a gate's weights together, each times a scale and against its own thresholds: gates read "
-        "so many times fewer weights. auto: 8, fewer in layers of less than 128 units, with a density budget or a price where loss.hidden "
-        "is 0; else 1",
+        "so many times fewer weights. auto: 8, fewer in layers of less than 128 units, for transduce with a density budget or a price "
+        "where loss.hidden is 0; else 1",
     )
     output: bool | Literal["auto"] = Field(
         "auto",
@@ -541,12 +541,12 @@ class Recipe(Closed):
         return self.budget.counts if self.gates.output == "auto" else self.gates.output
 
     def share(self, task: str | None = None) -> int | Literal["auto"]:
-        """How many units share a row of a gate's weights, "auto" as many as their layer bears. Outputs that are values, each to be met, and
-        units that are held to the teacher's states one by one need rows of their own. docs/decisions/032-shared-rows.md."""
+        """How many units share a row of a gate's weights, "auto" as many as their layer bears. In long runs only an encoder–decoder gained
+        by it, and not where its units are held to the teacher's states one by one. docs/decisions/032-shared-rows.md."""
         if self.gates.share != "auto":
             return self.gates.share
-        matched = task == "match" or self.loss.hidden_weight(task, priced=True) > 0
-        return "auto" if self.budget.counts and not matched else 1
+        matched = self.loss.hidden_weight(task, priced=True) > 0
+        return "auto" if self.budget.counts and task == "transduce" and not matched else 1
 
     @property
     def max_steps(self) -> int:

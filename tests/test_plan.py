@@ -13,6 +13,7 @@ from conftest import CLASSES, VOCABULARY, WIDTH
 from rnn2bin import cli, pack, pipeline, plan, recipe_yaml
 from rnn2bin.distill import native
 from rnn2bin.errors import RecipeError, ResourceError, UsageError
+from rnn2bin.recipe import Recipe
 
 KNOBS = ["train.steps=6", "train.max_steps=6", "train.evaluate_every=3"]
 
@@ -63,16 +64,16 @@ def test_memory_is_that_of_the_kernels_that_run(tmp_path, save_data, monkeypatch
     assert memory() > 3 * in_c
 
 
-def test_units_share_rows_where_weights_have_a_price_and_nothing_holds_them_to_the_teacher(tmp_path, save_data):
-    """The task is the data's: without targets a network is matched, each output with its teacher's."""
-    model = tmp_path / "m.pt"
+def test_units_share_rows_where_the_recipe_says_so_for_the_task_that_the_data_are_of(tmp_path, save_data, monkeypatch):
+    model, asked = tmp_path / "m.pt", []
     torch.save(torch.nn.ModuleDict({"rnn": torch.nn.LSTM(WIDTH, 40), "head": torch.nn.Linear(40, CLASSES)}).state_dict(), model)
     shared = lambda data, *knobs: plan.plan(model, smoke(*knobs), data)["sections"]["main"]["layers"][0]["shared"]
     labelled, priced = save_data("l.npz", targets=np.zeros((40, 9), int)), "budget.density=0.6"
-    assert shared(labelled, priced) == 2
-    assert shared(labelled) == 1
-    assert shared(save_data(), priced) == 1
-    assert shared(labelled, priced, "loss.hidden=5") == 1
+    assert shared(labelled, priced) == 1
+    assert shared(labelled, priced, "gates.share=2") == 2
+    monkeypatch.setattr(Recipe, "share", lambda self, task: asked.append(task) or (2 if task == "match" else 1))
+    assert (shared(save_data(), priced), shared(labelled, priced)) == (2, 1)
+    assert set(asked) == {"match", "tag"}
 
 
 def test_a_named_task_is_said_to_be_named(save_model, save_data):

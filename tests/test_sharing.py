@@ -109,11 +109,11 @@ def test_which_row_a_unit_reads_is_not_trained():
     assert any(name.endswith("gates.row") for name in made.state_dict())
 
 
-def test_by_itself_with_a_budget_and_not_in_small_layers():
+def test_by_itself_in_encoder_decoders_with_a_budget_and_not_in_small_layers():
     assert Recipe().share() == 1
-    assert Recipe(budget=Budget(density=0.2)).share("classify") == "auto"
+    assert Recipe(budget=Budget(density=0.2)).share("transduce") == "auto"
+    assert Recipe(budget=Budget(density=0.2)).share("next-token") == 1
     assert Recipe(gates=Gates(share=2)).share("match") == 2
-    assert Recipe(budget=Budget(density=0.2)).share("match") == 1  # each output is held to the teacher's own
     assert Recipe(budget=Budget(density=0.2), loss=Loss(hidden=5.0)).share("transduce") == 1  # each unit is
     units = lambda hidden, share="auto": sharing.units_of(LayerSpec("lstm", 4, hidden), share)
     assert [units(hidden) for hidden in (8, 16, 31, 32, 64, 128, 512)] == [1, 1, 1, 2, 4, 8, 8]
