@@ -404,7 +404,11 @@ def made(folder: Path, recipe: Recipe) -> dict[str, Any]:
 
 def _float_control(job: Job, work: Path, *, trained: anneal.Trained, resume: bool) -> Network:
     """The float network, fine-tuned with the same data, losses and steps: what of the student's metric is plain further training."""
-    recipe = job.recipe.model_copy(update={"budget": Budget()})  # nor the rate that a budget brings: it would only harm
+    hidden = job.recipe.loss.hidden_weight(
+        job.task.name, priced=job.recipe.budget.counts
+    )  # what the student had: `auto` asks for the budget
+    loss = job.recipe.loss.model_copy(update={"hidden": hidden})
+    recipe = job.recipe.model_copy(update={"budget": Budget(), "loss": loss})  # nor the rate that a budget brings: it would only harm
     if trained.tried and job.recipe.budget.density is None:
         recipe = rate.with_rate(recipe, trained.rate)
     if recipe.searched:  # as long as all the trainings behind the student together

@@ -368,7 +368,7 @@ def probe_measurements(job: Any, network: Network) -> tuple[float, float]:
     during = _seconds(lambda: compare(job.task, small, teacher, {"hard": hard, "soft": soft}, judges_teacher=False))
     report = _seconds(lambda: compare(job.task, small, teacher, {"soft": soft, "hard": oracle}))
     if job.recipe.report.controls:
-        report += 4 / 3 * during  # a second pass: the teacher and three controls
+        report += 3 / 2 * during  # a second pass: three controls where a measurement has two
     return during * _share(selection, small), report * _share(job.parts.test, small)
 
 

@@ -90,8 +90,8 @@ def test_training_gives_the_same_network_and_does_not_ask_again(case, tmp_path, 
         assert_close(other.state_dict()[name], value)
 
 
-def test_a_resumed_run_goes_on_with_the_same_answers(tmp_path):
-    """They are made from recipe and data alone: nothing of them is in a checkpoint."""
+def test_answers_made_again_are_the_same():
+    """So a resumed run goes on with them: nothing of them is in a checkpoint."""
     teacher, part, task, recipe = prepared("one label a sequence", train={"steps": 64, "max_steps": 64})
     first, again = (answers.with_answers(part, teacher, task=task, recipe=recipe).answers for _ in range(2))
     assert torch.equal(first, again)

@@ -233,19 +233,21 @@ def test_the_rate_of_learning_follows_the_budget_unless_it_is_given():
     assert rates == [0.001, 0.003, 0.016, 0.003]
 
 
-def test_the_float_control_is_trained_without_the_budget_and_its_rate(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("density", "hidden"), [(0.2, 0.0), (None, 20.0)])
+def test_the_float_control_is_trained_with_the_students_losses_but_without_the_budget_and_its_rate(density, hidden, tmp_path, monkeypatch):
     """A float network has no gates to close: at the budget's rate it would only be harmed, and the control would say nothing."""
     seen = []
     monkeypatch.setattr(distiller, "train", lambda *_, recipe, **__: seen.append(recipe))
     teacher, parts = teacher_of("lstm"), SimpleNamespace(train=stream(), valid=None)
-    recipe = recipe_of(budget={"density": 0.2}, train={"steps": 7})
+    recipe = recipe_of(task="match", budget={"density": density}, train={"steps": 7})
     pipeline._float_control(
         SimpleNamespace(teacher=teacher, task=tasks.resolve(recipe, teacher.spec, parts.train), recipe=recipe, parts=parts),
         tmp_path,
         trained=SimpleNamespace(steps=7, tried=(anneal.Tried(0.016, None),), rate=0.005),  # which diverged once
         resume=False,
     )
-    assert (seen[0].learning_rate, seen[0].budget, seen[0].train.steps) == (0.001, Budget(), 7)
+    assert (seen[0].budget, seen[0].train.steps, seen[0].loss.hidden) == (Budget(), 7, hidden)
+    assert seen[0].learning_rate == (0.001 if density else 0.005)  # the student's own, where it had no budget
 
 
 def test_a_network_that_reads_less_than_it_may_from_the_start_is_left_alone():
