@@ -51,7 +51,7 @@ class Size:
     seeds: int
 
 
-SIZES = {"quick": Size(1, 16, 10, 10, 1000, 500, 1), "full": Size(4, 128, 30, 30, 100_000, 20_000, 3)}
+SIZES = {"quick": Size(1, 16, 10, 10, 1000, 500, 1), "full": Size(4, 128, 30, 30, 100_000, 20_000, 5)}
 
 
 def network(cell: str, vocabulary: int, size: Size) -> Network:

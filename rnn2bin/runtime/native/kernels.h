@@ -14,8 +14,9 @@ typedef struct {
 /* What screening works on: the columns it reads with their digits, and of a GRU what it keeps from step to step. */
 typedef struct {
   int32_t *index;
-  int8_t *high, *low;  /* (columns): digits of each */
-  int32_t *sums;       /* [tiles][2 blocks][2 digits][64] */
+  int8_t *high, *low;  /* (columns): digits of each, */
+  int16_t *word;       /* or what they make together */
+  int32_t *sums;       /* [tiles][2 blocks][2 digits][64], or of each row */
   int32_t *before;     /* (columns): the values whose products are in `sums` */
 } screen_row;
 
@@ -55,6 +56,9 @@ typedef struct {
   float *out;
 } product_row;
 
+/* Which gates can be screened in integers. */
+typedef enum { SCREENS_NONE, SCREENS_GRIDS, SCREENS_ALL } screened;
+
 typedef struct kernels {
   const char *name;
   int (*list)(const float *values, int n, int offset, int32_t *index, float *value); /* non-zero values; how many */
@@ -62,7 +66,7 @@ typedef struct kernels {
   void (*step[STEPS])(const cell *cell, step_row *rows, product_row *products, int count, scratch *work);
   void (*activate)(activation kind, float *y, int n);
   uint64_t (*read)(const uint64_t *memory, uint64_t words);
-  int screens; /* whether gates can be screened in integers */
+  screened screens;
 } kernels;
 
 const kernels *kernels_choose(void);

@@ -14,7 +14,7 @@
 
 /* Products of embedding and weights are made once a token where that takes milliseconds, or where tokens are so few that it takes no longer
  * than the rest of opening; else once a step. */
-enum { HUGE_PAGE = 2 << 20, MOST_SCREENED = 1 << 15, MOST_BLOCKS = 160, FEW_TOKENS = 256, TOKENS_AT_ONCE = 8 }; /* MOST_SCREENED: columns whose products of bytes fit 32 bits */
+enum { HUGE_PAGE = 2 << 20, MOST_SCREENED = 1 << 15, MOST_ADDED = 1 << 11, MOST_BLOCKS = 160, FEW_TOKENS = 256, TOKENS_AT_ONCE = 8 }; /* MOST_SCREENED: columns whose products of bytes fit 32 bits; MOST_ADDED: of a byte and a word */
 static const uint64_t MOST_FOLDED_PRODUCTS = 1u << 28, MOST_TABLE_BYTES = 1u << 28;
 
 typedef struct {
@@ -369,15 +369,15 @@ static uint8_t *byte_in(const byte_matrix *m, int block, int row, int col) {
 
 static int nearest(float x) { return (int)(x < 0.0f ? x - 0.5f : x + 0.5f); }
 
-/* A row on a grid is its high plane, without error. */
+/* A row on a grid is its high plane, without error. Where the screen reads `gates` itself it has no bytes. */
 static void screen_bytes(screen *s, int row, const int8_t *weights, float scale) {
-  uint8_t *at = byte_in(&s->bytes, row / 64, row, 0);
-  size_t stride = byte_stride(&s->bytes, row / 64 / 2);
   int64_t norm = 0;
-  for (int j = 0; j < s->bytes.cols; j++) {
-    at[stride * (size_t)j] = (uint8_t)(weights[j] + 128);
-    norm += weights[j] * weights[j];
+  if (s->bytes.bytes) {
+    uint8_t *at = byte_in(&s->bytes, row / 64, row, 0);
+    size_t stride = byte_stride(&s->bytes, row / 64 / 2);
+    for (int j = 0; j < s->bytes.cols; j++) at[stride * (size_t)j] = (uint8_t)(weights[j] + 128);
   }
+  for (int j = 0; j < s->bytes.cols; j++) norm += weights[j] * weights[j];
   s->scale[row] = scale / 256;
   s->norm[row] = 1.0001f * scale * (float)sqrt((double)norm);
   s->norm_in_all += s->norm[row];
@@ -424,11 +424,10 @@ static int make_screen(r2b_model *model, cell *c) {
   s->blocks = padded(rows, 128) / 64; /* whole tiles */
   s->room = 64 * s->blocks;
   s->bytes = (byte_matrix){.cols = cols, .tiles = s->planes * s->blocks / 2};
-  s->bytes.bytes = model_allocate(model, (size_t)s->bytes.tiles * (size_t)cols * 128);
+  if (model->kernels->screens == SCREENS_ALL && !(s->bytes.bytes = model_allocate(model, (size_t)s->bytes.tiles * (size_t)cols * 128))) return -1;
   float **vectors[] = {&s->scale, &s->half, &s->error, &s->norm};
   for (int k = 0; k < 4; k++)
     if (!(*vectors[k] = model_allocate(model, (size_t)s->room * sizeof(float)))) return -1;
-  if (!s->bytes.bytes) return -1;
   const row_matrix *by_row = &c->gates_by_row;
   for (int r = 0; r < rows; r++) {
     size_t at = (size_t)r * (size_t)by_row->stride;
@@ -445,8 +444,12 @@ static bool is_wanted(const r2b_model *model, const cell *c) {
   return model->compute == R2B_AUTO ? !c->layer->has_cell || c->gates.grid.scale : model->compute == R2B_INT8;
 }
 
+static bool can_screen(screened how, const matrix *gates) {
+  return how == SCREENS_ALL ? gates->cols <= MOST_SCREENED : how == SCREENS_GRIDS && gates->grid.scale && gates->cols <= MOST_ADDED;
+}
+
 static bool screens(const r2b_model *model, const cell *c) {
-  bool all = is_wanted(model, c) && !c->row && !c->layer->kind->peepholes && !in_blocks(c->layer) && model->kernels->screens && c->gates.cols <= MOST_SCREENED;
+  bool all = is_wanted(model, c) && !c->row && !c->layer->kind->peepholes && !in_blocks(c->layer) && can_screen(model->kernels->screens, &c->gates);
   for (int g = 0; g < c->layer->gates; g++) all &= c->binary[g];
   return all;
 }

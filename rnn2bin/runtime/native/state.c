@@ -69,6 +69,7 @@ static void carve_screen(arena *a, screen_row *to, const r2b_model *model) {
   to->index = carve(a, cols + AHEAD, sizeof(int32_t));
   to->high = carve(a, cols, sizeof(int8_t));
   to->low = carve(a, cols, sizeof(int8_t));
+  to->word = carve(a, cols, sizeof(int16_t));
   to->sums = carve(a, 4 * gates, sizeof(int32_t));
 }
 

@@ -1,5 +1,6 @@
 #define NAME(x) r2b_avx512vnni_##x
 #define ISA "avx512vnni"
 #define VECTORS "vec_avx512.h"
-#define R2B_VNNI
+#define SCREEN "screen_dot.h"
+#define SCREENED SCREENS_ALL
 #include "body.h"

@@ -15,7 +15,7 @@
 #include "gate.h"
 #include "candidate.h"
 #include "blocks.h"
-#if defined(R2B_VNNI)
+#if defined(SCREEN)
 #include "screen.h"
 #endif
 #include "lstm.h"
@@ -41,7 +41,7 @@ const kernels NAME(kernels) = {
     .step = {lstm, gru, lstm_kinds, rnn, memory, highway, feedback},
     .activate = activate,
     .read = read_all,
-#if defined(R2B_VNNI)
-    .screens = 1,
+#if defined(SCREEN)
+    .screens = SCREENED,
 #endif
 };

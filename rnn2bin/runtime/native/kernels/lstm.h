@@ -145,7 +145,7 @@ static void gate_products(const cell *cell, step_row *rows, product_row *product
     a->total = a->inputs + list(rows[b].read, cell->layer->recurrent, cell->inputs, a->index + a->inputs, a->value + a->inputs);
     products[b] = (product_row){a, rows[b].gates_from, a->total, rows[b].gates_base, rows[b].products};
   }
-#if defined(R2B_VNNI)
+#if defined(SCREEN)
   for (int b = 0; cell->screen.planes && b < count; b++) screen_gates(cell, &rows[b], &products[b], work);
   if (cell->screen.planes) return;
 #endif
