@@ -6,7 +6,7 @@ typedef struct {
 } norms;
 
 /* Below so many columns lists and bounds take longer than products save; a copy is one more threshold for each row. */
-static int fewest_columns(int copies) { return 12 + 4 * copies; }
+static int fewest_columns(int copies) { return 32 + 6 * copies; }
 
 static float total(V x) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -147,17 +147,20 @@ static uint64_t integer_product(const cell *cell, const screen_row *row, const q
   return (uint64_t)m->rows * (uint64_t)q->count;
 }
 
+/* How far eight rows' estimates may be from the float product. */
+INLINE V margin_of(const screen *s, const bounds *with, const float *base, int r) {
+  V margin = v_mul(v_all(with->kappa), v_size(v_load(base + r)));
+  margin = v_fma(v_all(with->n), v_load(s->norm + r), margin);
+  return v_fma(v_all(with->a), v_load(with->coarse + r), margin);
+}
+
 /* Bits of a GROUP of rows from `r` on of which a threshold lies within the margin of the estimate. NaN is doubtful. */
 INLINE unsigned doubts(const screen *s, const bounds *with, const float *bias, int copies, int hidden, int r, const float *base, const float *product) {
-  unsigned sure = 0;
-  for (int half = 0; half < GROUP; half += LANES) {
-    int at = r + half;
-    V x = v_load(product + at), nearest = v_all(INFINITY);
-    V margin = v_mul(v_all(with->kappa), v_size(v_load(base + at)));
-    margin = v_fma(v_all(with->n), v_load(s->norm + at), margin);
-    margin = v_fma(v_all(with->a), v_load(with->coarse + at), margin);
-    for (int k = 0; k < copies; k++) nearest = v_min(nearest, v_size(v_add(x, v_load(bias + half + (size_t)k * (size_t)hidden))));
-    sure |= (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(nearest, margin, _CMP_GT_OQ)) << half;
+  V low = v_load(product + r), high = v_load(product + r + LANES), near_low = v_all(INFINITY), near_high = near_low;
+  for (const float *end = bias + (size_t)copies * (size_t)hidden; bias < end; bias += hidden) {
+    near_low = v_min(near_low, v_size(v_add(low, v_load(bias))));
+    near_high = v_min(near_high, v_size(v_add(high, v_load(bias + LANES))));
   }
-  return ~sure & 0xffffu;
+  unsigned sure = (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(near_low, margin_of(s, with, base, r), _CMP_GT_OQ));
+  return ~(sure | (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(near_high, margin_of(s, with, base, r + LANES), _CMP_GT_OQ)) << LANES) & 0xffffu;
 }
