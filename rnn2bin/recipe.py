@@ -20,7 +20,8 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from rnn2bin.spec import CELLS, MOST_DEPTH, Activation, Readout
+from rnn2bin.kinds import CELLS, MOST_DEPTH
+from rnn2bin.spec import Activation, Readout
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -31,7 +31,8 @@ from rnn2bin.cells.network import output_of, walk, zero_state
 from rnn2bin.cells.weights import Cell
 from rnn2bin.distill import native, window
 from rnn2bin.gates.estimators import Discretize
-from rnn2bin.spec import CELLS, LayerSpec
+from rnn2bin.kinds import CELLS
+from rnn2bin.spec import LayerSpec
 
 MODES = {
     "straight-through": Discretize("straight-through", slope=2.0, backward="sigmoid"),

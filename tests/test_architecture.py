@@ -15,6 +15,7 @@ ORDER = [
     "signals",
     "storage",
     "processes",
+    "kinds",
     "spec",
     "yaml_tree",
     "recipe",

@@ -23,8 +23,8 @@ from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import UnreachableError
 from rnn2bin.evaluation.density import DensityCounter
 from rnn2bin.gates.estimators import BINARY, Discretize, Sample
+from rnn2bin.kinds import CELLS
 from rnn2bin.recipe import Budget, parse
-from rnn2bin.spec import CELLS
 
 
 def prepared_of(network, part):

@@ -15,7 +15,8 @@ from rnn2bin.cells.weights import Cell, select
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import UnsupportedError
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
-from rnn2bin.spec import CELLS, DecodeSpec, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec, check
+from rnn2bin.kinds import CELLS
+from rnn2bin.spec import DecodeSpec, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec, check
 
 T, B, I, H = 7, 3, 3, 5  # noqa: E741
 KINDS = [name for name in CELLS if name not in EQUATIONS and CELLS[name].peepholes != "full"]  # the others: tests/test_every_cell.py

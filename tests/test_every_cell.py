@@ -22,8 +22,9 @@ from rnn2bin.distill.window import WINDOWS, run_cell
 from rnn2bin.evaluation.density import DensityCounter
 from rnn2bin.evaluation.parity import parity
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
+from rnn2bin.kinds import CELLS
 from rnn2bin.runtime import native_backend
-from rnn2bin.spec import CELLS, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec, check
+from rnn2bin.spec import EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec, check
 
 T, B, I, H, V = 9, 3, 5, 37, 7  # noqa: E741
 NEW = [name for name in CELLS if name in EQUATIONS or CELLS[name].peepholes == "full"]

@@ -1,4 +1,4 @@
-"""Every row of `spec.CELLS` from a float network trained from scratch to a packed directory that both backends run; and its file."""
+"""Every row of `kinds.CELLS` from a float network trained from scratch to a packed directory that both backends run; and its file."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from rnn2bin.cells import FloatNetwork
 from rnn2bin.cells.network import teacher_network
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import RecipeError, UnsupportedError
+from rnn2bin.kinds import CELLS
 from rnn2bin.loaders import load
 from rnn2bin.recipe import Source
-from rnn2bin.spec import CELLS
 
 I, H, O = 6, 6, 3  # noqa: E741
 every = pytest.mark.parametrize("name", CELLS)

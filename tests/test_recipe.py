@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from rnn2bin.kinds import CELLS
 from rnn2bin.recipe import GATE_NAMES, Recipe, parse
-from rnn2bin.spec import CELLS
 
 SECTION = {"cell": "gru", "layers": [{"weight_ih": "a", "weight_hh": "b"}]}
 DECODE = {"start": 0, "end": 1, "max_length": 2}

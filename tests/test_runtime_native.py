@@ -27,8 +27,9 @@ from rnn2bin.errors import Rnn2binError, UnsupportedError, UsageError
 from rnn2bin.evaluation.density import DensityCounter
 from rnn2bin.evaluation.parity import parity
 from rnn2bin.gates.estimators import BINARY
+from rnn2bin.kinds import CELLS
 from rnn2bin.runtime import library, native_backend
-from rnn2bin.spec import ACTIVATIONS, CELLS, DecodeSpec, EmbeddingSpec, GraphSpec, LayerSpec, LinearSpec, Node, RnnSpec, SectionSpec
+from rnn2bin.spec import ACTIVATIONS, DecodeSpec, EmbeddingSpec, GraphSpec, LayerSpec, LinearSpec, Node, RnnSpec, SectionSpec
 
 SOURCES = Path(native_backend.__file__).parent / "native"
 HERE = Path(__file__).parent / "native"

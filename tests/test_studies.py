@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rnn2bin.spec import CELLS
+from rnn2bin.kinds import CELLS
 
 FOLDER = Path(__file__).resolve().parents[1] / "scripts" / "studies"
 STUDIES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "mnist", "text"))

@@ -22,9 +22,10 @@ from rnn2bin.distill import anneal, checkpoints, losses, states, trainer
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DivergedError, InterruptedRunError
 from rnn2bin.gates.estimators import BINARY, FLOAT
+from rnn2bin.kinds import CELLS
 from rnn2bin.measure import Candidate, compare
 from rnn2bin.recipe import Gates, Recipe, parse
-from rnn2bin.spec import CELLS, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
+from rnn2bin.spec import EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
 
 WORDS, H = 5, 6
 

@@ -11,7 +11,8 @@ from rnn2bin.cells.weights import Cell
 from rnn2bin.distill import window
 from rnn2bin.gates import estimators
 from rnn2bin.gates.estimators import Discretize
-from rnn2bin.spec import CELLS, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
+from rnn2bin.kinds import CELLS
+from rnn2bin.spec import EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
 
 T, B, I, H = 5, 3, 4, 6  # noqa: E741
 LAYERS = {

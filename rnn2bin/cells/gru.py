@@ -14,7 +14,7 @@ def step_reset_after(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate:
     read = fold(h, copies)
     pre = w.gate_pre(x, read)
     r, z = gate(pre).unbind(1)
-    assert w.candidate_bias_hh is not None  # spec.CellKind.candidate_bias_hh
+    assert w.candidate_bias_hh is not None  # kinds.CellKind.candidate_bias_hh
     recurrent = read @ w.candidate_hh.t() + w.candidate_bias_hh
     n = w.squash((x @ w.candidate_ih.t() + w.candidate_bias).repeat(1, copies) + r * recurrent.repeat(1, copies))
     return (z * h + (1 - z) * n,), pre
@@ -27,7 +27,7 @@ def step_output(x: Tensor, state: tuple[Tensor, ...], w: CellWeights, gate: Gate
     copies = c.shape[1] // w.candidate_hh.shape[0]
     pre = w.gate_pre(x, h)
     r, z, o = gate(pre).unbind(1)
-    assert w.candidate_bias_hh is not None  # spec.CellKind.candidate_bias_hh
+    assert w.candidate_bias_hh is not None  # kinds.CellKind.candidate_bias_hh
     recurrent = h @ w.candidate_hh.t() + w.candidate_bias_hh
     n = w.squash((x @ w.candidate_ih.t() + w.candidate_bias).repeat(1, copies) + r * recurrent.repeat(1, copies))
     c = z * c + (1 - z) * n

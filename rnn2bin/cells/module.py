@@ -26,7 +26,7 @@ class FloatNetwork(nn.Module):
     """Tokens or floats -> layers of one cell -> a linear layer, where `outputs` are asked for. Walks as the oracle does, step by step
     through autograd: exact, and slow; `walk=rnn2bin.distill.window.run_cell` in a call is faster, with the same gradients.
 
-    `cell`: a row of `spec.CELLS`. `input_size` of floats, or of what `vocabulary` tokens are embedded in; `depth` of deep cells; `readout`
+    `cell`: a row of `kinds.CELLS`. `input_size` of floats, or of what `vocabulary` tokens are embedded in; `depth` of deep cells; `readout`
     as in `spec.READOUTS`. Weights start uniform in ±1/sqrt(H), gates' biases at `gate_bias` by their letter, 0 where there is none. Raises
     UnsupportedError for a cell that is not there or sizes that do not fit it.
     """

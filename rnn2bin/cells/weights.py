@@ -94,7 +94,7 @@ class CellWeights:
     def peek(self, c: Tensor) -> Tensor:
         """c (B,n·H) -> what each gate sees of it (B,G,n·H). Diagonal: every copy of a unit its own cell, through the unit's one weight;
         full: the mean over copies of every cell."""
-        assert self.peephole is not None  # spec.CellKind.peepholes
+        assert self.peephole is not None  # kinds.CellKind.peepholes
         if self.peephole.ndim == 2:
             copies = c.shape[1] // self.hidden
             return (fold(c, copies) @ self.peephole.t()).unflatten(1, (-1, self.hidden)).repeat(1, 1, copies)

@@ -17,7 +17,7 @@ from rnn2bin.distill.windows import feedback, gru, highway, lstm, memory, rnn
 from rnn2bin.distill.windows.inputs import input_product, is_native
 from rnn2bin.distill.windows.parts import Drawn
 from rnn2bin.gates.estimators import SCORE, Discretize, logistic_noise
-from rnn2bin.spec import CELLS
+from rnn2bin.kinds import CELLS
 
 # By family. A cell without a window walks step by step through autograd: exact, and slower (docs/adding-a-cell.md).
 _RUN: dict[str, Callable[..., Trace]] = {

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from rnn2bin import spec as spec_module
 from rnn2bin.errors import UnsupportedError
 from rnn2bin.files import json_object
+from rnn2bin.kinds import CELLS
 from rnn2bin.recipe import LayerSource, LinearSource, SectionSource, Source
-from rnn2bin.spec import CELLS, DIRECTIONS, DecodeSpec, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
+from rnn2bin.spec import DIRECTIONS, DecodeSpec, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
 
 if TYPE_CHECKING:
     import torch

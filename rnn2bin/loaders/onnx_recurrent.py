@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rnn2bin.errors import UnsupportedError
+from rnn2bin.kinds import CELLS
 from rnn2bin.loaders.assemble import BLOCKS, CANDIDATE, split_direction
 from rnn2bin.loaders.graph import Direction
 from rnn2bin.loaders.onnx_proto import Operation
 from rnn2bin.loaders.onnx_trace import Tracer, Value, fixed, must, special
-from rnn2bin.spec import CELLS
 
 if TYPE_CHECKING:
     from torch import Tensor

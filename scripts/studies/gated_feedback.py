@@ -24,8 +24,9 @@ from rnn2bin import student
 from rnn2bin.cells.network import Network, Output, State
 from rnn2bin.distill.window import run_cell
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
+from rnn2bin.kinds import CELLS
 from rnn2bin.recipe import parse
-from rnn2bin.spec import CELLS, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
+from rnn2bin.spec import EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
 
 EMBEDDING = 64
 KINDS = {"RNN": ("rnn", "gf_tanh", []), "GRU": ("gru_reset_before", "gf_gru", ["r", "z"]), "LSTM": ("lstm", "gf_lstm", ["i", "f", "o"])}

@@ -24,7 +24,8 @@ from torch.nn import functional
 from rnn2bin.cells.network import Network, State
 from rnn2bin.distill.window import run_cell
 from rnn2bin.gates.estimators import FLOAT
-from rnn2bin.spec import CELLS, EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
+from rnn2bin.kinds import CELLS
+from rnn2bin.spec import EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
 
 VARIANTS = {
     "pseudo-LSTM": "pseudo",

@@ -59,7 +59,7 @@ void gate_name(const layer_config *layer, int gate, char name[4]) {
   if (layer->kind->deep != FLAT) name[1] = (char)('1' + gate / each);
 }
 
-/* Levels that a skip depends on are exactly 0 and 1 (spec.GateSpec). */
+/* Levels that a skip depends on are exactly 0 and 1 (kinds.GateSpec). */
 bool gate_learns(const layer_config *layer, int gate, int side) {
   if (gate >= layer->unit_gates) return false;
   char which = layer->kind->levels[gate % (int)strlen(layer->kind->levels)];

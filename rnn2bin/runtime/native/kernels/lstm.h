@@ -50,7 +50,7 @@ static void lstm_single_units(const cell *cell, const float *products, const flo
 }
 
 /* Where all gates are decisions: multipliers, c and h (H) of a few units at a time while they are in registers. What lets nothing in or out is
- * exactly 0 (spec.GateSpec), and where no unit at hand is shown there is no tanh. */
+ * exactly 0 (kinds.GateSpec), and where no unit at hand is shown there is no tanh. */
 static void lstm_units(const cell *cell, const float *products, const float *g, float *c, float *h) {
   const layer_config *layer = cell->layer;
   int hidden = layer->hidden, j = 0;
