@@ -373,6 +373,27 @@ def test_bytes_add_up_as_halves_do(cell, tmp_path):
     assert counters[0] < 0.8 * counters[1]
 
 
+@built
+@pytest.mark.parametrize("weights", ["fp16", "int8"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_output"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -3e38])
+def test_a_reset_forgets_values_that_are_no_numbers(cell, weights, bad, tmp_path):
+    """What a screened GRU keeps from step to step stays whole: the next sequence is that of a new state."""
+    network = network_of(cell, hidden=70, weights=weights)
+    model = both(network, tmp_path, compute="int8")[1]
+    x = inputs_of(network, steps=30, batch=1).numpy()
+    broken = x.copy()
+    broken[2, 0, 1] = bad
+    used, new = native_backend.Handle(model, 1), native_backend.Handle(model, 1)
+    used.run(broken, None, None)
+    used.reset()
+    after, fresh = np.zeros((2, 30, 1, 6), np.float32)
+    used.run(x, None, after)
+    new.run(x, None, fresh)
+    assert np.array_equal(after, fresh)
+    assert fresh.any()
+
+
 # Which weights an instruction set screens in integers.
 SCREENED = {"avx2": ("int8",), "avx512vnni": ("fp16", "int8"), "avx512wide": ("fp16", "int8")}
 

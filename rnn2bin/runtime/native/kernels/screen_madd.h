@@ -19,10 +19,11 @@ INLINE V v_size(V x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 /* Lanes of eight that lie below `count`. */
 INLINE __m256i first_of(int count) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 
-/* Eight values in units of a step, at most LARGEST of them; their norms are added. */
+/* Eight values in units of a step, at most LARGEST of them; their norms are added. What is no number becomes LARGEST, whatever its error: units
+ * stay such that what is kept of them can be taken back. */
 INLINE __m256i round_values(norms *sums, V x, float step) {
   V most = v_all(LARGEST), least = v_all(-LARGEST);
-  __m256i units = _mm256_cvtps_epi32(v_max(least, v_min(most, v_mul(x, v_all(1.0f / step)))));
+  __m256i units = _mm256_cvtps_epi32(v_max(least, _mm256_min_ps(v_mul(x, v_all(1.0f / step)), most)));
   V left = _mm256_fnmadd_ps(v_all(step), _mm256_cvtepi32_ps(units), x);
   sums->error = v_fma(left, left, sums->error);
   sums->two = v_fma(x, x, sums->two);
