@@ -538,7 +538,9 @@ def test_weights_touched_are_what_density_counts(case, tmp_path):
 @built
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512vnni", "avx512wide"])
 def test_every_instruction_set(isa, tmp_path):
-    """Each in a process of its own: the choice is made when a model is opened. What this processor lacks runs as the best it has."""
+    """Each in a process of its own: the choice is made when a model is opened. What this processor lacks runs as the best it has, once."""
+    if isa in ("avx512", "avx512vnni") and isa not in _processor().split():
+        pytest.skip(f"no {isa} here; avx512wide stands for what is lacking")
     code = f"""
 import torch
 from pathlib import Path
