@@ -1,6 +1,6 @@
 """Written memories: the pseudo-LSTM, the LSTM, and the six networks between them, at four learning rates.
 
-    python scripts/studies/written_memories.py           # an hour of one core
+    python scripts/studies/written_memories.py           # two hours of one core
     python scripts/studies/written_memories.py --quick   # a minute
 
 The pseudo-LSTM lacks three things that the basic LSTM has: (1) it reads after it writes, (2) its gates read the read-gated state, (3) its
