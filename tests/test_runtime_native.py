@@ -336,7 +336,8 @@ def test_a_stream_agrees_exactly_with_a_call(case, tmp_path):
     "case", [c for c in CASES if not {"soft", "weights"} & c.keys()], ids=lambda case: "-".join(str(v) for v in case.values())
 )
 def test_screening_changes_no_bit(case, scale, weights, tmp_path):
-    network = network_of(**{**case, "hidden": 70, "weights": weights}, scale=scale)
+    wide = {"proj": 60} if "proj" in case else {}  # narrow states have too few columns for AVX2's screen
+    network = network_of(**{**case, **wide, "hidden": 70, "weights": weights}, scale=scale)
     path = packed(network, tmp_path)
     exact, screened = (runtime.load(path, backend="native", compute=c) for c in ("fp16", "int8"))
     x = inputs_of(network, steps=40)
