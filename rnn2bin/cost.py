@@ -128,11 +128,12 @@ def _started(spec: SectionSpec) -> set[int]:
 
 
 def _inputs(x: Tensor | Lookup, below: Tensor | None, lengths: Tensor | None, backward: bool) -> Tensor | None:
-    """Non-zero values (T,B) of what a cell reads; the gradient is that of the layer below's bits."""
+    """Non-zero values (T,B) of what a cell reads; the gradient is that of the layer below's bits. While gates are soft no value is 0: what
+    counts is what their bits would let through."""
     if isinstance(x, Lookup):
         return None
     count = (x != 0).sum(-1).double()
-    count = count if below is None else count + below - below.detach()
+    count = count if below is None else below + (count - below.detach()).clamp_max(0)
     return reverse(count, lengths) if backward else count
 
 

@@ -565,7 +565,7 @@ def evaluate_files(source: str | Path, folder: str | Path, *, data: Any = None) 
     job = _evaluation_job(source, recipe, data, read_config(Path(folder)), readout=model.spec.main.readout)
     if job.teacher.spec not in (model.spec.floating, student.with_copies(model.spec, 1)):
         raise UsageError(f"{folder}: was not made from a network of this shape; give the source file it was converted from")
-    soft = anneal.soft_mode_at(recipe.gates, 1.0)
+    soft = anneal.soft_mode_at(recipe, 1.0)
     report = evaluation.evaluate_parts(
         teacher=job.teacher,
         model=model,

@@ -244,7 +244,7 @@ def memory(job: Any, network: Network) -> int:
     windowed = part.stream or job.task.windowed
     steps = min(part.inputs.shape[1], recipe.train.window) if windowed else part.inputs.shape[1]
     rows = recipe.train.batch_size if part.stream else min(recipe.train.batch_size, len(part))
-    cells, mode = network.cells().values(), anneal.mode_at(recipe.gates, 1.0)
+    cells, mode = network.cells().values(), anneal.mode_at(recipe, 1.0)
     in_c = {cell: native.takes(cell, cell.part("candidate").bias, cell.modes(mode)) for cell in cells}
     kept = sum(_kept(cell.layer, in_c=in_c[cell]) for cell in cells)
     working = max(_working(cell.layer, in_c=in_c[cell]) for cell in cells)
@@ -330,7 +330,7 @@ def probe_training(job: Any, network: Network) -> tuple[int, float, float]:
     seconds: list[float] = []
     asking: list[float] = []
     for k in range(WARM_UP + PROBE_STEPS):
-        mode = anneal.mode_at(recipe.gates, k % 2)
+        mode = anneal.mode_at(recipe, k % 2)
         began = time.perf_counter()
         batch = feed[k]
         prepared = tasks.prepare(task, batch, job.teacher, walk=walk)
@@ -362,7 +362,7 @@ def probe_measurements(job: Any, network: Network) -> tuple[float, float]:
     """Seconds of one measurement during training, and of the report at the end, each from a few sequences and scaled by steps."""
     selection = distiller.selection_part(job.parts.valid)
     small = few(selection)
-    teacher, soft = Candidate(job.teacher, FLOAT, run_cell), Candidate(network, anneal.soft_mode_at(job.recipe.gates, 1.0), run_cell)
+    teacher, soft = Candidate(job.teacher, FLOAT, run_cell), Candidate(network, anneal.soft_mode_at(job.recipe, 1.0), run_cell)
     hard, oracle = Candidate(network, BINARY, run_cell), Candidate(network, BINARY)
     compare(job.task, small, teacher, {"hard": hard})  # warm-up
     during = _seconds(lambda: compare(job.task, small, teacher, {"hard": hard, "soft": soft}, judges_teacher=False))

@@ -38,6 +38,7 @@ Estimator = Literal[
     "reinforce",
 ]
 # fmt: on
+SOFT_ESTIMATORS = frozenset({"gumbel", "gumbel-softmax", "hard-concrete", "sigmoid", "hard-sigmoid"})  # values between 0 and 1 in training
 
 if TYPE_CHECKING:
     CellName = str
@@ -385,7 +386,11 @@ class Gates(Closed):
     reinforce: Reinforce = Reinforce()
     temperature: Schedule = Schedule(start=1.0, end=0.1)
     slope: Schedule = Schedule(schedule="linear", start=2.0, end=3.0)
-    straight_through_from: Share = Field(0.1, description="progress from which the forward pass uses bits; 1: never")
+    straight_through_from: Share | Literal["auto"] = Field(
+        "auto",
+        description="progress from which the forward pass uses bits; 1: never. auto: 0.1; with a density budget or a price 0 where the "
+        "estimator's gates are soft, which read everything",
+    )
     closed_loop: bool = Field(False, description="anneal only while the hard metric keeps up with its best")
 
     def decisions(self, *, priced: bool) -> int:
@@ -535,6 +540,14 @@ class Recipe(Closed):
         if self.train.learning_rate != "auto":
             return self.train.learning_rate
         return 1e-3 if self.budget.density is None else 1.6e-2
+
+    @property
+    def straight_through_from(self) -> float:
+        """`gates.straight_through_from`, settled. What weights cost is counted from bits: a soft gate would be priced for what it does not
+        do; docs/decisions/042-bits-under-a-budget.md."""
+        if self.gates.straight_through_from != "auto":
+            return self.gates.straight_through_from
+        return 0.0 if self.budget.counts and self.gates.estimator in SOFT_ESTIMATORS else 0.1
 
     @property
     def output_gate(self) -> bool:

@@ -121,6 +121,33 @@ def test_the_layer_below_is_paid_for_what_the_layer_above_reads():
     assert float(grad.view(3, -1)[2].sum()) > 0
 
 
+def test_soft_gates_let_through_what_their_bits_would():
+    """No value of a soft layer's output is 0: counted as it stands, the layer above would read all of it whatever the gates do."""
+    teacher = teacher_of("lstm")
+    network = student.student(teacher, recipe_of(gates={"copies": 2}).gates)
+    prepared = prepared_of(teacher, stream())
+    soft = prepared.forward(network, mode=Discretize("sigmoid"), walk=run_cell)
+    assert bool((soft.inputs[1] != 0).all())  # the test can fail
+    read = [*cost.cells(network, prepared, soft)]
+    open_below = read[0].units(cost.bits, opened=2)
+    assert torch.equal(read[1].inputs, open_below)
+    assert float(open_below.mean()) < teacher.spec.main.layers[0].hidden_size
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 0.1),
+        ({"budget": {"density": 0.1}}, 0.0),
+        ({"budget": {"price": 0.1}}, 0.0),
+        ({"budget": {"density": 0.1}, "gates": {"estimator": "gumbel-hard"}}, 0.1),
+        ({"budget": {"density": 0.1}, "gates": {"straight_through_from": 0.3}}, 0.3),
+    ],
+)
+def test_gates_are_bits_from_the_start_where_what_they_read_has_a_price(settings, expected):
+    assert recipe_of(**settings).straight_through_from == expected
+
+
 @pytest.mark.parametrize(("cell", "wanted", "copies", "scale"), [("lstm", 0.15, 1, 0.02), ("lstm", 0.15, 3, 50.0), ("gru", 0.2, 2, 1.0)])
 def test_the_wanted_density_is_reached_within_a_hundredth_whatever_the_scale_of_the_loss(cell, wanted, copies, scale, tmp_path):
     teacher = teacher_of(cell, hidden=32)

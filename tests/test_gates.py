@@ -35,7 +35,7 @@ from rnn2bin.gates.estimators import (
     sample,
 )
 from rnn2bin.measure import Candidate, compare
-from rnn2bin.recipe import Recipe, Schedule, parse
+from rnn2bin.recipe import SOFT_ESTIMATORS, Estimator, Recipe, Schedule, parse
 from rnn2bin.runtime.torch_backend import Model
 from rnn2bin.spec import EmbeddingSpec, LayerSpec, LinearSpec, RnnSpec, SectionSpec
 
@@ -115,6 +115,10 @@ def test_the_threshold_is_a_probability_of_one_half():
     wanted = [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
     for estimator in BITS:
         assert sample(Discretize(estimator, slope=3.0, temperature=0.1), pre).tolist() == wanted, estimator
+
+
+def test_the_recipe_knows_which_estimators_are_soft():
+    assert set(get_args(Estimator)) - BITS == SOFT_ESTIMATORS
 
 
 @pytest.mark.parametrize("estimator", sorted(BITS))

@@ -273,7 +273,7 @@ def test_the_checkpoint_best_by_the_hard_metric_is_restored(tmp_path):
     task = tasks.resolve(recipe_of(), network.spec, valid)
     again = compare(task, valid, Candidate(teacher_of("lstm"), FLOAT), {"hard": Candidate(network, BINARY, run_cell)})["hard"].value
     assert again == pytest.approx(best.hard, rel=1e-6)
-    assert trained.soft_mode == anneal.soft_mode_at(recipe_of(gates=case["gates"]).gates, best.progress)
+    assert trained.soft_mode == anneal.soft_mode_at(recipe_of(gates=case["gates"]), best.progress)
 
 
 @pytest.mark.parametrize(("tolerance", "steps", "binarized"), [(1e9, 8, True), (0, 10, False)])
@@ -330,12 +330,12 @@ def test_selection_part_is_cut_and_keeps_its_order():
 
 
 def test_straight_through_from_one_means_never():
-    gates = recipe_of(gates={"straight_through_from": 1.0}).gates
-    assert [anneal.mode_at(gates, p).estimator for p in (0.0, 0.99, 1.0)] == ["gumbel"] * 3
+    never = recipe_of(gates={"straight_through_from": 1.0})
+    assert [anneal.mode_at(never, p).estimator for p in (0.0, 0.99, 1.0)] == ["gumbel"] * 3
 
 
 def test_straight_through_begins_at_its_share():
-    half = recipe_of(gates={"straight_through_from": 0.5}).gates
+    half = recipe_of(gates={"straight_through_from": 0.5})
     assert [anneal.mode_at(half, p).estimator for p in (0.49, 0.5)] == ["gumbel", "straight-through"]
     assert anneal.soft_mode_at(half, 0.9).estimator == "sigmoid"
 

@@ -31,7 +31,7 @@ from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import DivergedError, InterruptedRunError
 from rnn2bin.gates import schedules
 from rnn2bin.gates.estimators import BINARY, FLOAT, Discretize
-from rnn2bin.recipe import Gates, Recipe
+from rnn2bin.recipe import Recipe
 
 STATE, BEST, MEANS = "distill.json", "best.safetensors", "means.safetensors"
 
@@ -85,9 +85,10 @@ class Trained:
     seconds_before: float = field(default=0.0, compare=False)  # that earlier processes spent on the steps this one went on from
 
 
-def mode_at(gates: Gates, progress: float) -> Discretize:
+def mode_at(recipe: Recipe, progress: float) -> Discretize:
     """How binary gates are sampled in training at this progress."""
-    straight = gates.straight_through_from < 1 and progress >= gates.straight_through_from
+    gates, bits_from = recipe.gates, recipe.straight_through_from
+    straight = bits_from < 1 and progress >= bits_from
     return Discretize(
         "straight-through" if straight else gates.estimator,
         temperature=schedules.value(gates.temperature, progress),
@@ -97,9 +98,9 @@ def mode_at(gates: Gates, progress: float) -> Discretize:
     )
 
 
-def soft_mode_at(gates: Gates, progress: float) -> Discretize:
+def soft_mode_at(recipe: Recipe, progress: float) -> Discretize:
     """The student's gates without bits and noise at the same temperature and slope."""
-    mode = replace(mode_at(gates, progress), estimator=gates.estimator)
+    mode = replace(mode_at(recipe, progress), estimator=recipe.gates.estimator)
     return mode.soft()
 
 
@@ -173,7 +174,7 @@ class AnnealTrainer(Trainer):
         )
 
     def training_mode(self) -> Discretize:
-        return FLOAT if self.float_student else mode_at(self.recipe.gates, self.progress)
+        return FLOAT if self.float_student else mode_at(self.recipe, self.progress)
 
     def after_step(self) -> None:
         """Moves the anneal and the average on; levels back into bounds. DivergedError where a weight is not finite: before it is measured
@@ -206,7 +207,7 @@ class AnnealTrainer(Trainer):
         return metrics
 
     def _measured(self) -> Point:
-        soft_mode = FLOAT if self.float_student else soft_mode_at(self.recipe.gates, self.progress)
+        soft_mode = FLOAT if self.float_student else soft_mode_at(self.recipe, self.progress)
         found = processes.lead(lambda: self.measure(FLOAT if self.float_student else BINARY, soft_mode))
         if not (math.isfinite(found.hard) and math.isfinite(found.soft)):
             raise self.diverged(f"{self.metric} is {found.hard} with hard gates and {found.soft} with soft ones")
@@ -404,7 +405,7 @@ def fit(
             raise InterruptedRunError(f"interrupted at step {trainer.state.global_step}; the same command with --resume goes on from there")
     trainer.choose_best()
     at = next(p for p in trainer.history if p.step == trainer.best_step)
-    soft = FLOAT if trainer.float_student else soft_mode_at(trainer.recipe.gates, at.progress)
+    soft = FLOAT if trainer.float_student else soft_mode_at(trainer.recipe, at.progress)
     return Trained(
         trainer.history,
         soft,
