@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from rnn2bin import graph_paths
 from rnn2bin.cells.network import EQUATIONS, Lookup, Network, Output, Trace, reverse, valid_steps
 from rnn2bin.cells.weights import Cell
 from rnn2bin.spec import DIRECTIONS, LayerSpec, SectionSpec
@@ -107,18 +108,19 @@ def cells(network: Network, prepared: Prepared, output: Output, *, bit: Bits = b
     """Every cell of the network on this batch."""
     traces, reads, real = iter(output.traces), iter(output.inputs), iter(output.lengths)
     for section, spec in network.spec.sections.items():
-        below: Tensor | None = None
+        below = graph_paths.layers_below(spec.graph) if spec.graph else {k: k - 1 for k in range(1, len(spec.layers))}
+        emitted: dict[int, Tensor] = {}  # by layer, where its bits say it
         for index, layer in enumerate(spec.layers):
             rested = prepared.batch.first and section != "decoder" and index not in _started(spec)
             x, opened = next(reads), []
-            read_above = not spec.graph and index + 1 < len(spec.layers)
             for direction in DIRECTIONS[: layer.directions]:
                 name, backward, lengths = f"{section}.layers.{index}.{direction}", direction == "bwd", next(real)
-                cell = network.cells()[name]
-                read = Read(name, cell, next(traces), _inputs(x, below, lengths, backward), lengths, rested, pairs=pairs)
-                opened.append(_emitted(read, bit, backward=backward) if read_above else None)
+                cell, seen = network.cells()[name], _inputs(x, emitted.get(below.get(index, -1)), lengths, backward)
+                read = Read(name, cell, next(traces), seen, lengths, rested, pairs=pairs)
+                opened.append(_emitted(read, bit, backward=backward) if index in below.values() else None)
                 yield read
-            below = None if any(o is None for o in opened) else torch.stack([o for o in opened if o is not None]).sum(0)
+            if all(o is not None for o in opened):
+                emitted[index] = torch.stack([o for o in opened if o is not None]).sum(0)
 
 
 def _started(spec: SectionSpec) -> set[int]:

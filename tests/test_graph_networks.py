@@ -8,6 +8,7 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,14 @@ from tolerances import assert_close
 from torch import nn
 
 import rnn2bin
-from rnn2bin import bench, cli, loaders, pipeline, runtime
+from rnn2bin import bench, cli, cost, graph_paths, loaders, pipeline, runtime
 from rnn2bin import spec as specs
 from rnn2bin.cells.network import Lookup, Network, teacher_network, walk
 from rnn2bin.data import Part
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import UnsupportedError, UsageError
 from rnn2bin.evaluation.parity import parity
+from rnn2bin.gates.estimators import BINARY, Discretize, Sample
 from rnn2bin.loaders.graph import Direction, GraphBuilder
 from rnn2bin.loaders.token_layers import with_token_layers
 from rnn2bin.runtime import graph_backend, library, native_backend
@@ -455,6 +457,43 @@ def test_a_layer_that_reads_nothing_but_rows_gets_the_tokens(name, monkeypatch):
     student, rows = filled(made.spec), filled(before.spec)
     for walked in (walk, run_cell):
         assert_close(student(x, walk=walked).y, rows(x, walk=walked).y)
+
+
+def stacked(g: GraphBuilder, between: str):
+    """Tokens -> LSTM -> what stands between -> LSTM -> linear of both outputs."""
+    first, _, _ = g.recurrent("lstm", time_first(g, "input"), directions("lstm", E))
+    x = first if between == "nothing" else g.add("Relu", first) if between == "Relu" else time_first(g, time_first(g, first))
+    second, _, _ = g.recurrent("lstm", x, directions("lstm", H))
+    both = g.add("Add", time_first(g, first), time_first(g, second))
+    return g.network(linear(g, both, H, V), input_shape=(), embedding=weights(V, E))
+
+
+@pytest.mark.parametrize(("between", "below"), [("nothing", {1: 0}), ("twice turned", {1: 0}), ("Relu", {})])
+def test_what_a_layer_lets_through_to_the_next_is_counted_and_has_a_price(between, below):
+    """Both with a gradient and while gates are soft, when no value is 0 and the next layer would seem to read all."""
+    made = stacked(GraphBuilder(), between)
+    assert graph_paths.layers_below(made.spec.main.graph) == below
+    main = made.spec.main
+    network = filled(RnnSpec({"main": replace(main, layers=tuple(replace(layer, copies=2) for layer in main.layers))})).requires_grad_()
+    x = torch.from_numpy(INPUTS["attention"]).transpose(0, 1)
+    bit = lambda pre: Sample.apply(pre, None, Discretize("straight-through", backward="sigmoid"))
+    for mode in (BINARY, Discretize("sigmoid")):
+        prepared = SimpleNamespace(batch=SimpleNamespace(first=True))
+        first, second = cost.cells(network, prepared, network(x, mode=mode, walk=run_cell), bit=bit)
+        if below:
+            assert second.inputs.requires_grad
+            opened = first.units(cost.bits, opened=2)
+            zeros = int((opened - second.inputs.detach()).sum())  # open, but the memory behind it is still 0
+            assert (zeros > 0) == (mode is BINARY)
+            assert bool((second.inputs <= opened).all())
+        else:
+            assert not second.inputs.requires_grad
+
+
+def test_a_layer_that_walks_over_the_batch_of_another_reads_none_of_its_steps():
+    turned = Node("Transpose", ("y",), ("x",), {"perm": [1, 0, 2]})
+    nodes = (Node("Recurrent", ("input",), ("y",), {"layer": 0}), turned, Node("Recurrent", ("x",), ("z",), {"layer": 1}))
+    assert graph_paths.layers_below(GraphSpec(nodes, "z", (), H, per_step=True)) == {}
 
 
 def test_rows_that_are_changed_or_turned_on_their_side_are_no_tokens():

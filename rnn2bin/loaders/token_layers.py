@@ -7,9 +7,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
+from rnn2bin.graph_paths import axes_after, way_back
 from rnn2bin.spec import GraphSpec, Node, SectionSpec
-
-ALONG = ("Identity", "Dropout", "Transpose", "Compact")  # move whole rows about, so they may move tokens instead
 
 
 def with_token_layers(section: SectionSpec) -> SectionSpec:
@@ -36,20 +35,10 @@ def needed(nodes: Sequence[Node], output: str) -> tuple[Node, ...]:
 
 def _way(graph: GraphSpec, name: str) -> list[Node] | None:
     """The nodes between `input` and a value that is nothing but its rows, time first; None where it is something else."""
-    made = {out: node for node in graph.nodes for out in node.outputs}
-    way: list[Node] = []
-    while name != "input":
-        node = made.get(name)
-        if node is None or node.op not in ALONG or node.outputs[0] != name:
-            return None
-        way.insert(0, node)
-        name = node.inputs[0]
-    axes = "BTE" if graph.batch_first else "TBE"
-    for perm in (node.attributes.get("perm") or [2, 1, 0] for node in way if node.op == "Transpose"):  # none given: all reversed
-        if perm[-1] != 2:
-            return None  # rows would be taken apart
-        axes = "".join(axes[at] for at in perm)
-    return way if axes == "TBE" else None
+    source, way = way_back(graph, name)
+    if source != "input":
+        return None
+    return way if axes_after(way, "BTE" if graph.batch_first else "TBE") == "TBE" else None
 
 
 def _by_tokens(graph: GraphSpec, layer: int, way: Sequence[Node]) -> GraphSpec:
