@@ -17,6 +17,7 @@ ORDER = [
     "processes",
     "kinds",
     "spec",
+    "graph_paths",
     "yaml_tree",
     "recipe",
     "recipe_yaml",
