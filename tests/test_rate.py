@@ -54,9 +54,11 @@ def test_short_runs_are_a_share_of_the_long_one(steps, short, with_budget):
 
 @pytest.mark.parametrize(("given", "start"), [({}, 1e-3), ({"budget": {"density": 0.3}}, 1.6e-2)])
 def test_a_run_too_short_to_look_takes_the_rate_that_others_start_from(given, start):
-    recipe = Recipe(**given)
-    ladder = rate.ladder(recipe)
-    assert ladder.rates[ladder.first] == recipe.learning_rate == start
+    for steps, times in ((100, 1.0), (1000, 1.0), (3999, 0.5 if given else 1.0)):
+        recipe = Recipe(train={"steps": steps}, **given)
+        ladder = rate.ladder(recipe)
+        assert ladder.rates[ladder.first] == start
+        assert recipe.learning_rate == pytest.approx(start * times, rel=1e-3)
 
 
 def test_with_a_budget_a_short_run_that_reads_too_much_is_behind_all_that_do_not(tmp_path, monkeypatch):
@@ -73,7 +75,7 @@ def test_with_a_budget_a_short_run_that_reads_too_much_is_behind_all_that_do_not
     monkeypatch.setattr(trainer, "train", trained)
     recipe, tried = rate.find(given.pop("student"), given.pop("teacher"), **given)
     assert [one.rate for one in tried] == list(ends)
-    assert recipe.learning_rate == 5e-2
+    assert recipe.learning_rate == pytest.approx(5e-2 * (250 / 4000) ** 0.5)
 
 
 def job(tmp_path) -> dict:
