@@ -474,8 +474,8 @@ class Train(Closed):
     accumulation: Count = Field(1, description="batches a weight update is averaged over")
     learning_rate: Positive | Literal["auto"] = Field(
         "auto",
-        description="auto: the best of a few short runs; 0.001 in runs of less than 500 steps and for modules. With a density budget 0.016 "
-        "up to 1,000 steps, the best of short runs from 4,000 on, and lower by the root of how many times longer a run is",
+        description="auto: the best of a few short runs; 0.001 in runs of less than 500 steps and for modules, with a density budget 0.016 "
+        "in runs of less than 4,000",
     )
     final_learning_rate: Share = Field(0.02, description="share of the learning rate left at the end (cosine)")
     warmup: Share = Field(0.02, description="share of the steps over which the learning rate rises")
@@ -539,7 +539,7 @@ class Recipe(Closed):
         """The highest rate of the run, where none is looked for; docs/decisions/014-density-rate.md, 018-default-rate.md, 028-rate.md."""
         if self.train.learning_rate != "auto":
             return self.train.learning_rate
-        return 1e-3 if self.budget.density is None else 1.6e-2 * min(1.0, 1000 / self.train.steps) ** 0.5
+        return 1e-3 if self.budget.density is None else 1.6e-2
 
     @property
     def straight_through_from(self) -> float:

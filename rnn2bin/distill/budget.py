@@ -29,6 +29,7 @@ STEP = 0.03  # the share by which the price moves at a step, up while the densit
 STAYS = 0.5  # of the longer mean: an error below that is on its way to 0, and a price that still rose would carry the density beyond
 # What one batch reads scatters around what the network reads, widely where sequences are short: both means are over the last steps.
 NEAR, FAR = 0.8, 0.95
+TOO_DENSE = -1e6  # what a checkpoint is worth that reads too much, less than any metric
 
 # Counted in bits; the gradient is that of σ(pre), which reaches every unit and not only those near the threshold.
 _COUNT = Discretize("straight-through", slope=1.0, backward="sigmoid")
@@ -122,4 +123,4 @@ def choice(worth: float, found: float | None, wanted: float | None) -> float:
     """What a checkpoint is worth, higher is better: its metric; one that reads too much stands behind all that do not, the densest last."""
     if found is None or wanted is None or found <= wanted + TOLERANCE:
         return worth
-    return -1e6 - found
+    return TOO_DENSE - found

@@ -1,8 +1,8 @@
 """The rate of learning that a network wants, found by short runs of the whole anneal (docs/decisions/028-rate.md).
 
 What a rate does depends on the network more than on anything a recipe could say: a converged one is harmed by the rate that another needs
-to get anywhere. A short run, annealed and decayed to its end, tells networks apart. Each starts from the same calibrated student and is
-measured as checkpoints are, on the validation part with hard gates. With a budget a longer run wants a lower rate than a short one.
+to get anywhere. A short run, annealed and decayed to its end, put rates in the order of the long one where that was tried. Each
+starts from the same calibrated student and is measured as checkpoints are, on the validation part with hard gates.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ log = logging.getLogger("rnn2bin")
 @dataclass(frozen=True)
 class Ladder:
     """What is tried: from `rates[first]` on, each for `share` of the conversion's steps, within bounds; a conversion of fewer than
-    `shortest` steps is not worth it and takes the default. `usual` and `most` count short runs. The best rate is lowered by the `falls`th
-    power of how many times longer the conversion is."""
+    `shortest` steps is not worth it and takes the default. Of two rates the lower is taken where its metric is behind by no more than a share
+    of `ties`. `usual` and `most` count short runs."""
 
     rates: tuple[float, ...]
     first: int
     share: float
     bounds: tuple[int, int]
     shortest: int
-    falls: float
+    ties: float
     usual: int = 3
     most: int = 4
 
 
-FREE = Ladder(rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2), first=2, share=1 / 40, bounds=(50, 200), shortest=500, falls=0.0)
-# A budget has to be reached first, and what it needs shows later: a short run is longer.
-BUDGET = Ladder(rates=(5e-4, 1.6e-3, 5e-3, 1.6e-2, 5e-2), first=3, share=1 / 16, bounds=(250, 1000), shortest=4000, falls=0.5)
+FREE = Ladder(rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2), first=2, share=1 / 40, bounds=(50, 200), shortest=500, ties=0.0)
+# A budget has to be reached first, and what it needs shows later: a short run is longer. Long runs bear less than short ones do.
+BUDGET = Ladder(rates=(5e-4, 1.6e-3, 5e-3, 1.6e-2, 5e-2), first=3, share=1 / 16, bounds=(250, 1000), shortest=4000, ties=0.005)
 LOWER, ATTEMPTS = 10**-0.5, 3  # where training diverges at a rate that was not given, it starts over at so much of it
 FOLDER = "rate-"  # before the rate: where a short run's checkpoint lies
 
@@ -68,19 +68,24 @@ def with_rate(recipe: Recipe, rate: float) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": rate})})
 
 
-def climb(measure: Callable[[float], float], rates: tuple[float, ...], *, first: int) -> dict[float, float]:
-    """From `rates[first]` down while that is better, else up while that is: what was measured, in that order; more is better."""
-    found = {first: measure(rates[first])}
+def climb(measure: Callable[[float], float], rates: tuple[float, ...], *, first: int, ties: float = 0.0) -> float:
+    """From `rates[first]` down while that is better, or as good by `ties`; else up while that is better: where it ends. More is better."""
+    best, at = measure(rates[first]), first
     for way in (-1, 1):
-        at = first
         while 0 <= (new := at + way) < len(rates):
-            found[new] = measure(rates[new])
-            if found[new] <= found[at]:
+            value = measure(rates[new])
+            if not better(value, best, ties=ties * -way):
                 break
-            at = new
+            best, at = value, new
         if at != first:
             break
-    return {rates[at]: value for at, value in found.items()}
+    return rates[at]
+
+
+def better(value: float, than: float, *, ties: float) -> bool:
+    """With positive `ties` even where it is behind by that share, with negative ones only where it is ahead by it."""
+    margin = ties * abs(than) if min(value, than) > budgets.TOO_DENSE else 0.0
+    return value > than - margin
 
 
 def find(
@@ -114,9 +119,8 @@ def find(
         return budgets.choice(sign * last.hard, last.density, recipe.budget.density)
 
     used = ladder(recipe)
-    found = climb(measure, used.rates, first=used.first)
-    best = max(found, key=lambda rate: found[rate])
-    return with_rate(recipe, best * (count / recipe.train.steps) ** used.falls), tuple(Tried(*one) for one in metrics.items())
+    best = climb(measure, used.rates, first=used.first, ties=used.ties)
+    return with_rate(recipe, best), tuple(Tried(*one) for one in metrics.items())
 
 
 def train(student: Network, *args: Any, recipe: Recipe, out: Path, lower: bool, **given: Any) -> anneal.Trained:
