@@ -28,7 +28,7 @@ log = logging.getLogger("rnn2bin")
 @dataclass(frozen=True)
 class Ladder:
     """What is tried: from `rates[first]` on, each for `share` of the conversion's steps, within bounds; a conversion of fewer than
-    `shortest` steps is not worth it and takes the default. Of two rates the lower is taken where its metric is behind by no more than a share
+    `shortest` steps is not worth it and takes the default. Of two rates the lower is taken where its metric is behind by at most a share
     of `ties`. `usual` and `most` count short runs."""
 
     rates: tuple[float, ...]
