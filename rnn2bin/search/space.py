@@ -61,7 +61,6 @@ KNOBS: Mapping[str, Knob | Shares] = MappingProxyType(
     {
         DENSITY: Range(0.05, 0.6, log=True),
         "gates.copies": Choice((1, 2, 4, 8, 16)),
-        "gates.straight_through_from": Range(0.05, 0.5),
         "loss.task": Range(0.0, 0.9),
         "loss.hidden": Choice((0.0, 1.0, 5.0, 20.0)),
         "train.learning_rate": Range(5e-4, 3.2e-2, log=True),
