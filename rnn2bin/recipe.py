@@ -377,7 +377,9 @@ class Gates(Closed):
         "when others read it. auto: with a density budget or a price, which a GRU without one pays with its memory",
     )
     estimator: Estimator = Field(
-        "gumbel", description="how a gate is made discrete in training; docs/estimators.md has equation, bias and cost of each"
+        "gumbel",
+        description="how a gate is made discrete in training; docs/estimators.md has equation, bias and cost of each. With a density "
+        "budget soft ones are used only if `straight_through_from` is given",
     )
     backward: Literal["sigmoid", "hard-sigmoid", "identity"] = Field(
         "sigmoid", description="gradient of the estimators whose forward is a bit"

@@ -144,8 +144,25 @@ def _validate(root: Node) -> tuple[Recipe | None, list[tuple[str, Problem]]]:
     try:
         return Recipe.model_validate(root.plain(), strict=True), []
     except ValidationError as error:
-        details = error.errors(include_url=False, include_input=False)
+        details = _one_a_knob(error.errors(include_url=False, include_input=False))
         return None, [(each["type"], problem) for each in details if (problem := _problem(root, each))]
+
+
+def _one_a_knob(details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Of a knob that is a number or a word pydantic finds fault with both, each under a name of its own: one finding, about the number."""
+    found: list[ErrorDetails] = []
+    for each in details:
+        knob = tuple(part for part in each["loc"] if part != "[key]")[:-1]
+        field = _field(knob) if knob else None
+        if field is not None and get_origin(_bare(field.annotation)) in (Union, UnionType):
+            word = each["type"] == "literal_error"
+            if word and found and found[-1]["loc"] == knob:
+                context = found[-1].get("ctx", {}) | {"words": each["ctx"]["expected"]}
+                found[-1] = {**found[-1], "ctx": context}
+                continue
+            each = {**each, "loc": knob}
+        found.append(each)
+    return found
 
 
 def _problem(root: Node, error: ErrorDetails) -> Problem | None:
@@ -204,7 +221,8 @@ def _message(error: ErrorDetails, path: KnobPath, node: Node) -> str:
         quotes = "" if node.children is not None or not node.given else f'; put quotes around it: "{show(node.given)}"'
         return f"must be text; given {_given(node)}{quotes}"
     if kind in _WANTED:
-        return f"{_WANTED[kind].format(**context)}; given {_given(node)}"
+        words = "".join(f" or {word}" for word in re.findall(r"'([^']*)'", context.get("words", "")))
+        return f"{_WANTED[kind].format(**context)}{words}; given {_given(node)}"
     return _show_message(error)
 
 

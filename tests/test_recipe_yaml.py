@@ -430,3 +430,18 @@ def test_schema_is_json_and_closed() -> None:
     found = json.loads(json.dumps(schema()))
     assert found["additionalProperties"] is False
     assert set(found["properties"]) == set(Recipe.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("train.learning_rate=atuo", "must be a number or auto; given atuo"),
+        ("train.learning_rate=-1", "must be more than 0 or auto; given -1"),
+        ("gates.copies=atuo", "must be a whole number or auto; given atuo"),
+        ("gates.output=7", "must be true or false or auto; given 7"),
+        ("budget.density=x", "must be a number; given x"),
+    ],
+)
+def test_a_knob_that_is_a_number_or_a_word_gives_one_reason(override: str, reason: str) -> None:
+    assert override_reasons(override) == [f"--set {override}: {reason}"]
+    assert read("anneal", overrides=[f"{override.partition('=')[0]}=auto"] if "auto" in reason else []) is not None

@@ -76,7 +76,7 @@ def climb(measure: Callable[[float], float], rates: tuple[float, ...], *, first:
             value = measure(rates[new])
             if not better(value, best, ties=ties * -way):
                 break
-            best, at = value, new
+            best, at = max(best, value), new
         if at != first:
             break
     return rates[at]
