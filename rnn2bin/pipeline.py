@@ -338,7 +338,10 @@ def _convert(
         from rnn2bin.search import descent
 
         network, trained, searched = descent.descend(job, network, trained, work, resume=resume, report=progress, callbacks=callbacks)
-    fine_tuned = _float_control(job, work, trained=trained, resume=resume) if recipe.report.float_same_compute else None
+    fine_tuned = None
+    if recipe.report.float_same_compute:
+        steps = trained.steps if recipe.searched else None  # as long as all the trainings behind the student together
+        fine_tuned = float_control(job, work, rate_found=trained.rate if trained.tried else None, steps=steps, resume=resume)
     seconds = trained.seconds_before + time.perf_counter() - began
     network.eval()
 
@@ -402,17 +405,20 @@ def made(folder: Path, recipe: Recipe) -> dict[str, Any]:
     return {"model_sha256": storage.sha256(folder / pack.WEIGHTS), "machine": machine.computing(recipe.train.precision)}
 
 
-def _float_control(job: Job, work: Path, *, trained: anneal.Trained, resume: bool) -> Network:
-    """The float network, fine-tuned with the same data, losses and steps: what of the student's metric is plain further training."""
+def float_control(job: Job, work: Path, *, rate_found: float | None = None, steps: int | None = None, resume: bool = False) -> Network:
+    """The float network, fine-tuned with the same data, losses and steps: what of the student's metric is plain further training.
+
+    `rate_found`, `steps`: those of the student, where its recipe does not say them. Without a budget, which brings a rate that would only
+    harm a network that has no gates to close."""
     hidden = job.recipe.loss.hidden_weight(
         job.task.name, priced=job.recipe.budget.counts
     )  # what the student had: `auto` asks for the budget
     loss = job.recipe.loss.model_copy(update={"hidden": hidden})
-    recipe = job.recipe.model_copy(update={"budget": Budget(), "loss": loss})  # nor the rate that a budget brings: it would only harm
-    if trained.tried and job.recipe.budget.density is None:
-        recipe = rate.with_rate(recipe, trained.rate)
-    if recipe.searched:  # as long as all the trainings behind the student together
-        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": trained.steps})})
+    recipe = job.recipe.model_copy(update={"budget": Budget(), "loss": loss})
+    if rate_found is not None and job.recipe.budget.density is None:
+        recipe = rate.with_rate(recipe, rate_found)
+    if steps is not None:
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})})
     network = Network(job.teacher.spec)
     network.load_state_dict(job.teacher.state_dict())
     folder = work / FLOAT_CONTROL

@@ -4,6 +4,7 @@
     python scripts/results.py g2p --budget 0.25            # the same with sparse.yaml
     python scripts/results.py g2p --levels strict
     python scripts/results.py g2p --bench                  # the same row, its speed measured again on a machine at rest
+    python scripts/results.py g2p --control                # the same row, with the float network trained as long, where it has none
     python scripts/results.py --table --plot               # docs/results.md, README.md and docs/results.png from docs/results.json
 
 A row is data (scripts/public_data.py), `rnn2bin convert`, its report, and `rnn2bin bench` where the native runtime takes the network.
@@ -17,6 +18,7 @@ import resource
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import results_table
+
+from rnn2bin import measure, pipeline, recipe_yaml
+from rnn2bin.distill.window import run_cell
+from rnn2bin.gates.estimators import FLOAT
+from rnn2bin.measure import Candidate
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "docs" / "results.json"
@@ -67,6 +74,7 @@ BUDGETS, LEVELS = ("none", "0.25", "0.10"), ("learned", "strict")
 STEPS = {True: 4000, False: 16_000}  # the recipes' own: without a budget batches of 64, with one of 32
 LONG = 5  # such cases get so many times fewer
 MEASUREMENTS = 8
+TEACHERS_AGREE = 1e-4  # relative: the same network on the same data, another machine's float sums
 
 
 # ---- a row --------------------------------------------------------------------------------------------------------------------
@@ -153,18 +161,26 @@ def model_of(asked: Asked) -> Path:
 
 
 def training(asked: Asked, steps: int) -> list[str]:
-    """How every case is trained: the default recipe, or sparse.yaml; as many steps as the rule says, measured eight times on the way."""
-    knobs = [f"train.steps={steps}", f"train.max_steps={steps}", f"train.evaluate_every={max(1, steps // MEASUREMENTS)}"]
-    if asked.levels == "strict":
-        knobs += ["gates.levels=strict"]
-    if not asked.free:
-        return ["--recipe", "sparse.yaml", *sets([f"budget.density={asked.budget}", *knobs, *controls(asked)])]
-    return ["--recipe", "anneal.yaml", *sets([*knobs, *controls(asked)])]
+    """What `convert` is told of it."""
+    return ["--recipe", recipe_name(asked), *sets(knobs_of(asked, steps))]
+
+
+def recipe_name(asked: Asked) -> str:
+    return "anneal.yaml" if asked.free else "sparse.yaml"
+
+
+def knobs_of(asked: Asked, steps: int) -> list[str]:
+    """How every case is trained: as many steps as the rule says, measured eight times on the way."""
+    budget = [] if asked.free else [f"budget.density={asked.budget}"]
+    strict = ["gates.levels=strict"] if asked.levels == "strict" else []
+    measured = max(1, steps // MEASUREMENTS)
+    return [*budget, f"train.steps={steps}", f"train.max_steps={steps}", f"train.evaluate_every={measured}", *strict, *controls(asked)]
 
 
 def controls(asked: Asked) -> list[str]:
-    """What the float network loses at the plain cut and gains by further training is the same whatever the gates: once a case is enough."""
-    return ["report.float_same_compute=true"] if asked.free and asked.levels == "learned" else ["report.controls=false"]
+    """The float network trained as long is each row's own control; what the plain cut loses is the same whatever the gates are trained for,
+    and once a case is enough."""
+    return ["report.float_same_compute=true", *([] if asked.free and asked.levels == "learned" else ["report.controls=false"])]
 
 
 def sets(knobs: Sequence[str]) -> list[str]:
@@ -238,6 +254,7 @@ def row_of(asked: Asked, report: dict[str, Any], *, command: Sequence[str], seco
         "seed": asked.seed,
         "steps": report["cost"]["steps"],
         "best_step": report["cost"]["best_step"],
+        "learning_rate": report["cost"]["learning_rate"],
         "batch_size": recipe["train"]["batch_size"],
         "metric": report["metric"],
         **figures,
@@ -279,11 +296,38 @@ def with_speed(row: Row, out: Path, data: Sequence[str]) -> Row:
 
 def bench_again(asked: Asked, rows: Sequence[Row]) -> Row:
     """The newest row of this setting with another measurement of its speed, from the packed directory that it left."""
+    row, out = newest(asked, rows), asked.packages / "results" / asked.name
+    if not out.is_dir():
+        raise SystemExit(f"no {out}: make it first, without --bench")
+    return with_speed(row, out, data_of(asked))
+
+
+def control_again(asked: Asked, rows: Sequence[Row]) -> Row:
+    """The newest row of this setting with the float network trained as long, as `report.float_same_compute` does it, and measured as the
+    row's networks were. Its student is neither trained nor measured again."""
+    row, case = newest(asked, rows), CASES[asked.case]
+    if asked.free and "learning_rate" not in row:
+        raise SystemExit(f"{asked.name}: the row is too old to say its rate; make it again")
+    overrides = [*case.knobs, *knobs_of(asked, row["steps"])]
+    recipe = recipe_yaml.resolve(recipe_name(asked), overrides, source=case.source, seed=row["seed"])
+    job = pipeline.prepare(model_of(asked), recipe, data_of(asked))
+    began, used = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        network = pipeline.float_control(job, Path(folder), rate_found=row.get("learning_rate"))
+    seconds = {"all": round(time.perf_counter() - began, 1), "processor": round(time.process_time() - used, 1)}
+    teacher, tuned = (Candidate(one, FLOAT, run_cell) for one in (job.teacher, network))
+    found = {name: one.value for name, one in measure.compare(job.task, job.parts.test, teacher, {"tuned": tuned}).items()}
+    if abs(found["teacher"] - row["teacher"]) > TEACHERS_AGREE * abs(row["teacher"]):
+        raise SystemExit(f"{asked.name}: the teacher measures {found['teacher']:.6g}, the row says {row['teacher']:.6g}: other data")
+    made = {"seconds": seconds, "commit": commit(), "load": round(os.getloadavg()[0], 2)}
+    return row | {"controls": {**row["controls"], "float_same_compute": found["tuned"]}, "control": made}
+
+
+def newest(asked: Asked, rows: Sequence[Row]) -> Row:
     known = [row for row in rows if (row["case"], row["budget"], row["levels"]) == (asked.case, asked.budget, asked.levels)]
-    out = asked.packages / "results" / asked.name
-    if not known or not out.is_dir():
-        raise SystemExit(f"no row of {asked.name} or no {out}: make it first, without --bench")
-    return with_speed(known[-1], out, data_of(asked))
+    if not known:
+        raise SystemExit(f"no row of {asked.name}: make it first, without --bench or --control")
+    return known[-1]
 
 
 # ---- docs/results.json ---------------------------------------------------------------------------------------------------------
@@ -313,13 +357,15 @@ def main() -> None:
     parser.add_argument("--fortunes", type=Path, default=Path("/usr/share/games/fortunes"))
     parser.add_argument("--rows", type=Path, default=ROWS, help="where rows are kept")
     parser.add_argument("--bench", action="store_true", help="do not convert: measure the speed of the row's network again")
+    parser.add_argument("--control", action="store_true", help="do not convert: give the row the float network trained as long")
     parser.add_argument("--table", action="store_true", help="write the tables of docs/results.md and README.md")
     parser.add_argument("--plot", action="store_true", help="write docs/results.png")
     args = parser.parse_args()
     if args.case:
         places = (args.packages, args.sounds, args.fortunes)
         asked = Asked(args.case, args.budget, args.levels, args.steps, args.seed, *places)
-        row = bench_again(asked, read_rows(args.rows)) if args.bench else make_row(asked)
+        again = bench_again if args.bench else control_again if args.control else None
+        row = again(asked, read_rows(args.rows)) if again else make_row(asked)
         append(args.rows, row)
         print(json.dumps(row, indent=1))
     names = {name: case.what for name, case in CASES.items()}

@@ -17,7 +17,7 @@ from test_trainer import recipe_of, run, stream, teacher_of
 
 from rnn2bin import cost, pipeline, plan, recipe_yaml, student, tasks
 from rnn2bin.cells.network import EQUATIONS, Trace
-from rnn2bin.distill import anneal, budget, checkpoints
+from rnn2bin.distill import budget, checkpoints
 from rnn2bin.distill import trainer as distiller
 from rnn2bin.distill.window import run_cell
 from rnn2bin.errors import UnreachableError
@@ -267,12 +267,8 @@ def test_the_float_control_is_trained_with_the_students_losses_but_without_the_b
     monkeypatch.setattr(distiller, "train", lambda *_, recipe, **__: seen.append(recipe))
     teacher, parts = teacher_of("lstm"), SimpleNamespace(train=stream(), valid=None)
     recipe = recipe_of(task="match", budget={"density": density}, train={"steps": 7})
-    pipeline._float_control(
-        SimpleNamespace(teacher=teacher, task=tasks.resolve(recipe, teacher.spec, parts.train), recipe=recipe, parts=parts),
-        tmp_path,
-        trained=SimpleNamespace(steps=7, tried=(anneal.Tried(0.016, None),), rate=0.005),  # which diverged once
-        resume=False,
-    )
+    job = SimpleNamespace(teacher=teacher, task=tasks.resolve(recipe, teacher.spec, parts.train), recipe=recipe, parts=parts)
+    pipeline.float_control(job, tmp_path, rate_found=0.005)
     assert (seen[0].budget, seen[0].train.steps, seen[0].loss.hidden) == (Budget(), 7, hidden)
     assert seen[0].learning_rate == (0.001 if density else 0.005)  # the student's own, where it had no budget
 

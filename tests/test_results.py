@@ -67,6 +67,7 @@ def test_strict_rows_differ_in_their_levels_alone(results):
     assert strict.train == learned.train
     assert learned.report.float_same_compute
     assert learned.report.controls  # once a case: the float network's are the same in its other rows
+    assert recipe(results, asked(results, "dga", "0.10")).report.float_same_compute  # every row's own
 
 
 def test_steps_may_be_said(results):
@@ -139,6 +140,24 @@ def test_speed_alone_is_measured_again(results, row, tmp_path, monkeypatch):
     again = results.bench_again(wanted, [changed(row, binary=0.25), changed(row, budget="0.10")])
     assert (again["binary"], again["bench"], again["bench_reason"]) == (0.25, None, "dga-none-learned b")
     assert again["drop"] == row["drop"]
+
+
+def test_a_row_is_given_the_control_that_its_conversion_would_have_made(results, row, tmp_path, monkeypatch, save_model, save_data):
+    wanted = results.Asked("dga", "none", "learned", None, 0, tmp_path, tmp_path, tmp_path)
+    monkeypatch.setattr(results, "model_of", lambda asked: save_model())
+    monkeypatch.setattr(results, "data_of", lambda asked: str(save_data()))
+    monkeypatch.setattr(results, "recipe_name", lambda asked: "smoke.yaml")
+    monkeypatch.setattr(results, "knobs_of", lambda asked, steps: [f"train.steps={steps}"])
+    again = results.control_again(wanted, [changed(row, controls={"threshold_only": 0.5})])
+    assert again["controls"] == {
+        "threshold_only": 0.5,
+        "float_same_compute": pytest.approx(row["controls"]["float_same_compute"], rel=1e-6),
+    }
+    assert again["drop"] == row["drop"]
+    with pytest.raises(SystemExit, match="other data"):
+        results.control_again(wanted, [changed(row, teacher=row["teacher"] * 1.01)])
+    with pytest.raises(SystemExit, match="too old to say its rate"):
+        results.control_again(wanted, [{name: value for name, value in row.items() if name != "learning_rate"}])
 
 
 def test_the_table_says_what_the_rows_say(results, row):
