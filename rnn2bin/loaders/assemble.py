@@ -113,8 +113,8 @@ def leftovers(tensors: Mapping[str, torch.Tensor], used: Iterable[str], ignore: 
     return [
         *(f"{name} {tuple(tensors[name].shape)}: {_guess(name)}{LEFT_OVER}" for name in left),
         f"tensors that are left over ({len(left)}): where the network gives the same outputs without them, list them in the recipe's "
-        f'`source: {{ignore: ["{left[0]}"{", …" if len(left) > 1 else ""}]}}`, else say what they do in a `graph` (docs/graphs.md); '
-        "`rnn2bin inspect` prints both to start from",
+        f'`source: {{ignore: ["{left[0]}"{", …" if len(left) > 1 else ""}]}}`, else export it to ONNX, which says what they do, or say it '
+        "in a `graph` (docs/graphs.md); `rnn2bin inspect` prints both to start from",
     ]
 
 

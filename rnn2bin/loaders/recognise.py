@@ -377,7 +377,7 @@ class _Recogniser:
             return None
         return (
             f"{linear.name} ({linear.gives}, {linear.reads}): could stand before or between the recurrent layers as well as after them; "
-            "write `source:` by hand"
+            "export the network to ONNX, which says it, or write `source:` by hand"
         )
 
     def activated(self, linears: list[Matrix]) -> list[Draft]:
@@ -390,7 +390,7 @@ class _Recogniser:
         if given is None and len(linears) > 1:
             self.reasons.append(
                 f"the file cannot say which activations stand between the linear layers {', '.join(m.name for m in linears)}; "
-                f"give the recipe `source: {{activations: [{', '.join(['…'] * (len(linears) - 1) + ['none'])}]}}`"
+                f"give the recipe `source: {{activations: [{', '.join(['…'] * (len(linears) - 1) + ['none'])}]}}`, or an ONNX export"
             )
         activations: Sequence[str] = given if given is not None else [UNKNOWN] * (len(linears) - 1) + ["none"]
         return [
