@@ -1,6 +1,6 @@
 """Gated feedback: a stack whose layers all read all layers of the step before, through global gates, against a plain stack of equal size.
 
-    python scripts/studies/gated_feedback.py             # an hour of one core
+    python scripts/studies/gated_feedback.py             # two hours of one core
     python scripts/studies/gated_feedback.py --quick     # a minute
 
 Characters of the King James Bible. The plain stack is as wide as gives it the same number of weights. `binary global gates`: the first half
@@ -50,7 +50,7 @@ class Size:
     seeds: int
 
 
-SIZES = {"quick": Size(6, 2, 16, 8, 10, 2000, 400, 1), "full": Size(600, 3, 100, 32, 50, 1_000_000, 40_000, 2)}
+SIZES = {"quick": Size(6, 2, 16, 8, 10, 2000, 400, 1), "full": Size(2000, 3, 100, 32, 50, 1_000_000, 40_000, 3)}
 
 
 def feedback(cell: str, vocabulary: int, size: Size) -> Network:
